@@ -1,0 +1,1 @@
+"""awq_jax: activation-aware weight quantization as JAX function transformations."""

@@ -1,0 +1,234 @@
+"""QuantizedTensor, the pytree that stands where a dense weight stood, and `dot`, the door to the kernels."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools as ft
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8, UInt32
+
+from awq_jax import kernels
+from awq_jax.kernels.reference import dense_matmul
+from awq_jax.spec import QuantSpec
+
+SCALE_DTYPE = jnp.float16
+SMALLEST_STEP = float(np.finfo(np.float16).smallest_normal)
+LARGEST_STEP = float(np.finfo(np.float16).max)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a param of any shape is read as matrices (*lead, i, o): split its axes, reorder, merge.
+
+    The last `len(sizes)` axes that the split gives have `sizes`; `order` puts the `n_lead` batch axes first,
+    then the `n_in` contracted ones, then the rest. Axes before them (stacked layers) stay in front.
+    """
+
+    shape: tuple[int, ...]
+    sizes: tuple[int, ...]
+    order: tuple[int, ...]
+    n_lead: int
+    n_in: int
+
+    def matrix(self, w: Array) -> Array:
+        """`w` (*stack, *shape) as (*stack, *lead, i, o)."""
+        stack = w.shape[: w.ndim - len(self.shape)]
+        ordered = [self.sizes[a] for a in self.order]
+        lead, rest = ordered[: self.n_lead], ordered[self.n_lead :]
+        k = len(stack)
+        w = w.reshape(*stack, *self.sizes).transpose(*range(k), *(k + a for a in self.order))
+        return w.reshape(*stack, *lead, math.prod(rest[: self.n_in]), math.prod(rest[self.n_in :]))
+
+    def param(self, matrix: Array) -> Array:
+        """The inverse of `matrix`."""
+        stack = matrix.shape[: matrix.ndim - self.n_lead - 2]
+        k = len(stack)
+        w = matrix.reshape(*stack, *(self.sizes[a] for a in self.order))
+        back = np.argsort(self.order)
+        return w.transpose(*range(k), *(k + int(a) for a in back)).reshape(*stack, *self.shape)
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether the param already is (*lead, i, o)."""
+        return self.sizes == self.shape and self.order == tuple(range(len(self.shape))) and self.n_in == 1 \
+            and len(self.shape) == self.n_lead + 2  # fmt: skip
+
+
+@ft.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["codes", "scales", "zeros", "input_scale"],
+    meta_fields=["spec", "dtype", "pad", "layout"],
+)
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """A weight of logical shape (*lead, i, o) in `spec.bits` bits: `w = input_scale[:, None] * (q - z) * s`.
+
+    Args:
+      codes: q, packed down the input axis (kernels/packing.py): (i + pad) * bits / 32 words.
+      scales: the step s of each group.
+      zeros: the zero point z of each group; None when symmetric.
+      input_scale: what multiplies x before the matmul; None for one. Lets each site have its own AWQ scale.
+      spec: bits, group size, symmetry.
+      dtype: of the dense weight that this one replaced.
+      pad: rows of padding in the last group.
+      layout: how the param is read as matrices; None when it is stored as (*lead, i, o).
+
+    The logical shape follows from the leaves, so vmap, scan and stacking may add or take leading axes.
+    """
+
+    codes: UInt32[Array, "*lead w o"]
+    scales: Float[Array, "*lead groups o"]
+    zeros: UInt8[Array, "*lead groups o"] | None
+    input_scale: Float[Array, "*lead i"] | None
+    spec: QuantSpec
+    dtype: Any
+    pad: int = 0
+    layout: Layout | None = None
+
+    @property
+    def in_features(self) -> int:
+        return self.codes.shape[-2] * 32 // self.spec.bits - self.pad
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """(*lead, i, o)."""
+        return (*self.codes.shape[:-2], self.in_features, self.codes.shape[-1])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the dense param."""
+        if self.layout is None:
+            return self.matrix_shape
+        return (*self.codes.shape[: self.codes.ndim - self.layout.n_lead - 2], *self.layout.shape)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+    def dequantize(self) -> Array:
+        """The dense weight, in the shape and dtype it had."""
+        return dequantize(self)
+
+
+def group_ranges(
+    w: Float[Array, "*lead i o"], spec: QuantSpec
+) -> tuple[Float[Array, "*lead groups o"], Float[Array, "*lead groups o"]]:
+    """Smallest and largest weight of each group, zero always between them."""
+    grouped = group(w, spec)
+    return jnp.minimum(grouped.min(-2), 0), jnp.maximum(grouped.max(-2), 0)
+
+
+def group(w: Float[Array, "*lead i o"], spec: QuantSpec) -> Float[Array, "*lead groups g o"]:
+    """`w` cut into groups down the input axis, the last one completed with zeros."""
+    *lead, i, o = w.shape
+    w = jnp.pad(w, [(0, 0)] * len(lead) + [(0, spec.padding(i)), (0, 0)])
+    return w.reshape(*lead, -1, spec.group(i), o)
+
+
+def affine(
+    low: Float[Array, "*g"], high: Float[Array, "*g"], spec: QuantSpec
+) -> tuple[Float[Array, "*g"], Float[Array, "*g"]]:
+    """Steps (rounded to float16, as files store them) and integer zero points that cover [low, high]."""
+    if spec.symmetric:
+        step, zero = jnp.maximum(high / (spec.middle - 1), -low / spec.middle), jnp.float32(spec.middle)
+    else:
+        step = (high - low) / spec.levels
+        zero = jnp.clip(jnp.round(-low / jnp.maximum(step, SMALLEST_STEP)), 0, spec.levels)
+    step = jnp.clip(step, SMALLEST_STEP, LARGEST_STEP).astype(SCALE_DTYPE).astype(jnp.float32)
+    return step, jnp.broadcast_to(zero, step.shape)
+
+
+def nearest(
+    grouped: Float[Array, "*lead groups g o"],
+    steps: Float[Array, "*lead groups o"],
+    zeros: Float[Array, "*lead groups o"],
+    spec: QuantSpec,
+) -> Float[Array, "*lead groups g o"]:
+    """The codes, as floats, nearest to each weight."""
+    return jnp.clip(jnp.round(grouped / steps[..., None, :]) + zeros[..., None, :], 0, spec.levels)
+
+
+def round_trip(
+    grouped: Float[Array, "*lead groups g o"],
+    low: Float[Array, "*lead groups o"],
+    high: Float[Array, "*lead groups o"],
+    spec: QuantSpec,
+) -> Float[Array, "*lead groups g o"]:
+    """The weights after rounding to nearest within [low, high]."""
+    steps, zeros = affine(low, high, spec)
+    codes = nearest(grouped, steps, zeros, spec)
+    return (codes - zeros[..., None, :]) * steps[..., None, :]
+
+
+def assemble(
+    codes: Float[Array, "*lead groups g o"],
+    steps: Float[Array, "*lead groups o"],
+    zeros: Float[Array, "*lead groups o"],
+    spec: QuantSpec,
+    *,
+    in_features: int,
+    dtype: Any,
+    input_scale: Float[Array, "*lead i"] | None = None,
+    layout: Layout | None = None,
+) -> QuantizedTensor:
+    """A QuantizedTensor of codes that a search has chosen."""
+    *lead, groups, g, o = codes.shape
+    flat = codes.astype(jnp.uint8).reshape(*lead, groups * g, o)
+    return QuantizedTensor(
+        codes=kernels.pack(flat, spec.bits),
+        scales=steps.astype(SCALE_DTYPE),
+        zeros=None if spec.symmetric else zeros.astype(jnp.uint8),
+        input_scale=input_scale,
+        spec=spec,
+        dtype=jnp.dtype(dtype),
+        pad=groups * g - in_features,
+        layout=layout,
+    )
+
+
+@ft.partial(jax.jit, static_argnames=("spec",))
+def quantize(w: Float[Array, "*lead i o"], spec: QuantSpec) -> QuantizedTensor:
+    """`w` rounded to nearest, group by group down axis -2, the range of a group being its smallest to largest weight."""
+    grouped = group(jnp.asarray(w, jnp.float32), spec)
+    steps, zeros = affine(*group_ranges(w, spec), spec)
+    codes = nearest(grouped, steps, zeros, spec)
+    return assemble(codes, steps, zeros, spec, in_features=w.shape[-2], dtype=w.dtype)
+
+
+def dequantize(w: QuantizedTensor) -> Array:
+    """The dense weight that `w` stands for, in the shape and dtype it had."""
+    dense = kernels.dequantize(w)
+    if w.input_scale is not None:
+        dense = dense * w.input_scale[..., :, None]
+    if w.layout is not None:
+        dense = w.layout.param(dense)
+    return dense.astype(w.dtype)
+
+
+def dot(x: Float[Array, "*b i"], w: Float[Array, "*lead i o"] | QuantizedTensor) -> Float[Array, "*b o"]:
+    """`x @ w`, dense or quantized, in x's dtype; the leading axes of w, if any, are leading axes of x too.
+
+    Example:
+      >>> y = dot(x, params["kernel"])  # the only matmul a quantizable layer needs
+    """
+    if isinstance(w, QuantizedTensor):
+        return kernels.int4_matmul(x, w)
+    return dense_matmul(x, w)
+
+
+def is_quantized(leaf: Any) -> bool:
+    return isinstance(leaf, QuantizedTensor)
+
+
+def with_input_scale(w: QuantizedTensor, input_scale: Float[Array, "*lead i"]) -> QuantizedTensor:
+    return dataclasses.replace(w, input_scale=input_scale)

@@ -1,0 +1,41 @@
+"""The matmul in plain XLA: unpack, scale, multiply. Runs everywhere and is what the kernels are checked against."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from awq_jax.kernels.packing import unpack
+
+if TYPE_CHECKING:
+    from awq_jax.kernels.api import PackedWeight
+
+
+def dequantize(w: PackedWeight) -> Float[Array, "*lead i o"]:
+    """`(q - z) * s` in float32, padding dropped, the input scale not applied."""
+    codes = unpack(w.codes, w.spec.bits)
+    *lead, padded, o = codes.shape
+    groups = w.scales.shape[-2]
+    zeros = w.spec.middle if w.zeros is None else w.zeros[..., :, None, :].astype(jnp.float32)
+    steps = codes.reshape(*lead, groups, padded // groups, o).astype(jnp.float32) - zeros
+    dense = (steps * w.scales[..., :, None, :].astype(jnp.float32)).reshape(*lead, padded, o)
+    return dense[..., : padded - w.pad, :]
+
+
+def matmul(x: Float[Array, "*b i"], w: PackedWeight) -> Float[Array, "*b o"]:
+    """`x @ w`, batched over the weight's leading axes; accumulates in float32."""
+    if w.input_scale is not None:
+        lead = w.input_scale.shape[:-1]
+        between = (1,) * (x.ndim - len(lead) - 1)
+        x = (x * w.input_scale.reshape(*lead, *between, -1)).astype(x.dtype)
+    return dense_matmul(x, dequantize(w).astype(x.dtype))
+
+
+def dense_matmul(x: Float[Array, "*b i"], w: Float[Array, "*lead i o"]) -> Float[Array, "*b o"]:
+    """`x @ w` where the leading axes of w, if any, are the leading axes of x too (experts)."""
+    lead = tuple(range(w.ndim - 2))
+    numbers = (((x.ndim - 1,), (w.ndim - 2,)), (lead, lead))
+    return lax.dot_general(x, w, numbers, preferred_element_type=jnp.float32).astype(x.dtype)
