@@ -1,1 +1,20 @@
-"""awq_jax: activation-aware weight quantization as JAX function transformations."""
+"""awq_jax: activation-aware weight quantization (AWQ, arXiv 2306.00978) as JAX function transformations.
+
+calibration = awq.calibrate(fn, params, batches)          # statistics, never activations
+qparams, report = awq.quantize(params, calibration)       # pure, jitted scale search
+qfn = awq.quantized(fn)                                   # the same function, low-bit matmuls inside
+"""
+
+from awq_jax.quantize import SiteReport as SiteReport
+from awq_jax.quantize import quantize as quantize
+from awq_jax.recipe import Recipe as Recipe
+from awq_jax.sites import sites as sites
+from awq_jax.spec import QuantSpec as QuantSpec
+from awq_jax.spec import Rule as Rule
+from awq_jax.tensor import QuantizedTensor as QuantizedTensor
+from awq_jax.tensor import dequantize as dequantize
+from awq_jax.tensor import dot as dot
+from awq_jax.transform import Calibration as Calibration
+from awq_jax.transform import calibrate as calibrate
+from awq_jax.transform import quantized as quantized
+from awq_jax.transform import with_moments as with_moments

@@ -135,6 +135,11 @@ def group(w: Float[Array, "*lead i o"], spec: QuantSpec) -> Float[Array, "*lead 
     return w.reshape(*lead, -1, spec.group(i), o)
 
 
+def stored_step(step: Float[Array, "*g"]) -> Float[Array, "*g"]:
+    """`step` as float16 holds it, neither zero nor infinite."""
+    return jnp.clip(step, SMALLEST_STEP, LARGEST_STEP).astype(SCALE_DTYPE).astype(jnp.float32)
+
+
 def affine(
     low: Float[Array, "*g"], high: Float[Array, "*g"], spec: QuantSpec
 ) -> tuple[Float[Array, "*g"], Float[Array, "*g"]]:
@@ -144,7 +149,7 @@ def affine(
     else:
         step = (high - low) / spec.levels
         zero = jnp.clip(jnp.round(-low / jnp.maximum(step, SMALLEST_STEP)), 0, spec.levels)
-    step = jnp.clip(step, SMALLEST_STEP, LARGEST_STEP).astype(SCALE_DTYPE).astype(jnp.float32)
+    step = stored_step(step)
     return step, jnp.broadcast_to(zero, step.shape)
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from jaxtyping import Array, Float
-
 from awq_jax.kernels import reference
+from jaxtyping import Array, Float
 
 
 class PackedWeight(Protocol):

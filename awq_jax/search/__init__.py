@@ -1,0 +1,15 @@
+"""How a weight is changed before and while it is rounded: one strategy a file, each a pure function of one matrix.
+
+  scale     (w, moments, spec) -> s                            which input channels to enlarge
+  clip      (w, moments, spec) -> (low, high)                  which range each group covers
+  rounding  (w, low, high, moments, spec) -> (q, step, zero)   which code each weight gets
+
+w is (i, o), moments are those of its input, s is (i,); low, high, step, zero are (groups, o); q is (groups, g, o).
+A recipe names one of each; `solve` runs them in this order on `w * s` and `x / s`.
+"""
+
+from awq_jax.search.clip import Clip as Clip
+from awq_jax.search.grid import Grid as Grid
+from awq_jax.search.rounding import Feedback as Feedback
+from awq_jax.search.rounding import to_nearest as to_nearest
+from awq_jax.search.solve import solve as solve

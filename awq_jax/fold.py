@@ -1,0 +1,62 @@
+"""Puts the scales of a fold into the params around it, and proves that the function stayed what it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from awq_jax.sites import Fold, named_leaves
+
+
+def fold(params: Any, factors: Mapping[int, Float[Array, "*stack n"]], folds: tuple[Fold, ...]) -> Any:
+    """`params` with every member of the folds scaled: consumers multiplied, absorbers divided.
+
+    Args:
+      factors: by the fold's index, one positive factor a channel, with the layers' axis in front when stacked.
+    """
+    leaves = named_leaves(params)
+    scaled = dict(leaves)
+    for k, s in factors.items():
+        for m in folds[k].members:
+            w = scaled[m.param]
+            padded = jnp.concatenate([jnp.asarray(s), jnp.ones((*s.shape[:-1], 1))], -1)[..., m.channels]
+            shape = [n if k in m.axes else 1 for k, n in enumerate(w.shape)]
+            if s.ndim > 1:
+                shape[0] = w.shape[0]
+            padded = padded.reshape(shape)
+            wide = jnp.asarray(w, jnp.float32) + m.offset
+            scaled[m.param] = ((wide / padded if m.inverse else wide * padded) - m.offset).astype(w.dtype)
+    return jax.tree.unflatten(jax.tree.structure(params), [scaled[name] for name in leaves])
+
+
+def check_fold(
+    fn: Callable[..., Any], params: Any, folded: Any, *inputs: Any, tolerance: float | None = None
+) -> float:
+    """The largest change of fn's outputs, relative to their largest value, that folding made.
+
+    Raises:
+      ValueError: it is more than rounding explains.
+    """
+    run = jax.jit(fn)
+    worst = 0.0
+    for before, after in zip(
+        jax.tree.leaves(run(params, *inputs)), jax.tree.leaves(run(folded, *inputs)), strict=True
+    ):
+        if not jnp.issubdtype(before.dtype, jnp.inexact):
+            continue
+        allowed = tolerance or 300 * float(jnp.finfo(before.dtype).eps)
+        before, after = (np.asarray(a, np.float32) for a in (before, after))
+        change = float(np.abs(after - before).max() / max(np.abs(before).max(), 1e-30))
+        worst = max(worst, change)
+        if not change <= allowed:
+            raise ValueError(
+                f"Folding the scales changed the function by {change:.1e} of its largest output, more than rounding "
+                f"explains ({allowed:.0e}). Nothing was written. Use an unfolded format (--format orbax), and please "
+                "report the model: a consumer of a scaled tensor was missed."
+            )
+    return worst

@@ -1,0 +1,74 @@
+"""What calibration keeps of a site's input: sums that are enough to score any change of the weight.
+
+The squared output error of `x @ W` when W changes by D is exactly tr(D' X'X D), so the Gram matrix X'X, or its
+diagonal blocks, stands for any number of tokens. Moments are sums: batches, devices and hosts add up.
+"""
+
+from __future__ import annotations
+
+import functools as ft
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+@ft.partial(jax.tree_util.register_dataclass, data_fields=["count", "abs_sum", "gram"], meta_fields=[])
+@dataclass(frozen=True)
+class Moments:
+    """Sums over tokens, each token counted with its weight (1 unless a mask or importance is given).
+
+    Args:
+      count: number of tokens.
+      abs_sum: sum of |x| per input channel.
+      gram: sum of x x' in diagonal blocks of size b; one block of size i when full. Padding rows are zero.
+    """
+
+    count: Float[Array, "*lead"]
+    abs_sum: Float[Array, "*lead i"]
+    gram: Float[Array, "*lead blocks b b"]
+
+    def __add__(self, other: Moments) -> Moments:
+        return jax.tree.map(jnp.add, self, other)
+
+    @property
+    def mean_abs(self) -> Float[Array, "*lead i"]:
+        return self.abs_sum / jnp.maximum(self.count, 1)[..., None]
+
+    @property
+    def mean_gram(self) -> Float[Array, "*lead blocks b b"]:
+        return self.gram / jnp.maximum(self.count, 1)[..., None, None, None]
+
+    def scaled(self, factor: Float[Array, "*lead i"]) -> Moments:
+        """The moments of `x * factor`."""
+        *_, blocks, b, _ = self.gram.shape
+        rows = jnp.pad(factor, [(0, 0)] * (factor.ndim - 1) + [(0, blocks * b - factor.shape[-1])])
+        rows = rows.reshape(*factor.shape[:-1], blocks, b)
+        gram = self.gram * rows[..., :, None] * rows[..., None, :]
+        return Moments(self.count, self.abs_sum * jnp.abs(factor), gram)
+
+
+def of(
+    x: Float[Array, "*lead_and_tokens i"], block: int | None, lead: int = 0, weights: Any = None
+) -> Moments:
+    """The moments of activations.
+
+    Args:
+      x: activations; the first `lead` axes (experts) are kept, all others but the last are tokens.
+      block: size of the diagonal blocks of the Gram matrix; None for the full matrix.
+      weights: one weight a token, in the shape of x's token axes, or None.
+    """
+    i = x.shape[-1]
+    block = min(block or i, i)
+    x = x.reshape(*x.shape[:lead], -1, i).astype(jnp.float32)
+    tokens = jnp.ones(x.shape[:-1], jnp.float32)
+    if weights is not None:
+        tokens = jnp.broadcast_to(weights.reshape(-1).astype(jnp.float32), x.shape[:-1])
+    count = tokens.sum(-1)
+    abs_sum = jnp.einsum("...ti,...t->...i", jnp.abs(x), tokens)
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -i % block)])
+    x = x.reshape(*x.shape[:-1], -1, block)
+    weighted = x if weights is None else x * tokens[..., None, None]
+    return Moments(count, abs_sum, jnp.einsum("...tbi,...tbj->...bij", weighted, x))

@@ -1,0 +1,51 @@
+"""Recipe: which sites, how many bits, and which strategies choose the numbers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from awq_jax.search import Clip, Feedback, Grid
+from awq_jax.spec import QuantSpec, Rule
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to quantize a model.
+
+    Args:
+      bits, group_size, symmetric: of every site that no rule changes; see QuantSpec.
+      rules: by path of the param; the last one that matches counts.
+      fold: put the scales into the op before (as AutoAWQ files need) instead of into each site's input scale.
+      scale, clip, rounding: the strategies, see awq_jax.search. Any function of the same signature will do.
+
+    Raises:
+      ValueError: a value outside its range; a rule that does not compile.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = False
+    rules: tuple[Rule, ...] = ()
+    fold: bool = False
+    scale: Callable[..., Any] = field(default_factory=Grid)
+    clip: Callable[..., Any] = field(default_factory=Clip)
+    rounding: Callable[..., Any] = field(default_factory=Feedback)
+
+    def __post_init__(self) -> None:
+        QuantSpec(self.bits, self.group_size, self.symmetric)
+        for name in ("scale", "clip", "rounding"):
+            if not callable(getattr(self, name)):
+                raise ValueError(
+                    f"Recipe.{name}={getattr(self, name)!r} is not a function; see awq_jax.search."
+                )
+
+    def spec_of(self, name: str) -> QuantSpec | None:
+        """The spec of the param at path `name`, None where it stays dense."""
+        spec = QuantSpec(self.bits, self.group_size, self.symmetric)
+        last = next((rule for rule in reversed(self.rules) if re.search(rule.pattern, name)), None)
+        if last is None:
+            return spec
+        return None if last.skip else replace(spec, **last.changes)

@@ -1,0 +1,64 @@
+"""Grid search over s = statistic ** r (AWQ, arXiv 2306.00978, section 3.2, eq. 5)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from awq_jax.moments import Moments
+from awq_jax.search.loss import output_error
+from awq_jax.spec import QuantSpec
+from awq_jax.tensor import group, group_ranges, round_trip
+
+
+@dataclass(frozen=True)
+class Grid:
+    """s = mean|x| ** r, or mean|x| ** r / w ** (1 - r), over `ratios`, the one with the least output error.
+
+    Args:
+      ratios: the exponents r that are tried. With `duo` none of them is the identity, which `solve` tries anyway.
+      duo: divide by the mean relative size of the channel's weights to the power 1 - r.
+      columns: at most so many columns of the weight, evenly spread, vote on the ratio; 0 for all.
+      floor: the smallest statistic.
+    """
+
+    ratios: tuple[float, ...] = tuple(i / 20 for i in range(20))
+    duo: Literal["never", "always", "both"] = "never"
+    columns: int = 0
+    floor: float = 1e-4
+
+    def __call__(self, w: Float[Array, "i o"], moments: Moments, spec: QuantSpec) -> Float[Array, " i"]:
+        if 0 < self.columns < w.shape[1]:
+            w = w[:, :: -(-w.shape[1] // self.columns)]
+        powers = {"never": (0.0,), "always": (1.0,), "both": (0.0, 1.0)}[self.duo]
+        candidates = jnp.array([(r, p) for p in powers for r in self.ratios], jnp.float32)
+        size = relative_size(w, spec)
+
+        def scales(candidate: Float[Array, 2]) -> Float[Array, " i"]:
+            r, p = candidate
+            s = jnp.maximum(moments.mean_abs, self.floor) ** r / (size ** (1 - r) + 1e-4) ** p
+            s = jnp.maximum(s, self.floor)
+            return s / jnp.sqrt(s.max() * s.min())
+
+        losses = jax.lax.map(lambda c: scale_error(w, scales(c), moments, spec), candidates)
+        return scales(candidates[jnp.argmin(losses)])
+
+
+def relative_size(w: Float[Array, "i o"], spec: QuantSpec) -> Float[Array, " i"]:
+    """Mean over columns of |w| relative to the largest of its group (AutoAWQ's w_mean)."""
+    grouped = jnp.abs(group(w, spec))
+    return (grouped / (grouped.max(1, keepdims=True) + 1e-6)).mean(-1).reshape(-1)[: w.shape[0]]
+
+
+def scale_error(
+    w: Float[Array, "i o"], s: Float[Array, " i"], moments: Moments, spec: QuantSpec
+) -> Float[Array, ""]:
+    """The output error when `w * s` is rounded to nearest and the input is divided by s."""
+    scaled = w * s[:, None]
+    rounded = round_trip(group(scaled, spec), *group_ranges(scaled, spec), spec)
+    rounded = rounded.reshape(-1, w.shape[1])[: w.shape[0]]
+    return output_error((rounded - scaled) / s[:, None], moments).sum()

@@ -1,0 +1,75 @@
+"""From a matrix and the moments of its input to a quantized matrix: scale, clip, round."""
+
+from __future__ import annotations
+
+import functools as ft
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from awq_jax.moments import Moments
+from awq_jax.search.grid import scale_error
+from awq_jax.search.loss import output_error
+from awq_jax.spec import QuantSpec
+from awq_jax.tensor import group, group_ranges, round_trip
+
+
+class Solution(NamedTuple):
+    """Codes (groups, g, o), steps and zeros (groups, o); mean squared output errors and energy of each column."""
+
+    codes: Float[Array, "groups g o"]
+    steps: Float[Array, "groups o"]
+    zeros: Float[Array, "groups o"]
+    error: Float[Array, " o"]
+    nearest_error: Float[Array, " o"]
+    energy: Float[Array, " o"]
+
+
+@ft.partial(jax.jit, static_argnames=("n", "spec", "strategy"))
+def find_scale(
+    w: Float[Array, "i o"],
+    moments: Moments,
+    channels: Int[Array, " i"],
+    *,
+    n: int,
+    spec: QuantSpec,
+    strategy: Any,
+) -> tuple[Float[Array, " n"], Float[Array, " i"], Float[Array, ""]]:
+    """The strategy's scale, tied over input channels with the same number; its error beside.
+
+    The statistic is pooled over tied channels before the search. Where the strategy's scale is no better than no
+    scale, it is no scale: the identity is always a candidate. A `channels` of -1 is not scaled.
+
+    Returns:
+      one factor a number, the factor of each input channel, the output error (to be checked: it must be finite).
+    """
+    number = jnp.where(channels < 0, n, channels)
+    seen = jnp.maximum(jax.ops.segment_sum(jnp.ones_like(moments.abs_sum), number, n + 1), 1)
+    pooled = (jax.ops.segment_sum(moments.abs_sum, number, n + 1) / seen)[number]
+    s = strategy(w, Moments(moments.count, pooled, moments.gram), spec)
+    factor = jnp.exp(jax.ops.segment_sum(jnp.log(s), number, n + 1) / seen).at[n].set(1.0)
+    found = scale_error(w, factor[number], moments, spec)
+    none = scale_error(w, jnp.ones_like(s), moments, spec)
+    factor = jnp.where(found < none, factor, jnp.ones_like(factor))
+    return factor[:n], factor[number], jnp.where(found < none, found, none) + 0 * found
+
+
+@ft.partial(jax.jit, static_argnames=("spec", "clip", "rounding"))
+def solve(w: Float[Array, "i o"], moments: Moments, *, spec: QuantSpec, clip: Any, rounding: Any) -> Solution:
+    """`w` clipped and rounded against the moments of its input; columns are independent of each other."""
+    low, high = clip(w, moments, spec)
+    low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
+    codes, steps, zeros = rounding(w, low, high, moments, spec)
+    rounded = (codes - zeros[:, None]) * steps[:, None]
+    nearest = round_trip(group(w, spec), *group_ranges(w, spec), spec)
+    flat = lambda a: a.reshape(-1, w.shape[1])[: len(w)]
+    return Solution(
+        codes,
+        steps,
+        zeros,
+        error=output_error(flat(rounded) - w, moments),
+        nearest_error=output_error(flat(nearest) - w, moments),
+        energy=output_error(w, moments),
+    )

@@ -1,0 +1,170 @@
+"""Finds the sites of a function by tracing it: its matmuls with params, which share an input, what can be folded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from awq_jax.gauge import Components, components
+from awq_jax.tensor import Layout, is_quantized
+
+
+@dataclass(frozen=True)
+class Site:
+    """A matmul of an activation with a param.
+
+    Args:
+      name: the param's path, "layers_0/attn/q/kernel".
+      layout: how the param is read as matrices (*lead, in_features, out_features).
+      stacked: leading axes of the param that a scan slices away (layers).
+      lead: sizes of its batch axes (experts).
+      group: name of the first site that reads the same input; its own name if none does before.
+      refused: why its input channels cannot be rescaled by a fold; None if they can.
+    """
+
+    name: str
+    layout: Layout
+    stacked: int
+    lead: tuple[int, ...]
+    in_features: int
+    out_features: int
+    group: str
+    refused: str | None
+
+
+@dataclass(frozen=True)
+class Member:
+    """A param that takes part in a fold: along `axes` (merged), position k is scaled by `channels[k]`'s factor.
+
+    `channels` is -1 where the param stays as it is; `inverse` members (a norm's weight, the outputs of the linear
+    before) are divided, the others multiplied. `offset` is 1 for a norm that multiplies by 1 + w.
+    """
+
+    param: str
+    axes: tuple[int, ...]
+    channels: np.ndarray
+    inverse: bool
+    offset: float
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One gauge freedom of the function: `n` positive factors, and every param that must follow them."""
+
+    n: int
+    members: tuple[Member, ...]
+    sites: tuple[str, ...]
+
+    def channels(self, site: str) -> np.ndarray:
+        """For each input channel of `site` its factor's number, -1 where it has none."""
+        return next(m.channels for m in self.members if m.param == site and not m.inverse)
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What tracing found: sites by name, in the order in which they run, and the folds."""
+
+    sites: dict[str, Site]
+    folds: tuple[Fold, ...]
+
+
+def named_leaves(params: Any) -> dict[str, Any]:
+    """The leaves of a params pytree by path, QuantizedTensors as one leaf each."""
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_quantized)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def abstract(params: Any) -> Any:
+    """Shapes and dtypes of the dense params that `params` stands for."""
+    return jax.tree.map(
+        lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype) if is_quantized(w) else jax.eval_shape(lambda: w),
+        params,
+        is_leaf=is_quantized,
+    )
+
+
+def sites(fn: Callable[..., Any], params: Any, *inputs: Any) -> Traced:
+    """The sites of `fn(params, *inputs)`.
+
+    Args:
+      fn: any traceable function of a params pytree and arrays.
+      params: arrays or ShapeDtypeStructs; nothing is computed with them.
+      inputs: arrays or ShapeDtypeStructs.
+
+    Example:
+      >>> for site in awq.sites(model.apply, params, tokens).sites.values(): print(site.name, site.group)
+    """
+    jaxpr = jax.make_jaxpr(fn)(params, *inputs)
+    leaves = named_leaves(params)
+    found = components(jaxpr, {k: (name, tuple(leaf.shape)) for k, (name, leaf) in enumerate(leaves.items())})
+    dots: dict[str, list[Any]] = {}
+    for dot in found.walk.dots:
+        dots.setdefault(dot.param, []).append(dot)
+    out: dict[str, Site] = {}
+    groups: dict[Any, str] = {}
+    for name, uses in dots.items():
+        first = uses[0]
+        if any(use.layout != first.layout for use in uses):
+            continue
+        ordered = [first.layout.sizes[a] for a in first.layout.order]
+        lead, n = first.layout.n_lead, first.layout.n_in
+        out[name] = Site(
+            name=name,
+            layout=first.layout,
+            stacked=first.stacked,
+            lead=tuple(ordered[:lead]),
+            in_features=int(np.prod(ordered[lead : lead + n])),
+            out_features=int(np.prod(ordered[lead + n :])),
+            group=groups.setdefault(tuple(use.reads for use in uses), name),
+            refused=_refusal(found, [use.in_ids for use in uses]),
+        )
+    return Traced(out, _folds(found, {n: dots[n][0] for n in out}))
+
+
+def _refusal(found: Components, in_ids: list[np.ndarray]) -> str | None:
+    ids = np.unique(np.abs(np.concatenate(in_ids)))
+    if found.component[ids].any():
+        return None
+    return next((found.reasons[int(k)] for k in ids if k), "its input axis is not one axis of a value")
+
+
+def _folds(found: Components, dots: dict[str, Any]) -> tuple[Fold, ...]:
+    """Sites whose input channels share a component share a fold."""
+    of_site = {n: set(found.component[np.abs(d.in_ids)].tolist()) - {0} for n, d in dots.items()}
+    pools: list[tuple[list[str], set[int]]] = []
+    for name, comps in of_site.items():
+        if not comps:
+            continue
+        touching = [p for p in pools if p[1] & comps]
+        pools = [p for p in pools if not p[1] & comps]
+        pools.append(([n for p in touching for n in p[0]] + [name], comps.union(*(p[1] for p in touching))))
+    return tuple(_fold(found, dots, names, comps) for names, comps in pools)
+
+
+def _fold(found: Components, dots: dict[str, Any], names: list[str], comps: set[int]) -> Fold:
+    number = np.full(found.component.max() + 1, -1)
+    number[sorted(comps)] = np.arange(len(comps))
+    turn = {}
+    for name in names:
+        ids = np.abs(dots[name].in_ids)
+        for comp, sign in zip(found.component[ids], found.sign[ids], strict=True):
+            turn.setdefault(int(comp), int(sign))
+    flip = np.ones(found.component.max() + 1, int)
+    for comp, sign in turn.items():
+        flip[comp] = sign
+    members = []
+    for (param, axes), ids in found.walk.ids.items():
+        comp = found.component[ids]
+        channels = np.where(comp > 0, number[comp], -1)
+        signs = (found.sign[ids] * flip[comp])[channels >= 0]
+        for inverse in (False, True):
+            mine = signs < 0 if inverse else signs > 0
+            if mine.any():
+                kept = np.full(len(channels), -1)
+                kept[np.flatnonzero(channels >= 0)[mine]] = channels[channels >= 0][mine]
+                members.append(Member(param, axes, kept, inverse, found.walk.offsets.get(param, 0.0)))
+    return Fold(len(comps), tuple(members), tuple(names))

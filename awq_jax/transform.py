@@ -1,0 +1,142 @@
+"""`with_moments`, `calibrate` and `quantized`: transforms of a pure function `fn(params, *inputs)`."""
+
+from __future__ import annotations
+
+import functools as ft
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jaxtyping import Array
+
+from awq_jax import moments as mo
+from awq_jax.interpreter import Records, Weight, evaluate
+from awq_jax.moments import Moments
+from awq_jax.sites import Traced, abstract, named_leaves, sites
+from awq_jax.tensor import Layout, dot, is_quantized
+from awq_jax.views import View
+
+Function = Callable[..., Any]
+DEFAULT_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What `quantize` needs to know of a function: its sites, the moments of their inputs, and one batch as a check.
+
+    Args:
+      moments: by the name of the first site of each group.
+      example: the first batch; the folded function is compared with the dense one on it.
+    """
+
+    fn: Function
+    traced: Traced
+    moments: dict[str, Moments]
+    example: tuple[Any, ...]
+
+    def of(self, site: str) -> Moments:
+        return self.moments[self.traced.sites[site].group]
+
+
+def _interpreted(fn: Function, params: Any, inputs: tuple[Any, ...], on_dot: Any) -> tuple[Any, Records]:
+    closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(abstract(params), *inputs)
+    weights = [
+        Weight(name, leaf, View.of(leaf.shape), leaf.dtype) for name, leaf in named_leaves(params).items()
+    ]
+    outs, records = evaluate(closed, [*weights, *jax.tree.leaves(inputs)], on_dot)
+    outs = [o.dense() if isinstance(o, Weight) else o for o in outs]
+    return jax.tree.unflatten(jax.tree.structure(out_shape), outs), records
+
+
+def quantized(fn: Function) -> Function:
+    """`fn` that takes QuantizedTensors where it took dense params; every matmul with one goes through `dot`.
+
+    Works under jit, vmap, scan and grad with respect to the inputs. Where a quantized param meets anything but
+    rearrangements and a matmul it is made dense there.
+
+    Example:
+      >>> logits = jax.jit(awq.quantized(model.apply))(qparams, tokens)
+    """
+
+    @ft.wraps(fn)
+    def run(params: Any, *inputs: Any) -> Any:
+        return _interpreted(fn, params, inputs, _multiply)[0]
+
+    return run
+
+
+def _multiply(weight: Weight, layout: Layout, x: Array) -> tuple[Array, Records]:
+    w = weight.base
+    if not is_quantized(w):
+        return dot(x, layout.matrix(w).astype(x.dtype)), {}
+    if w.layout == (None if layout.is_matrix else layout):
+        return dot(x, w), {}
+    return dot(x, layout.matrix(w.dequantize()).astype(x.dtype)), {}
+
+
+def with_moments(fn: Function, traced: Traced, *, block: int | None = DEFAULT_BLOCK) -> Function:
+    """`(params, *inputs, weights=None) -> (fn's output, moments by group)`, pure and jittable.
+
+    Args:
+      traced: `sites(fn, params, *inputs)`.
+      block: size of the Gram matrix's diagonal blocks; None for the full matrix. Memory is i * block a group.
+
+    `weights` is one weight a token, in the shape of the token axes of every site's input (a mask, or importance).
+    """
+    leaders = {site.group for site in traced.sites.values()}
+
+    def run(params: Any, *inputs: Any, weights: Array | None = None) -> tuple[Any, dict[str, Moments]]:
+        def on_dot(weight: Weight, layout: Layout, x: Array) -> tuple[Array, Records]:
+            y, _ = _multiply(weight, layout, x)
+            if weight.name not in leaders:
+                return y, {}
+            tokens = x.shape[layout.n_lead : -1]
+            if weights is not None and weights.size != int(jax.numpy.prod(jax.numpy.array(tokens))):
+                raise ValueError(
+                    f"{weight.name}: weights have shape {weights.shape}, the site's tokens {tokens}. "
+                    "Give one weight a token."
+                )
+            return y, {weight.name: mo.of(x, block, layout.n_lead, weights)}
+
+        return _interpreted(fn, params, inputs, on_dot)
+
+    return run
+
+
+def calibrate(
+    fn: Function,
+    params: Any,
+    batches: Iterable[tuple[Any, ...]],
+    *,
+    block: int | None = DEFAULT_BLOCK,
+    mask: Callable[..., Array] | None = None,
+) -> Calibration:
+    """Statistics of every site's input over `batches`; what it keeps does not grow with the number of tokens.
+
+    Args:
+      fn: pure function of (params, *inputs).
+      params: dense params pytree.
+      batches: tuples of inputs. Each new shape compiles once.
+      block: size of the Gram matrix's diagonal blocks; None for the full matrix.
+      mask: `mask(*inputs)` gives one weight a token: 0 for padding or for what the model will not say.
+
+    Raises:
+      ValueError: no batches, no site found, or a mask that does not fit a site.
+    """
+    total: dict[str, Moments] | None = None
+    traced, example, step = None, None, None
+    for batch in batches:
+        if traced is None or step is None:
+            traced, example = sites(fn, params, *batch), tuple(batch)
+            if not traced.sites:
+                raise ValueError(
+                    "The function multiplies no activation with a param: there is nothing to quantize."
+                )
+            observed = with_moments(fn, traced, block=block)
+            step = jax.jit(lambda p, inputs, weights: observed(p, *inputs, weights=weights)[1])
+        new = step(params, tuple(batch), mask(*batch) if mask else None)
+        total = new if total is None else {k: total[k] + new[k] for k in total}
+    if traced is None or total is None or example is None:
+        raise ValueError("No calibration batch was given: pass an iterable of tuples of inputs.")
+    return Calibration(fn, traced, total, example)

@@ -1,0 +1,95 @@
+"""A param seen through transposes and reshapes, as bookkeeping: nothing is moved until a matmul asks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jaxtyping import Array
+
+from awq_jax.tensor import Layout
+
+
+@dataclass(frozen=True)
+class View:
+    """An array of `shape` cut into atoms of `sizes` (none is 1), of which each axis of the view merges `axes[k]`."""
+
+    base: tuple[int, ...]
+    sizes: tuple[int, ...]
+    axes: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, shape: Sequence[int]) -> View:
+        atoms = iter(range(len(shape)))
+        axes = tuple((next(atoms),) if n != 1 else () for n in shape)
+        return cls(tuple(shape), tuple(n for n in shape if n != 1), axes)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(math.prod(self.sizes[a] for a in axis) for axis in self.axes)
+
+    def transpose(self, permutation: Sequence[int]) -> View:
+        return View(self.base, self.sizes, tuple(self.axes[p] for p in permutation))
+
+    def squeeze(self, dimensions: Sequence[int]) -> View:
+        return View(self.base, self.sizes, tuple(a for k, a in enumerate(self.axes) if k not in dimensions))
+
+    def broadcast(self, shape: Sequence[int], dimensions: Sequence[int]) -> View | None:
+        """`lax.broadcast_in_dim` where it only adds axes of size 1; otherwise None."""
+        axes = dict(zip(dimensions, self.axes, strict=True))
+        new = View(self.base, self.sizes, tuple(axes.get(k, ()) for k in range(len(shape))))
+        return new if new.shape == tuple(shape) else None
+
+    def reshape(self, shape: Sequence[int]) -> View | None:
+        """None where an atom would have to be cut at a place that is no divisor of it."""
+        queue = [[a, self.sizes[a]] for axis in self.axes for a in axis]
+        pieces: dict[int, list[int]] = {}
+        axes: list[list[tuple[int, int]]] = []
+        for size in shape:
+            axis: list[tuple[int, int]] = []
+            while size > 1:
+                atom, left = queue[0]
+                part = math.gcd(size, left) if size % left and left % size else min(size, left)
+                if part in (0, 1) or size % part or left % part:
+                    return None
+                pieces.setdefault(atom, []).append(part)
+                axis.append((atom, len(pieces[atom]) - 1))
+                size //= part
+                queue[0][1] = left // part
+                if queue[0][1] == 1:
+                    queue.pop(0)
+            axes.append(axis)
+        number: dict[tuple[int, int], int] = {}
+        sizes: list[int] = []
+        for atom, whole in enumerate(self.sizes):
+            for k, part in enumerate(pieces.get(atom, [whole])):
+                number[atom, k] = len(sizes)
+                sizes.append(part)
+        return View(self.base, tuple(sizes), tuple(tuple(number[p] for p in axis) for axis in axes))
+
+    def layout(self, batch: Sequence[int], contracted: Sequence[int]) -> Layout:
+        """How a matmul over `contracted` axes, batched over `batch`, reads the base array."""
+        free = [k for k in range(len(self.axes)) if k not in batch and k not in contracted]
+        lead, inputs, outputs = ([a for k in ks for a in self.axes[k]] for ks in (batch, contracted, free))
+        return Layout(self.base, self.sizes, (*lead, *inputs, *outputs), len(lead), len(inputs))
+
+    def apply(self, base: Array) -> Array:
+        """`base` (*stack, *shape) as this view shows it."""
+        stack = base.shape[: base.ndim - len(self.base)]
+        k = len(stack)
+        order = [k + a for axis in self.axes for a in axis]
+        split = base.reshape((*stack, *self.sizes))
+        return split.transpose((*range(k), *order)).reshape((*stack, *self.shape))
+
+
+STRUCTURAL = {
+    "transpose": lambda view, p: view.transpose(p["permutation"]),
+    "reshape": lambda view, p: view.reshape(p["new_sizes"]) if p.get("dimensions") is None else None,
+    "squeeze": lambda view, p: view.squeeze(p["dimensions"]),
+    "broadcast_in_dim": lambda view, p: view.broadcast(p["shape"], p["broadcast_dimensions"]),
+    "convert_element_type": lambda view, p: view,
+    "copy": lambda view, p: view,
+    "copy_p": lambda view, p: view,
+}
+"""What each primitive that only rearranges does to a view: `(view, params) -> View`, None where it does more."""
