@@ -5,6 +5,10 @@ qparams, report = awq.quantize(params, calibration)       # pure, jitted scale s
 qfn = awq.quantized(fn)                                   # the same function, low-bit matmuls inside
 """
 
+from awq_jax.convert import quantize_checkpoint as quantize_checkpoint
+from awq_jax.load import Model as Model
+from awq_jax.load import load as load
+from awq_jax.presets import PRESETS as PRESETS
 from awq_jax.quantize import SiteReport as SiteReport
 from awq_jax.quantize import quantize as quantize
 from awq_jax.recipe import Recipe as Recipe

@@ -34,9 +34,7 @@ def fold(params: Any, factors: Mapping[int, Float[Array, "*stack n"]], folds: tu
     return jax.tree.unflatten(jax.tree.structure(params), [scaled[name] for name in leaves])
 
 
-def check_fold(
-    fn: Callable[..., Any], params: Any, folded: Any, *inputs: Any, tolerance: float | None = None
-) -> float:
+def check_fold(fn: Callable[..., Any], params: Any, folded: Any, *inputs: Any, tolerance: float | None = None) -> float:
     """The largest change of fn's outputs, relative to their largest value, that folding made.
 
     Raises:
@@ -44,9 +42,7 @@ def check_fold(
     """
     run = jax.jit(fn)
     worst = 0.0
-    for before, after in zip(
-        jax.tree.leaves(run(params, *inputs)), jax.tree.leaves(run(folded, *inputs)), strict=True
-    ):
+    for before, after in zip(jax.tree.leaves(run(params, *inputs)), jax.tree.leaves(run(folded, *inputs)), strict=True):
         if not jnp.issubdtype(before.dtype, jnp.inexact):
             continue
         allowed = tolerance or 300 * float(jnp.finfo(before.dtype).eps)

@@ -122,9 +122,7 @@ def param_value(walk: Walk, name: str, shape: tuple[int, ...], stacked: int = 0)
     for axes in (*together, *alone):
         sizes = [n if k in axes else 1 for k, n in enumerate(shape)]
         if math.prod(sizes) > 1:
-            terms.append(
-                walk.axes_ids(name, tuple(a + stacked for a in axes), math.prod(sizes)).reshape(sizes)
-            )
+            terms.append(walk.axes_ids(name, tuple(a + stacked for a in axes), math.prod(sizes)).reshape(sizes))
     return Value(shape, tuple(terms), name, View.of(shape), name)
 
 
@@ -221,11 +219,7 @@ def _same(walk: Walk, out: tuple, *xs: Value, **_: Any) -> list[Value]:
 def _add(walk: Walk, out: tuple, x: Value, y: Value, primitive: str, **_: Any) -> list[Value]:
     for a, b in ((x, y), (y, x)):
         if b.constant == 0:
-            return [
-                Value(out[0], a.terms, a.root, a.view, a.param)
-                if a.shape == out[0]
-                else Value(out[0], a.terms)
-            ]
+            return [Value(out[0], a.terms, a.root, a.view, a.param) if a.shape == out[0] else Value(out[0], a.terms)]
         if a.param is not None and b.constant is not None and (primitive != "sub" or a is x):
             offset = b.constant if primitive != "sub" else -b.constant
             if walk.offsets.setdefault(a.param, offset) == offset:
@@ -261,10 +255,7 @@ def _select(walk: Walk, out: tuple, which: Value, *cases: Value, **_: Any) -> li
 def _slice(
     walk: Walk, out: tuple, x: Value, start_indices: Any, limit_indices: Any, strides: Any, **_: Any
 ) -> list[Value]:
-    cut = [
-        slice(a, b, c)
-        for a, b, c in zip(start_indices, limit_indices, strides or [1] * len(x.shape), strict=True)
-    ]
+    cut = [slice(a, b, c) for a, b, c in zip(start_indices, limit_indices, strides or [1] * len(x.shape), strict=True)]
     return [
         map_terms(
             x,
@@ -294,7 +285,9 @@ def _concatenate(walk: Walk, out: tuple, *xs: Value, dimension: int, **_: Any) -
             np.broadcast_to(t, [x.shape[d] if d == dimension else n for d, n in enumerate(common)])
             for x, t in zip(xs, parts, strict=True)
         ]
-        terms.append(np.concatenate(full, dimension))
+        joined = np.concatenate(full, dimension)
+        first = joined.take([0], dimension)
+        terms.append(first if (joined == first).all() else joined)
     return [Value(out[0], tuple(terms))]
 
 
@@ -346,18 +339,17 @@ def _dot(walk: Walk, out: tuple, x: Value, y: Value, dimension_numbers: Any, **_
     return [Value(out[0], tuple(outgoing))]
 
 
-def _record(
-    walk: Walk, w: Value, x: Value, contracted: Any, batch: Any, theirs: Any, their_batch: Any
-) -> None:
-    assert w.view is not None and w.param is not None and x.view is not None
+def _record(walk: Walk, w: Value, x: Value, contracted: Any, batch: Any, theirs: Any, their_batch: Any) -> None:
+    assert w.view is not None
+    assert w.param is not None
+    assert x.view is not None
     stacked = walk.stacked[w.param]
     layout, seen = w.view.layout(batch, contracted), x.view.layout(their_batch, theirs)
     tokens = [k for k in range(len(x.shape)) if k not in (*theirs, *their_batch)]
     free = [k for k in range(len(w.shape)) if k not in (*contracted, *batch)]
     origin = np.repeat(np.arange(len(w.view.base)), [_atoms(w.view, k) for k in range(len(w.view.base))])
     inputs, outputs = (
-        tuple(sorted({int(origin[a]) + stacked for k in axes for a in w.view.axes[k]}))
-        for axes in (contracted, free)
+        tuple(sorted({int(origin[a]) + stacked for k in axes for a in w.view.axes[k]})) for axes in (contracted, free)
     )
     if not set(inputs) & set(outputs):
         walk.found[w.param] = tuple(axes for axes in (inputs, outputs) if len(axes) > 1)
@@ -365,9 +357,7 @@ def _record(
     sizes = [w.shape[k] for k in contracted]
     in_ids = np.zeros(sizes, np.int32)
     if len(along) == 1:
-        moved = (
-            along[0].transpose([*contracted, *batch, *free]).reshape([along[0].shape[k] for k in contracted])
-        )
+        moved = along[0].transpose([*contracted, *batch, *free]).reshape([along[0].shape[k] for k in contracted])
         in_ids = np.broadcast_to(moved, sizes)
     shape = tuple(x.shape[k] for k in (*their_batch, *tokens, *theirs))
     reads = (x.root, seen.sizes, seen.order[: seen.n_lead + seen.n_in])
@@ -439,9 +429,7 @@ def evaluate(walk: Walk, jaxpr: Any, args: Iterable[Value]) -> list[Value]:
         ins = [known(v.val) if isinstance(v, core.Literal) else env[v] for v in eqn.invars]
         name = eqn.primitive.name
         shapes = tuple(v.aval.shape for v in eqn.outvars)
-        if name not in CARRIES_PARAMS and not (
-            name in ("add", "sub") and any(v.constant is not None for v in ins)
-        ):
+        if name not in CARRIES_PARAMS and not (name in ("add", "sub") and any(v.constant is not None for v in ins)):
             for v in ins:
                 if v.param in walk.offsets:
                     walk.freeze(v.terms, f"used both as w and as {walk.offsets[v.param]:g} + w")
@@ -472,9 +460,7 @@ CARRIES_PARAMS = {*STRUCTURAL, *CALLS, "scan"}
 
 def known(x: Any) -> Value:
     shape = np.shape(x)
-    return Value(
-        shape, constant=float(x) if shape == () and np.issubdtype(np.asarray(x).dtype, np.number) else None
-    )
+    return Value(shape, constant=float(x) if shape == () and np.issubdtype(np.asarray(x).dtype, np.number) else None)
 
 
 @dataclass(frozen=True)
@@ -489,9 +475,7 @@ class Components:
 
 def solve(walk: Walk, frozen: list[tuple[Ids, str]]) -> Components:
     n = walk.count + 1
-    a, b = (
-        np.concatenate([np.zeros(0, np.int64), *(e[k] for e in walk.edges)]).astype(np.int64) for k in (0, 1)
-    )
+    a, b = (np.concatenate([np.zeros(0, np.int64), *(e[k] for e in walk.edges)]).astype(np.int64) for k in (0, 1))
     node = lambda k, flip=False: 2 * np.abs(k) + ((k < 0) ^ flip)
     rows = np.concatenate([node(a), node(a, True)])
     cols = np.concatenate([node(b), node(b, True)])
@@ -527,23 +511,24 @@ def solve(walk: Walk, frozen: list[tuple[Ids, str]]) -> Components:
 def components(jaxpr: Any, params: dict[int, tuple[str, tuple[int, ...]]]) -> Components:
     """Every gauge freedom of a closed jaxpr; `params` names the arguments that are params (position -> name, shape)."""
     dead, offsets, joint = np.ones(1, bool), {}, {}
+    known_frozen: list[tuple[Ids, str]] = []
     while True:
         walk = Walk(dead, dict(offsets), joint)
         shapes = [v.aval.shape for v in jaxpr.jaxpr.invars]
         args = [param_value(walk, *params[k]) if k in params else Value(s) for k, s in enumerate(shapes)]
         for out in evaluate(walk, jaxpr, args):
             walk.freeze(out.terms, "an output of the function")
-        loose = {
-            n: (tuple(range(len(s))),) for n, s in params.values() if n not in walk.found and 1 < len(s) < 4
-        }
+        loose = {n: (tuple(range(len(s))),) for n, s in params.values() if n not in walk.found and 1 < len(s) < 4}
         wanted = {n: axes for n, axes in (loose | walk.found).items() if axes}
         if (walk.offsets, wanted) != (offsets, joint):
-            dead, offsets, joint = np.ones(1, bool), walk.offsets, wanted
+            dead, offsets, joint, known_frozen = np.ones(1, bool), walk.offsets, wanted, []
             continue
-        solved = solve(walk, walk.frozen)
-        now = solved.component == 0
+        # What an earlier pass froze has dropped out of this pass's constraints.
+        solved = solve(walk, known_frozen + walk.frozen)
         if not walk.unclear:
             return solved
+        now = solved.component == 0
         if len(now) == len(dead) and (now == dead).all():
-            return solve(walk, walk.frozen + walk.unclear)
+            return solve(walk, known_frozen + walk.frozen + walk.unclear)
         dead = now
+        known_frozen = [(np.array([k], np.int32), reason) for k, reason in solved.reasons.items()]

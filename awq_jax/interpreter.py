@@ -111,9 +111,7 @@ def _call(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Records]:
 def _remat(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Records]:
     weights = {k: x for k, x in enumerate(ins) if isinstance(x, Weight)}
 
-    @ft.partial(
-        jax.checkpoint, policy=eqn.params.get("policy"), prevent_cse=eqn.params.get("prevent_cse", True)
-    )
+    @ft.partial(jax.checkpoint, policy=eqn.params.get("policy"), prevent_cse=eqn.params.get("prevent_cse", True))
     def body(bases: dict[int, Any], arrays: dict[int, Array]) -> tuple[list[Any], Records]:
         args = {k: Weight(w.name, bases[k], w.view, w.dtype) for k, w in weights.items()} | arrays
         outs, records = evaluate(eqn.params["jaxpr"], [args[k] for k in range(len(ins))], on_dot)
@@ -141,9 +139,7 @@ def _scan(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Records]:
 
     p = eqn.params
     carry, (ys, records) = lax.scan(step, carry, slices, p["length"], p["reverse"], p["unroll"])
-    shared = {
-        name: jax.tree.map(lambda r: r.sum(0), r) for name, r in records.items() if name not in sliced_names
-    }
+    shared = {name: jax.tree.map(lambda r: r.sum(0), r) for name, r in records.items() if name not in sliced_names}
     return [*carry, *ys], records | shared
 
 

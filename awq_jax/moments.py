@@ -50,9 +50,7 @@ class Moments:
         return Moments(self.count, self.abs_sum * jnp.abs(factor), gram)
 
 
-def of(
-    x: Float[Array, "*lead_and_tokens i"], block: int | None, lead: int = 0, weights: Any = None
-) -> Moments:
+def of(x: Float[Array, "*lead_and_tokens i"], block: int | None, lead: int = 0, weights: Any = None) -> Moments:
     """The moments of activations.
 
     Args:

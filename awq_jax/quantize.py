@@ -62,9 +62,7 @@ def plan(calibration: Calibration, recipe: Recipe) -> Plan:
     return Plan(specs, tuple(usable), notes)
 
 
-def quantize(
-    params: Any, calibration: Calibration, recipe: Recipe | None = None
-) -> tuple[Any, tuple[SiteReport, ...]]:
+def quantize(params: Any, calibration: Calibration, recipe: Recipe | None = None) -> tuple[Any, tuple[SiteReport, ...]]:
     """Params with a QuantizedTensor at every site, and a report of each site's error.
 
     Args:
@@ -101,7 +99,7 @@ def batches_of_sites(calibration: Calibration, recipe: Recipe, todo: Plan) -> li
     batches: dict[Any, list[str]] = {}
     for name, spec in todo.specs.items():
         site = calibration.traced.sites[name]
-        key = (site.group, spec, site.lead, site.stacked) if recipe.fold else name
+        key = (site.group, spec, recipe.clip_of(name), site.lead, site.stacked) if recipe.fold else name
         batches.setdefault(key, []).append(name)
     return list(batches.values())
 
@@ -127,9 +125,7 @@ def flat_moments(moments: Moments, site: Site) -> Moments:
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[lead:]), moments)
 
 
-def fold_scales(
-    params: Any, calibration: Calibration, recipe: Recipe, todo: Plan
-) -> tuple[Any, dict[str, Array]]:
+def fold_scales(params: Any, calibration: Calibration, recipe: Recipe, todo: Plan) -> tuple[Any, dict[str, Array]]:
     """Params with the scales of every fold put in, and by site the scale of its input channels."""
     traced, leaves = calibration.traced, named_leaves(params)
     factors, scales = {}, {}
@@ -185,7 +181,7 @@ def quantize_group(
 ) -> dict[str, tuple[QuantizedTensor, SiteReport]]:
     """Clip and round the sites `names`, which share an input, as one matrix; scale them first when unfolded."""
     first = calibration.traced.sites[names[0]]
-    spec = todo.specs[names[0]]
+    spec, clip = todo.specs[names[0]], recipe.clip_of(names[0])
     m = flat_moments(moments[first.group], first)
     w = jnp.concatenate([matrices(leaves[n], calibration.traced.sites[n]) for n in names], -1)
     s = None
@@ -195,7 +191,7 @@ def quantize_group(
         s, _, error = mapped(search, w, m)
         require_finite(error, names, leaves)
         w, m = w * s[..., None], m.scaled(1 / s)
-    found = mapped(lambda w, m: solve(w, m, spec=spec, clip=recipe.clip, rounding=recipe.rounding), w, m)
+    found = mapped(lambda w, m: solve(w, m, spec=spec, clip=clip, rounding=recipe.rounding), w, m)
     require_finite(found.error, names, leaves)
     reached = np.asarray(m.count) > 0
     out, column = {}, 0

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from awq_jax.search import Clip, Feedback, Grid
+from awq_jax.search import Clip, Feedback, Grid, no_clip
 from awq_jax.spec import QuantSpec, Rule
 
 
@@ -19,6 +19,8 @@ class Recipe:
       bits, group_size, symmetric: of every site that no rule changes; see QuantSpec.
       rules: by path of the param; the last one that matches counts.
       fold: put the scales into the op before (as AutoAWQ files need) instead of into each site's input scale.
+      gram_block: size of the diagonal blocks of the Gram matrices that streaming keeps; None for all of them.
+      unclipped: regular expression; groups of matching sites keep their whole range.
       scale, clip, rounding: the strategies, see awq_jax.search. Any function of the same signature will do.
 
     Raises:
@@ -30,6 +32,8 @@ class Recipe:
     symmetric: bool = False
     rules: tuple[Rule, ...] = ()
     fold: bool = False
+    gram_block: int | None = None
+    unclipped: str = ""
     scale: Callable[..., Any] = field(default_factory=Grid)
     clip: Callable[..., Any] = field(default_factory=Clip)
     rounding: Callable[..., Any] = field(default_factory=Feedback)
@@ -38,9 +42,11 @@ class Recipe:
         QuantSpec(self.bits, self.group_size, self.symmetric)
         for name in ("scale", "clip", "rounding"):
             if not callable(getattr(self, name)):
-                raise ValueError(
-                    f"Recipe.{name}={getattr(self, name)!r} is not a function; see awq_jax.search."
-                )
+                raise ValueError(f"Recipe.{name}={getattr(self, name)!r} is not a function; see awq_jax.search.")
+
+    def clip_of(self, name: str) -> Callable[..., Any]:
+        """The clip strategy of the param at path `name`."""
+        return no_clip if self.unclipped and re.search(self.unclipped, name) else self.clip
 
     def spec_of(self, name: str) -> QuantSpec | None:
         """The spec of the param at path `name`, None where it stays dense."""

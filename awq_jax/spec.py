@@ -70,13 +70,9 @@ class Rule:
         except re.error as e:
             raise ValueError(f"rule {self.pattern!r} is not a regular expression: {e}") from e
         if self.skip and self.changes:
-            raise ValueError(
-                f"rule {self.pattern!r} both skips and changes {sorted(self.changes)}: choose one."
-            )
+            raise ValueError(f"rule {self.pattern!r} both skips and changes {sorted(self.changes)}: choose one.")
         if not self.skip and not self.changes:
-            raise ValueError(
-                f"rule {self.pattern!r} changes nothing: give skip=True, bits, group_size or symmetric."
-            )
+            raise ValueError(f"rule {self.pattern!r} changes nothing: give skip=True, bits, group_size or symmetric.")
         replace(QuantSpec(), **self.changes)
 
     @property

@@ -41,9 +41,7 @@ class Calibration:
 
 def _interpreted(fn: Function, params: Any, inputs: tuple[Any, ...], on_dot: Any) -> tuple[Any, Records]:
     closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(abstract(params), *inputs)
-    weights = [
-        Weight(name, leaf, View.of(leaf.shape), leaf.dtype) for name, leaf in named_leaves(params).items()
-    ]
+    weights = [Weight(name, leaf, View.of(leaf.shape), leaf.dtype) for name, leaf in named_leaves(params).items()]
     outs, records = evaluate(closed, [*weights, *jax.tree.leaves(inputs)], on_dot)
     outs = [o.dense() if isinstance(o, Weight) else o for o in outs]
     return jax.tree.unflatten(jax.tree.structure(out_shape), outs), records
@@ -130,9 +128,7 @@ def calibrate(
         if traced is None or step is None:
             traced, example = sites(fn, params, *batch), tuple(batch)
             if not traced.sites:
-                raise ValueError(
-                    "The function multiplies no activation with a param: there is nothing to quantize."
-                )
+                raise ValueError("The function multiplies no activation with a param: there is nothing to quantize.")
             observed = with_moments(fn, traced, block=block)
             step = jax.jit(lambda p, inputs, weights: observed(p, *inputs, weights=weights)[1])
         new = step(params, tuple(batch), mask(*batch) if mask else None)

@@ -28,9 +28,7 @@ class PackedWeight(Protocol):
 IMPLEMENTATIONS = {"xla": reference.matmul}
 
 
-def int4_matmul(
-    x: Float[Array, "*b i"], w: PackedWeight, *, implementation: str | None = None
-) -> Float[Array, "*b o"]:
+def int4_matmul(x: Float[Array, "*b i"], w: PackedWeight, *, implementation: str | None = None) -> Float[Array, "*b o"]:
     """`x @ w.dequantize()` without keeping the dense weight; accumulates in float32, returns x's dtype.
 
     Args:
@@ -47,7 +45,5 @@ def int4_matmul(
             "Move the contracted axis of x to the end."
         )
     if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation={implementation!r}: choose one of {sorted(IMPLEMENTATIONS)} or None."
-        )
+        raise ValueError(f"implementation={implementation!r}: choose one of {sorted(IMPLEMENTATIONS)} or None.")
     return IMPLEMENTATIONS[implementation or "xla"](x, w)

@@ -37,7 +37,5 @@ def unpack(words: UInt32[Array, "*lead w o"], bits: int) -> UInt8[Array, "*lead 
     straddles = shift + bits > 32
     if straddles.any():
         following = rows[..., np.minimum(first + 1, bits - 1), :]
-        low = jnp.where(
-            straddles, low | following << np.where(straddles, 32 - shift, 0).astype(np.uint32), low
-        )
+        low = jnp.where(straddles, low | following << np.where(straddles, 32 - shift, 0).astype(np.uint32), low)
     return (low & np.uint32(2**bits - 1)).astype(jnp.uint8).reshape(*lead, w // bits * ROWS, o)

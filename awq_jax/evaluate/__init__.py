@@ -1,0 +1,5 @@
+"""How good a model still is."""
+
+from awq_jax.evaluate.score import Score as Score
+from awq_jax.evaluate.score import score as score
+from awq_jax.evaluate.score import windows as windows

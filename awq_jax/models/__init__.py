@@ -1,0 +1,32 @@
+"""Decoders in flax.linen, one file an architecture.
+
+Each module offers Config (with from_hf), the linen module, embed / block / head to run it layer by layer,
+init_cache, LAYER_NAMES and OUTER_NAMES (Hugging Face names) and load / layer_params / outer_params.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+from awq_jax.models import llama as llama
+
+
+def for_config(hf_config: Mapping[str, Any]) -> ModuleType:
+    """The module that computes a checkpoint with this config.json.
+
+    Raises:
+      ValueError: no module does.
+    """
+    modules = (llama,)
+    found = list(hf_config.get("architectures") or [])
+    for module in modules:
+        if any(module.accepts(hf_config, name) for name in found):
+            return module
+    window = f" with sliding_window={hf_config['sliding_window']}" if hf_config.get("sliding_window") else ""
+    raise ValueError(
+        f"architectures={found}{window}: no model here computes that. Supported: "
+        f"{'; '.join(m.SUPPORTED for m in modules)}. Any other pure function of params and inputs can still be "
+        "quantized, only its model and checkpoint names have to come from you."
+    )

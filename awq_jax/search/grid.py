@@ -54,9 +54,7 @@ def relative_size(w: Float[Array, "i o"], spec: QuantSpec) -> Float[Array, " i"]
     return (grouped / (grouped.max(1, keepdims=True) + 1e-6)).mean(-1).reshape(-1)[: w.shape[0]]
 
 
-def scale_error(
-    w: Float[Array, "i o"], s: Float[Array, " i"], moments: Moments, spec: QuantSpec
-) -> Float[Array, ""]:
+def scale_error(w: Float[Array, "i o"], s: Float[Array, " i"], moments: Moments, spec: QuantSpec) -> Float[Array, ""]:
     """The output error when `w * s` is rounded to nearest and the input is divided by s."""
     scaled = w * s[:, None]
     rounded = round_trip(group(scaled, spec), *group_ranges(scaled, spec), spec)

@@ -26,9 +26,7 @@ def group_blocks(moments: Moments, spec: QuantSpec) -> Float[Array, "groups g g"
     return blocks(moments, spec.group(moments.abs_sum.shape[-1]))
 
 
-def group_error(
-    change: Float[Array, "groups g o"], gram: Float[Array, "groups g g"]
-) -> Float[Array, "groups o"]:
+def group_error(change: Float[Array, "groups g o"], gram: Float[Array, "groups g g"]) -> Float[Array, "groups o"]:
     """Mean squared output error of each column caused by the change of one group's weights."""
     return jnp.einsum("gio,gio->go", jnp.einsum("gij,gjo->gio", gram, change), change)
 

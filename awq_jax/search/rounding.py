@@ -109,9 +109,7 @@ def _round_block(
             return (rows - after[:, None] * error, codes.at[j].set(code), errors.at[j].set(error)), None
 
         rows = jax.lax.dynamic_slice(w, (start, 0), (g, o))
-        (_, codes, errors), _ = jax.lax.scan(
-            one_row, (rows, jnp.zeros_like(rows), jnp.zeros_like(rows)), jnp.arange(g)
-        )
+        (_, codes, errors), _ = jax.lax.scan(one_row, (rows, jnp.zeros_like(rows), jnp.zeros_like(rows)), jnp.arange(g))
         later = jnp.where(jnp.arange(b) >= start + g, upper, 0)
         return w - later.T @ errors, codes
 

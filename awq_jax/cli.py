@@ -1,0 +1,204 @@
+"""The `awq-jax` command: parse, call, print."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from awq_jax.report import console, scores_table, sites_table, summary
+
+Preset = Literal["default", "fast", "rtn", "llm_awq", "autoawq", "llmcompressor"]
+Positional = tyro.conf.Positional
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """Make a model 4 times smaller: calibrate, search, write."""
+
+    model: Positional[str]
+    """Hugging Face folder or hub id, or a GGUF file."""
+    out: Positional[Path]
+    """Folder to write."""
+    bits: int = 4
+    """Width of the codes, 2 to 8 (awq files hold 4)."""
+    group_size: int = 128
+    """Input channels that share a step; 64 or 32 where 128 does not divide the widths."""
+    format: Literal["awq", "orbax"] = "awq"
+    """awq: AutoAWQ safetensors for vLLM, SGLang, transformers. orbax: ours, a scale for each site."""
+    preset: Preset = "default"
+    """How the numbers are chosen; fast takes a quarter of the text and smaller statistics."""
+    calib: str | None = None
+    """Text file, .jsonl of chats or texts, a dataset's id, or `self`; without it the packaged text."""
+    samples: int | None = None
+    """Calibration sequences (32; fast 8)."""
+    seq_len: int = 512
+    """Tokens a calibration sequence."""
+    skip: tuple[str, ...] = ()
+    """Regular expressions of param paths that stay dense, such as mlp/down."""
+    symmetric: bool = False
+    """The zero point is the middle code."""
+    feed: Literal["dense", "quantized"] = "dense"
+    """What a block is calibrated on: the output of the dense blocks before it, or of the quantized ones."""
+    overwrite: bool = False
+    """Replace what is at OUT."""
+
+    def run(self) -> None:
+        from awq_jax.convert import quantize_checkpoint
+
+        with bar() as progress:
+            done = quantize_checkpoint(
+                self.model,
+                self.out,
+                self.recipe(),
+                format=self.format,
+                calib=self.calib,
+                samples=self.samples or (8 if self.preset == "fast" else 32),
+                seq_len=self.seq_len,
+                feed=self.feed,
+                overwrite=self.overwrite,
+                progress=progress,
+            )
+        console().print(sites_table(done.sites), summary(done.before, done.after, done.seconds))
+        console().print(f"Wrote {done.path}. Try: awq-jax generate {done.path} 'Why is the sky blue?'")
+
+    def recipe(self) -> Any:
+        from awq_jax.presets import PRESETS
+        from awq_jax.spec import Rule
+
+        return replace(
+            PRESETS[self.preset],
+            bits=self.bits,
+            group_size=self.group_size,
+            symmetric=self.symmetric,
+            rules=tuple(Rule(pattern, skip=True) for pattern in self.skip),
+        )
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Perplexity of a text; with --dense also KL and top-1 agreement with that model."""
+
+    model: Positional[str]
+    """Any checkpoint, dense or quantized."""
+    text: Positional[Path]
+    """Text file; best one that calibration never saw."""
+    dense: str | None = None
+    """The model to compare with."""
+    windows: int = 8
+    """Windows from the start of the text."""
+    length: int = 1024
+    """Tokens a window."""
+
+    def run(self) -> None:
+        from awq_jax.evaluate import score, windows
+        from awq_jax.load import load
+
+        model = load(self.model)
+        reference = load(self.dense) if self.dense else None
+        tokens = windows(self.text.read_text("utf-8"), model.tokenizer, self.windows, self.length, str(self.text))
+        with bar() as progress:
+            rows = {self.model: score(model, tokens, reference, lambda k, n: progress("window", k, n))}
+            if reference is not None and self.dense is not None:
+                rows[self.dense] = score(reference, tokens)
+        console().print(scores_table(rows))
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Let a model answer."""
+
+    model: Positional[str]
+    """Any checkpoint, dense or quantized."""
+    prompt: Positional[str]
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    """0 takes the likeliest token."""
+    raw: bool = False
+    """Continue the prompt as it is instead of answering it as a chat."""
+
+    def run(self) -> None:
+        from awq_jax.load import load
+
+        answer = load(self.model).generate(
+            self.prompt, max_new_tokens=self.max_new_tokens, temperature=self.temperature, chat=not self.raw
+        )
+        console().print(answer, markup=False)
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """What is in a checkpoint: sites, bits, bytes, and each site's error where it was quantized here."""
+
+    model: Positional[str]
+    """Any checkpoint, dense or quantized."""
+
+    def run(self) -> None:
+        from awq_jax.inspect import inspect
+
+        console().print(inspect(self.model))
+
+
+@dataclass(frozen=True)
+class Demo:
+    """See it work: quantize a small model, compare it with the dense one, let both answer."""
+
+    model: Positional[str | None] = None
+    """Any model; without it SmolLM2-135M-Instruct, fetched once (98 MB)."""
+    prompt: str = "What is gravity?"
+
+    def run(self) -> None:
+        from awq_jax.demo import demo
+
+        with bar() as progress:
+            result = demo(self.model, self.prompt, progress)
+        console().print(*result)
+
+
+Command = (
+    Annotated[Quantize, tyro.conf.subcommand("quantize")]
+    | Annotated[Eval, tyro.conf.subcommand("eval")]
+    | Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+    | Annotated[Demo, tyro.conf.subcommand("demo")]
+)
+
+
+@contextmanager
+def bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar with time left, on the terminal's error stream; `(stage, done, total)` moves it."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    from rich.console import Console
+
+    with Progress(*columns, console=Console(stderr=True), transient=True) as live:
+        tasks: dict[str, Any] = {}
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = live.add_task(stage, total=total)
+            live.update(tasks[stage], completed=done, total=total)
+
+        yield progress
+
+
+def main() -> None:
+    """Run the command; what the user can mend is one sentence on the error stream and exit code 2."""
+    command = tyro.cli(Command, prog="awq-jax", description=__doc__)  # type: ignore[arg-type]
+    try:
+        command.run()
+    except (ValueError, OSError) as e:
+        print(f"awq-jax: {e}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,108 @@
+"""`quantize_checkpoint`: a model on disk to a quantized model on disk, block by block."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from awq_jax import models
+from awq_jax.calib import calibration_tokens
+from awq_jax.formats import autoawq, orbax
+from awq_jax.formats.checkpoint import Checkpoint, open_checkpoint
+from awq_jax.formats.written import written_whole
+from awq_jax.load import load
+from awq_jax.quantize import SiteReport
+from awq_jax.recipe import Recipe
+from awq_jax.stream import Feed, stream
+
+Format = Literal["awq", "orbax"]
+REPORT = "quantization_report.json"
+
+
+@dataclass(frozen=True)
+class Converted:
+    """Where the quantized model is, its size before and after in bytes, each site's error, seconds by stage."""
+
+    path: Path
+    before: int
+    after: int
+    sites: tuple[SiteReport, ...]
+    seconds: dict[str, float]
+
+
+def quantize_checkpoint(
+    model: str | Path,
+    out: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    format: Format = "awq",
+    calib: str | None = None,
+    samples: int = 32,
+    seq_len: int = 512,
+    feed: Feed = "dense",
+    overwrite: bool = False,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> Converted:
+    """Quantize the model at `model` into the folder `out`, which appears only when all of it is there.
+
+    Args:
+      model: Hugging Face folder or hub id, or a GGUF file.
+      recipe: None for 4 bits in groups of 128; `fold` follows from the format.
+      format: "awq" (AutoAWQ, for vLLM, SGLang, transformers) or "orbax" (ours: a scale for each site).
+      calib: see `calibration_tokens`.
+      samples, seq_len: calibration sequences and their tokens.
+
+    Raises:
+      InputError: anything about the input that cannot be used, before any work where that can be told before.
+      ValueError: non-finite weights, or a fold that changed the function; names the site.
+
+    Example:
+      >>> awq.quantize_checkpoint("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2-awq", awq.Recipe(group_size=64))
+    """
+    recipe = replace(recipe or Recipe(), fold=format == "awq")
+    checkpoint = open_checkpoint(model)
+    module = models.for_config(checkpoint.config)
+    config = module.Config.from_hf(checkpoint.config)
+    check_fits(module, config, recipe, format)
+    with written_whole(out, overwrite=overwrite) as scratch:
+        tokenizer = checkpoint.tokenizer()
+        progress("calibration text", 0, 1)
+        own = load(model).sample if calib == "self" else None
+        tokens = calibration_tokens(calib, tokenizer, samples=samples, seq_len=seq_len, own=own)
+        write, finish = writer(format, scratch, checkpoint, module, recipe)
+
+        done = stream(
+            module, config, checkpoint.read, tokens, recipe, write, feed=feed,
+            progress=lambda k, n: progress("block", k, n),
+        )  # fmt: skip
+        finish()
+        (scratch / REPORT).write_text(json.dumps([as_json(site) for site in done.reports], indent=1))
+        after = sum(f.stat().st_size for f in scratch.rglob("*") if f.is_file())
+    return Converted(Path(out), checkpoint.nbytes, after, done.reports, done.seconds)
+
+
+def writer(
+    format: Format, folder: Path, checkpoint: Checkpoint, module: Any, recipe: Recipe
+) -> tuple[Callable[[str, Any], None], Callable[[], None]]:
+    """`(write(part, params), finish())` of a format."""
+    if format == "orbax":
+        own = orbax.Writer(folder, checkpoint, recipe)
+        return own.write, own.finish
+    awq = autoawq.Writer(folder, checkpoint, recipe)
+    return lambda part, params: awq.write(part, module.to_names(part, params)), awq.finish
+
+
+def as_json(site: SiteReport) -> dict[str, Any]:
+    return asdict(site)
+
+
+def check_fits(module: Any, config: Any, recipe: Recipe, format: Format) -> None:
+    """Refuse, before any work, widths that the format cannot hold."""
+    if format != "awq":
+        return
+    for name, (i, o) in module.matrix_shapes(config).items():
+        if (spec := recipe.spec_of(name)) is not None:
+            autoawq.check_fits(name, i, o, spec)

@@ -1,0 +1,75 @@
+"""Perplexity of a text, and how far a model's predictions are from a reference's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from awq_jax.formats.errors import InputError
+
+
+@dataclass(frozen=True)
+class Score:
+    """Means over all predicted tokens: perplexity; against a reference KL(reference || model) in nats, and the share
+    of positions with the same likeliest token."""
+
+    perplexity: float
+    kl: float | None = None
+    top1: float | None = None
+    tokens: int = 0
+
+
+def windows(text: str, tokenizer: Any, n: int, length: int, source: str = "the text") -> Int[np.ndarray, "n t"]:
+    """The first `n` windows of `length` tokens.
+
+    Raises:
+      InputError: not even one window.
+    """
+    tokens = np.array(tokenizer(text[: n * length * 10], add_special_tokens=False).input_ids, np.int32)
+    if len(tokens) < length:
+        raise InputError(f"{source} has {len(tokens)} tokens, one window takes {length}: give --length {len(tokens)}.")
+    n = min(n, len(tokens) // length)
+    return tokens[: n * length].reshape(n, length)
+
+
+def score(
+    model: Any,
+    tokens: Int[np.ndarray, "n t"],
+    reference: Any = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Score:
+    """How well `model` predicts each window from its own beginning; every window is a text of its own.
+
+    Args:
+      model, reference: awq_jax.load.Model, or anything with `logits(tokens)`.
+    """
+    sums = np.zeros(3)
+    for k, window in enumerate(tokens):
+        progress(k, len(tokens))
+        batch = jnp.asarray(window[None])
+        logits = model.logits(batch)
+        against = logits if reference is None else reference.logits(batch)
+        sums += np.array([float(x) for x in compare(logits, against, batch)])
+    progress(len(tokens), len(tokens))
+    count, predicted = tokens.size, tokens.size - len(tokens)
+    perplexity = float(np.exp(sums[0] / predicted))
+    if reference is None:
+        return Score(perplexity, tokens=predicted)
+    return Score(perplexity, float(sums[1] / count), float(sums[2] / count), predicted)
+
+
+@jax.jit
+def compare(
+    logits: Float[Array, "b t v"], reference: Float[Array, "b t v"], tokens: Int[Array, "b t"]
+) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
+    """Sums over tokens of negative log likelihood, KL(reference || model), and equal likeliest tokens."""
+    q, p = jax.nn.log_softmax(logits), jax.nn.log_softmax(reference)
+    nll = -jnp.take_along_axis(q[:, :-1], tokens[:, 1:, None], -1).sum()
+    kl = (jnp.exp(p) * (p - q)).sum()
+    return nll, kl, (q.argmax(-1) == p.argmax(-1)).sum().astype(jnp.float32)

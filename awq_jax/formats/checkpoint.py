@@ -1,0 +1,180 @@
+"""A model on disk, whatever its format: config, tensors by Hugging Face name, tokenizer."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Shaped
+from numpy import ndarray
+
+from awq_jax.formats import autoawq_folder, huggingface, orbax
+from awq_jax.formats.errors import InputError
+from awq_jax.formats.gguf import open_gguf
+from awq_jax.formats.shards import open_shards
+from awq_jax.formats.stored import StoredTensor
+from awq_jax.formats.tokenizer import gguf_tokenizer
+from awq_jax.tensor import QuantizedTensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Kind = Literal["huggingface", "autoawq", "gguf", "orbax"]
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A model on disk. Nothing but headers is read until `read`.
+
+    Args:
+      kind: "orbax" is awq_jax's own format: it has no tensors here, `params` reads it.
+      path: the folder, or the .gguf file.
+      config: the content of config.json; for GGUF, what it would be.
+      tensors: by Hugging Face parameter name.
+      load_tokenizer: see `tokenizer`.
+      nbytes: of the weights as stored.
+    """
+
+    kind: Kind
+    path: Path
+    config: dict[str, Any]
+    tensors: Mapping[str, StoredTensor]
+    load_tokenizer: Callable[[], PreTrainedTokenizerFast]
+    nbytes: int
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The parameters that `read` gives; a head tied to the embedding is not among them."""
+        return frozenset(self.tensors)
+
+    def read(self, name: str) -> Shaped[ndarray, "*shape"] | QuantizedTensor:
+        """One parameter, read-only and in no cache: memory holds it for as long as you do.
+
+        Returns:
+          An array in Hugging Face orientation ([out, in]) and the stored dtype, float32 from GGUF; or, from AutoAWQ,
+          a QuantizedTensor of shape [in, out].
+
+        Raises:
+          InputError: there is no such parameter.
+        """
+        return self._find(name).read()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of what `read(name)` would give."""
+        return self._find(name).shape
+
+    def params(self, module: Any, config: Any) -> dict[str, Any]:
+        """All params of the model, in JAX's memory.
+
+        Args:
+          module: of awq_jax.models, see models.for_config.
+          config: its Config.
+
+        Raises:
+          InputError: a tensor is missing or damaged.
+          ValueError: a tensor does not have the shape that the config asks for.
+        """
+        if self.kind == "orbax":
+            parts, _ = orbax.load(self.path)
+            found = parts.pop("outer", {}) | parts
+        else:
+            found = module.load(self.read, config)
+        return jax.tree.map(jnp.asarray, found)
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer, with the model's chat template if it has one.
+
+        Raises:
+          InputError: there is none, or it cannot be read.
+        """
+        return self.load_tokenizer()
+
+    @cached_property
+    def tokenizer_files(self) -> list[Path]:
+        """The files to copy beside a model that is written; made on first use for GGUF, and kept as long as this is."""
+        if self.kind != "gguf":
+            return huggingface.tokenizer_files(self.path)
+        folder = Path(tempfile.mkdtemp(prefix="awq_jax_tokenizer_"))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        self.tokenizer().save_pretrained(folder)
+        # transformers 5 names a class here that version 4, which servers still use, does not have.
+        config = huggingface.read_json(folder / "tokenizer_config.json")
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        huggingface.write_json(folder / "tokenizer_config.json", config)
+        return huggingface.tokenizer_files(folder)
+
+    @property
+    def companions(self) -> list[Path]:
+        """tokenizer_files and generation_config.json if there is one."""
+        generation = self.path / huggingface.GENERATION_CONFIG
+        return self.tokenizer_files + ([generation] if generation.exists() else [])
+
+    def _find(self, name: str) -> StoredTensor:
+        if name in self.tensors:
+            return self.tensors[name]
+        if self.kind == "orbax":
+            raise InputError(f"{self.path} is an awq_jax folder: its params are read whole, with `params`.")
+        near = difflib.get_close_matches(name, self.tensors, n=1)
+        raise InputError(
+            f"{self.path} has no tensor {name} among its {len(self.tensors)}{f'; near it: {near[0]}' if near else ''}. "
+            "Does config.json belong to these weights?"
+        )
+
+
+def open_checkpoint(model: str | Path) -> Checkpoint:
+    """A model to read.
+
+    Args:
+      model: a folder (Hugging Face safetensors, AutoAWQ, or written by awq_jax), a .gguf file, or the name of a model
+        on the Hugging Face hub, which is fetched into the user's cache.
+
+    Raises:
+      InputError: there is no such model, or it is damaged or in a form that is not read; the message says what to do.
+
+    Example:
+      >>> checkpoint = open_checkpoint("HuggingFaceTB/SmolLM2-135M")  # or a folder, or model.gguf
+      >>> checkpoint.read("model.norm.weight").shape
+      (576,)
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return open_folder(path)
+    if path.is_file():
+        return open_file(path)
+    if path.is_absolute() or path.suffix == ".gguf" or not HUB_ID.fullmatch(str(model)) or str(model)[0] == ".":
+        raise InputError(
+            f"{model} does not exist: give a folder with config.json and safetensors, a .gguf file, or the name of a "
+            "model on the Hugging Face hub."
+        )
+    return open_folder(huggingface.download(str(model)))
+
+
+def open_folder(folder: Path) -> Checkpoint:
+    config = huggingface.read_config(folder)
+    load_tokenizer = lambda: huggingface.load_tokenizer(folder)
+    if orbax.is_own(folder):
+        return Checkpoint("orbax", folder, config, {}, load_tokenizer, orbax.nbytes(folder))
+    spec = autoawq_folder.read_spec(folder, config)
+    stored = open_shards(folder)
+    tensors = stored if spec is None else autoawq_folder.quantized_tensors(folder, stored, spec)
+    kind = "huggingface" if spec is None else "autoawq"
+    return Checkpoint(kind, folder, config, tensors, load_tokenizer, sum(t.nbytes for t in stored.values()))
+
+
+def open_file(file: Path) -> Checkpoint:
+    if file.suffix == ".safetensors":
+        raise InputError(f"{file} is one file of a model: give its folder, {file.parent}.")
+    found = open_gguf(file)
+    nbytes = sum(t.nbytes for t in found.tensors.values())
+    return Checkpoint("gguf", file, found.config, found.tensors, lambda: gguf_tokenizer(found.metadata), nbytes)

@@ -1,0 +1,121 @@
+"""Folders of Hugging Face models: where to get one, its config.json, its tokenizer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from awq_jax.formats.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+GENERATION_CONFIG = "generation_config.json"
+
+
+class Source(Protocol):
+    """What a model that is written takes over from the one that was read; a Checkpoint is one.
+
+    config: the content of config.json. companions: files that go along as they are, such as the tokenizer's.
+    """
+
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+
+    @property
+    def companions(self) -> Sequence[Path]: ...
+
+
+def download(model: str) -> Path:
+    """The folder of a model of the Hugging Face hub in the user's cache, fetched if it is not there yet.
+
+    Only safetensors, JSON and the tokenizer are fetched, and only from the top folder.
+
+    Raises:
+      InputError: no such model, no connection, or no right to read it.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        found = snapshot_download(
+            model, allow_patterns=["*.safetensors", "*.json", *TOKENIZER_FILES], ignore_patterns=["*/*"]
+        )
+    # Releases of huggingface_hub let the errors of three HTTP libraries through, without a common class.
+    except Exception as e:
+        reason = " ".join(str(e).split())
+        raise InputError(
+            f"{model} is no folder or file here, and fetching it from the Hugging Face hub failed ({reason}): "
+            "check the name and the connection, or give a local folder or a .gguf file."
+        ) from e
+    return Path(found)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of a folder's config.json."""
+    file = folder / "config.json"
+    if not file.exists():
+        ggufs = sorted(folder.glob("*.gguf"))
+        hint = (
+            f"give the file {ggufs[0]} itself" if ggufs else "give the folder of a Hugging Face model, or a .gguf file"
+        )
+        raise InputError(f"{folder} has no config.json: {hint}.")
+    return read_json(file)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except ValueError as e:
+        raise InputError(f"{file} is not JSON ({e}): download it again.") from e
+    if not isinstance(found, dict):
+        raise InputError(f"{file} holds a {type(found).__name__}, not an object: download it again.")
+    return found
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def write_about(folder: Path, source: Source, **changes: Any) -> None:
+    """Writes the companions of `source` and its config.json, with `changes`."""
+    for file in source.companions:
+        shutil.copyfile(file, folder / file.name)
+    write_json(folder / "config.json", {**source.config, **changes})
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a folder that its tokenizer is made of."""
+    return [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a folder, with its chat template if there is one; code in the folder is not run.
+
+    Raises:
+      InputError: the folder holds no tokenizer, or one that transformers cannot read without the folder's own code.
+    """
+    from transformers import AutoTokenizer
+
+    if not tokenizer_files(folder):
+        raise InputError(f"{folder} holds no tokenizer: copy tokenizer.json and tokenizer_config.json into it.")
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (ValueError, OSError, ImportError, KeyError) as e:
+        reason = " ".join(str(e).split())
+        raise InputError(
+            f"{folder}: transformers cannot read the tokenizer ({reason}): copy a tokenizer.json of the model into it."
+        ) from e

@@ -1,0 +1,149 @@
+"""awq_jax's own folder, which holds any params: all bits, padding, input scales, other models than Hugging Face's.
+
+config.json and the tokenizer as the source had them; awq_jax.json, with what is static of each QuantizedTensor; and
+params/<part>, one orbax checkpoint of plain arrays for each part, so that a model is written and read in parts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from awq_jax.formats.errors import InputError
+from awq_jax.formats.huggingface import Source, read_json, write_about, write_json
+from awq_jax.spec import QuantSpec
+from awq_jax.tensor import Layout, QuantizedTensor
+
+METADATA = "awq_jax.json"
+PARAMS = "params"
+VERSION = 1
+LEAVES = ("codes", "scales", "zeros", "input_scale")
+
+
+class Writer:
+    """Writes params to a folder, one part a call.
+
+    Example:
+      >>> with written_whole("out") as folder:
+      ...     writer = Writer(folder, checkpoint, recipe)
+      ...     writer.write("outer", outer)
+      ...     writer.write("layers_0", layer)
+      ...     writer.finish()
+
+    Args:
+      folder: exists and is empty.
+      source: the dense model, usually a Checkpoint: its config.json, tokenizer and generation_config.json go along.
+      recipe: how the params came about; its repr is kept.
+    """
+
+    def __init__(self, folder: Path, source: Source, recipe: Any = None) -> None:
+        import orbax.checkpoint as ocp
+
+        self.folder, self.source, self.recipe = Path(folder).resolve(), source, recipe
+        self.checkpointer = ocp.PyTreeCheckpointer()
+        self.parts: list[str] = []
+        self.tensors: dict[str, Any] = {}
+
+    def write(self, part: str, params: Mapping[str, Any]) -> None:
+        """Writes a part.
+
+        Args:
+          part: its name, "layers_0"; the key under which `load` gives it back.
+          params: nested dict of arrays and QuantizedTensors; keys are strings without "/".
+        """
+        self.checkpointer.save(self.folder / PARAMS / part, self._plain(part, params))
+        self.parts.append(part)
+
+    def finish(self) -> None:
+        """Writes awq_jax.json, config.json and what comes from the source; without them the folder is no model."""
+        self.checkpointer.close()
+        write_about(self.folder, self.source)
+        about = {"version": VERSION, "recipe": repr(self.recipe), "parts": self.parts, "tensors": self.tensors}
+        write_json(self.folder / METADATA, about)
+
+    def _plain(self, path: str, node: Any) -> Any:
+        if isinstance(node, QuantizedTensor):
+            self.tensors[path] = static(node)
+            leaves = {name: getattr(node, name) for name in LEAVES}
+            return {name: np.asarray(leaf) for name, leaf in leaves.items() if leaf is not None}
+        if isinstance(node, Mapping):
+            return {key: self._plain(f"{path}/{key}", child) for key, child in node.items()}
+        return np.asarray(node)
+
+
+def is_own(folder: Path) -> bool:
+    """Whether `Writer` wrote this folder."""
+    return (folder / METADATA).exists()
+
+
+def nbytes(folder: Path) -> int:
+    """What the params take on disk."""
+    return sum(file.stat().st_size for file in (folder / PARAMS).rglob("*") if file.is_file())
+
+
+def load(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """({part: params}, metadata) of a folder that `Writer` wrote; leaves are numpy arrays.
+
+    Metadata has "version", "recipe" (its repr), "parts" and "tensors".
+
+    Raises:
+      InputError: no such folder, one that a newer awq_jax wrote, or a damaged part.
+    """
+    about = read_metadata(Path(folder))
+    return {part: load_part(folder, part, about) for part in about["parts"]}, about
+
+
+def load_part(folder: str | Path, part: str, metadata: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """One part; see `load`, whose metadata saves reading it anew."""
+    import orbax.checkpoint as ocp
+
+    folder = Path(folder).resolve()
+    about = read_metadata(folder) if metadata is None else metadata
+    if part not in about["parts"]:
+        raise InputError(f"{folder} has no part {part!r}; it has {about['parts']}.")
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            found = checkpointer.restore(folder / PARAMS / part)
+        return rebuilt(part, found, about["tensors"])
+    except (ValueError, OSError, KeyError, TypeError) as e:
+        reason = " ".join(str(e).split())[:300]
+        raise InputError(f"{folder / PARAMS / part} is damaged ({reason}): write or download it again.") from e
+
+
+def read_metadata(folder: Path) -> dict[str, Any]:
+    if not is_own(folder):
+        raise InputError(f"{folder} has no {METADATA}: awq_jax did not write it, or writing it was cut short.")
+    about = read_json(folder / METADATA)
+    if about.get("version") != VERSION:
+        raise InputError(
+            f"{folder} has version {about.get('version')} of awq_jax's format, this awq_jax reads {VERSION}: upgrade."
+        )
+    return about
+
+
+def static(w: QuantizedTensor) -> dict[str, Any]:
+    """What is not an array of a QuantizedTensor, as JSON."""
+    layout = None if w.layout is None else dataclasses.asdict(w.layout)
+    return {"spec": dataclasses.asdict(w.spec), "dtype": jnp.dtype(w.dtype).name, "pad": w.pad, "layout": layout}
+
+
+def rebuilt(path: str, node: Any, tensors: Mapping[str, Any]) -> Any:
+    """The inverse of what `Writer` does to params."""
+    if path in tensors:
+        found = tensors[path]
+        layout: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in (found["layout"] or {}).items()}
+        fields: dict[str, Any] = {name: node.get(name) for name in LEAVES} | {
+            "spec": QuantSpec(**found["spec"]),
+            "dtype": jnp.dtype(found["dtype"]),
+            "pad": found["pad"],
+            "layout": Layout(**layout) if layout else None,
+        }
+        return QuantizedTensor(**fields)
+    if isinstance(node, Mapping):
+        return {key: rebuilt(f"{path}/{key}", child, tensors) for key, child in node.items()}
+    return node

@@ -1,0 +1,23 @@
+"""A tensor that stays in its file until it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor is and how to get it.
+
+    Args:
+      shape: of what `read` gives.
+      nbytes: what it takes in the file.
+      read: the tensor, mapped from the file or converted from it: a numpy array or a QuantizedTensor of them. Each
+        call reads anew.
+    """
+
+    shape: tuple[int, ...]
+    nbytes: int
+    read: Callable[[], Any]

@@ -1,0 +1,111 @@
+"""`load`: any checkpoint, dense or quantized, as a model that runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from awq_jax import models
+from awq_jax.formats import orbax
+from awq_jax.formats.checkpoint import open_checkpoint
+from awq_jax.models.generate import generate
+
+
+@dataclass(frozen=True)
+class Model:
+    """A decoder in memory.
+
+    Args:
+      module: of awq_jax.models, computes the architecture.
+      config: its sizes.
+      params: nested dict; kernels may be QuantizedTensors.
+      tokenizer: a transformers tokenizer.
+    """
+
+    module: Any
+    config: Any
+    params: Any
+    tokenizer: Any
+
+    @cached_property
+    def _steps(self) -> tuple[Any, Any, Any]:
+        return tuple(jax.jit(partial(f, self.config)) for f in (self.module.embed, self.module.block, self.module.head))
+
+    def hidden(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t h"]:
+        """What the last layer gives; one compiled program a shape, whatever the number of layers."""
+        embed, block, _ = self._steps
+        h = embed(self.params, tokens)
+        for i in range(self.config.layers):
+            h = block(self.params[f"layers_{i}"], h)
+        return h
+
+    def logits(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t v"]:
+        """Logits of every position, float32."""
+        return self._steps[2](self.params, self.hidden(tokens))
+
+    def generate(
+        self, prompt: str, *, max_new_tokens: int = 64, temperature: float = 0.0, chat: bool = True, seed: int = 0
+    ) -> str:
+        """The model's continuation of `prompt`, as an answer to a chat where the tokenizer has a template."""
+        chat = chat and bool(self.tokenizer.chat_template)
+        text = prompt
+        if chat:
+            turn = [{"role": "user", "content": prompt}]
+            text = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        tokens = self.tokenizer(text, add_special_tokens=not chat).input_ids
+        out = generate(
+            self.config,
+            self.params,
+            jnp.asarray([tokens], jnp.int32),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            key=jax.random.key(seed),
+            eos=self.eos,
+        )
+        return self.tokenizer.decode(np.asarray(out)[0, len(tokens) :], skip_special_tokens=True).strip()
+
+    def sample(self, samples: int, seq_len: int, seed: int = 0) -> Int[np.ndarray, "n t"]:
+        """Text that the model writes by itself from its first token on: calibration data without any text."""
+        start = self.tokenizer.bos_token_id
+        first = np.full((samples, 1), self.tokenizer.eos_token_id if start is None else start, np.int32)
+        out = generate(
+            self.config,
+            self.params,
+            jnp.asarray(first),
+            max_new_tokens=seq_len,
+            temperature=1.0,
+            key=jax.random.key(seed),
+        )
+        return np.asarray(out)[:, 1:]
+
+    @property
+    def eos(self) -> Sequence[int]:
+        return () if self.tokenizer.eos_token_id is None else (int(self.tokenizer.eos_token_id),)
+
+
+def load(path: str | Path) -> Model:
+    """The model at `path`: a Hugging Face folder or hub id, a GGUF file, an AutoAWQ folder, or a folder of ours.
+
+    Raises:
+      InputError: a file that is missing or damaged; an architecture that is not supported.
+
+    Example:
+      >>> print(awq.load("smollm2-awq").generate("Why is the sky blue?"))
+    """
+    checkpoint = open_checkpoint(path)
+    module = models.for_config(checkpoint.config)
+    config = module.Config.from_hf(checkpoint.config)
+    if checkpoint.kind == "orbax":
+        parts, _ = orbax.load(checkpoint.path)
+        params = parts.pop("outer") | parts
+    else:
+        params = module.load(checkpoint.read, config)
+    return Model(module, config, jax.tree.map(jnp.asarray, params), checkpoint.tokenizer())

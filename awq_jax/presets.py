@@ -1,0 +1,27 @@
+"""Recipes by name: our own, and what other implementations do as a known point to start from.
+
+The others' choices of statistic, grid, weight term and clip are theirs; the error that all of them minimise is the
+site's own, from moments (llm-awq and AutoAWQ replay the whole attention or MLP for q, k, v and for gate, up).
+"""
+
+from __future__ import annotations
+
+from awq_jax.recipe import Recipe
+from awq_jax.search import Clip, Grid, no_clip, to_nearest
+
+_TWENTY = tuple(i / 20 for i in range(20))
+_MIRRORED = Clip(mirrored=True)
+_QUERY_KEY = r"(^|/)(q|k|q_proj|k_proj|query|key|qkv)(/|$)"
+
+PRESETS: dict[str, Recipe] = {
+    "default": Recipe(),
+    "fast": Recipe(gram_block=128),
+    "rtn": Recipe(scale=Grid(ratios=(0.0,)), clip=no_clip, rounding=to_nearest, gram_block=128),
+    "llm_awq": Recipe(scale=Grid(_TWENTY), clip=_MIRRORED, unclipped=_QUERY_KEY, rounding=to_nearest, gram_block=128),
+    "autoawq": Recipe(
+        scale=Grid(_TWENTY, duo="always"), clip=_MIRRORED, unclipped=_QUERY_KEY, rounding=to_nearest, gram_block=128
+    ),
+    "llmcompressor": Recipe(
+        scale=Grid(tuple(i / 18 for i in range(19)), duo="always"), clip=no_clip, rounding=to_nearest, gram_block=128
+    ),
+}

@@ -1,0 +1,65 @@
+"""What the command line shows: tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+
+from awq_jax.quantize import SiteReport
+
+
+def size(n: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000 or unit == "GB":
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    raise AssertionError
+
+
+def sites_table(sites: Iterable[SiteReport], worst: int = 10) -> Table:
+    """The sites with the largest relative error first."""
+    ordered = sorted(sites, key=lambda s: -s.error)
+    table = Table(title=f"Output error of the worst {min(worst, len(ordered))} of {len(ordered)} sites")
+    table.add_column("site")
+    table.add_column("bits", justify="right")
+    table.add_column("group", justify="right")
+    table.add_column("error", justify="right")
+    table.add_column("nearest", justify="right")
+    table.add_column("note")
+    for s in ordered[:worst]:
+        bits, group = (str(s.spec.bits), str(s.spec.group_size)) if s.spec else ("", "")
+        table.add_row(s.name, bits, group, f"{s.error:.2%}", f"{s.nearest_error:.2%}", s.note)
+    return table
+
+
+def summary(before: int, after: int, seconds: Mapping[str, float]) -> Group:
+    """Sizes, and seconds by stage."""
+    sizes = Table(title="Size on disk")
+    for column in ("before", "after", "ratio"):
+        sizes.add_column(column, justify="right")
+    sizes.add_row(size(before), size(after), f"{before / max(after, 1):.2f}x")
+    times = Table(title="Seconds")
+    for stage in (*seconds, "all"):
+        times.add_column(stage, justify="right")
+    times.add_row(*(f"{s:.1f}" for s in (*seconds.values(), sum(seconds.values()))))
+    return Group(sizes, times)
+
+
+def scores_table(rows: Mapping[str, Any]) -> Table:
+    """Scores by the model's name."""
+    table = Table(title="How close to the dense model")
+    table.add_column("model")
+    for column in ("perplexity", "KL to dense", "same top-1"):
+        table.add_column(column, justify="right")
+    for name, s in rows.items():
+        kl = "" if s.kl is None else f"{s.kl:.4f}"
+        top1 = "" if s.top1 is None else f"{s.top1:.1%}"
+        table.add_row(name, f"{s.perplexity:.2f}", kl, top1)
+    return table
+
+
+def console() -> Console:
+    return Console(highlight=False)

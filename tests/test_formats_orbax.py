@@ -1,0 +1,93 @@
+"""awq_jax's own folders."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from folders import Source
+
+from awq_jax import Recipe
+from awq_jax.formats import orbax
+from awq_jax.formats.checkpoint import open_checkpoint
+from awq_jax.formats.errors import InputError
+from awq_jax.spec import QuantSpec
+from awq_jax.tensor import Layout, QuantizedTensor, quantize, with_input_scale
+
+CONFIG = {"model_type": "llama", "hidden_size": 4}
+
+
+def weight(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def all_kinds():
+    """Params with every kind of leaf."""
+    layout = Layout((4, 40, 2), (4, 40, 2), (0, 1, 2), 1, 1)
+    q = quantize(weight(40, 6), QuantSpec(3, 32))
+    return {
+        "dense": {"f32": weight(3), "bf16": weight(2, 2).astype(jnp.bfloat16), "scalar": jnp.float32(2)},
+        "padded": {"kernel": q},
+        "scaled": {"kernel": with_input_scale(quantize(weight(64, 6), QuantSpec(4, 32)), weight(64))},
+        "symmetric": {"kernel": quantize(weight(64, 6).astype(jnp.bfloat16), QuantSpec(8, 64, symmetric=True))},
+        "experts": quantize(weight(4, 32, 2), QuantSpec(2, 32)),
+        "laid_out": QuantizedTensor(**{**vars(quantize(weight(4, 40, 2), QuantSpec(5, 32))), "layout": layout}),
+    }
+
+
+def written(folder, **parts):
+    companion = folder / "tokenizer.json"
+    companion.write_text("{}")
+    out = folder / "out"
+    out.mkdir()
+    writer = orbax.Writer(out, Source(CONFIG, (companion,)), Recipe(bits=3))
+    for part, params in parts.items():
+        writer.write(part, params)
+    writer.finish()
+    return out
+
+
+def assert_same(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape), path
+        np.testing.assert_array_equal(a, b)
+
+
+def test_parts_come_back_as_they_were(tmp_path):
+    params = {"outer": all_kinds(), "layers_0": {"kernel": quantize(weight(32, 8), QuantSpec(4, 32))}}
+    out = written(tmp_path, **params)
+    found, about = orbax.load(out)
+    assert_same(found, params)
+    np.testing.assert_array_equal(found["outer"]["laid_out"].dequantize(), params["outer"]["laid_out"].dequantize())
+    assert (about["version"], about["parts"], about["recipe"]) == (1, ["outer", "layers_0"], repr(Recipe(bits=3)))
+    assert_same(orbax.load_part(out, "layers_0"), params["layers_0"])
+
+
+def test_the_folder_is_a_checkpoint(tmp_path):
+    layer = {"kernel": quantize(weight(32, 8), QuantSpec(4, 32))}
+    checkpoint = open_checkpoint(written(tmp_path, outer={"embed": {"embedding": weight(8, 4)}}, layers_0=layer))
+    assert (checkpoint.kind, checkpoint.config, checkpoint.names) == ("orbax", CONFIG, frozenset())
+    assert [p.name for p in checkpoint.companions] == ["tokenizer.json"]
+    assert checkpoint.nbytes > layer["kernel"].nbytes
+    assert_same(checkpoint.params(None, None), {"embed": {"embedding": weight(8, 4)}, "layers_0": layer})
+    with pytest.raises(InputError, match="read whole, with `params`"):
+        checkpoint.read("model.norm.weight")
+
+
+def test_folders_that_are_not_whole_or_not_ours(tmp_path):
+    with pytest.raises(InputError, match=r"no awq_jax\.json: awq_jax did not write it"):
+        orbax.load(tmp_path)
+    out = written(tmp_path, outer={"norm": weight(4)})
+    with pytest.raises(InputError, match=r"no part 'layers_7'; it has \['outer'\]"):
+        orbax.load_part(out, "layers_7")
+    for file in (out / "params" / "outer").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    with pytest.raises(InputError, match="outer is damaged"):
+        orbax.load(out)
+    about = json.loads((out / "awq_jax.json").read_text())
+    (out / "awq_jax.json").write_text(json.dumps(about | {"version": 2}))
+    with pytest.raises(InputError, match="has version 2 of awq_jax's format, this awq_jax reads 1: upgrade"):
+        orbax.load(out)
