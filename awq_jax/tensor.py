@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8, UInt32
 
-from awq_jax import kernels
+import awq_jax.kernels as kernels
 from awq_jax.kernels.reference import dense_matmul
 from awq_jax.spec import QuantSpec
 
@@ -208,9 +208,9 @@ def assemble(
 @ft.partial(jax.jit, static_argnames=("spec",))
 def quantize(w: Float[Array, "*lead i o"], spec: QuantSpec) -> QuantizedTensor:
     """`w` rounded to nearest, group by group down axis -2, the range of a group being its smallest to largest weight."""
-    grouped = group(jnp.asarray(w, jnp.float32), spec)
-    steps, zeros = affine(*group_ranges(w, spec), spec)
-    codes = nearest(grouped, steps, zeros, spec)
+    wide = jnp.asarray(w, jnp.float32)
+    steps, zeros = affine(*group_ranges(wide, spec), spec)
+    codes = nearest(group(wide, spec), steps, zeros, spec)
     return assemble(codes, steps, zeros, spec, in_features=w.shape[-2], dtype=w.dtype)
 
 

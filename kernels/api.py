@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from awq_jax.kernels import reference
 from jaxtyping import Array, Float
+
+from awq_jax.kernels import reference
 
 
 class PackedWeight(Protocol):

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
-from awq_jax.kernels.packing import unpack
 from jax import lax
 from jaxtyping import Array, Float
+
+from awq_jax.kernels.packing import unpack
 
 if TYPE_CHECKING:
     from awq_jax.kernels.api import PackedWeight

@@ -128,7 +128,7 @@ def test_shards_and_index_that_do_not_fit(tmp_path):
     with pytest.raises(InputError, match="is not an index"):
         open_checkpoint(tmp_path)
     index.unlink()
-    with pytest.raises(InputError, match="2 safetensors files but no model.safetensors.index.json"):
+    with pytest.raises(InputError, match=r"2 safetensors files but no model\.safetensors\.index\.json"):
         open_checkpoint(tmp_path)
 
 

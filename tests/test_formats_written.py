@@ -8,6 +8,17 @@ import pytest
 from awq_jax.formats.written import written_whole
 
 
+def fill(out: Path, error: BaseException | None = None, meanwhile: Path | None = None, **options) -> None:
+    """Write a file in a block; then someone may fill `meanwhile`, or an error may end the block."""
+    with written_whole(out, **options) as scratch:
+        (scratch / "a").write_text("1")
+        if meanwhile is not None:
+            meanwhile.parent.mkdir()
+            meanwhile.write_text("2")
+        if error is not None:
+            raise error
+
+
 def contents(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): p.read_text() for p in sorted(folder.rglob("*")) if p.is_file()}
 
@@ -27,9 +38,8 @@ def test_an_error_in_the_block_leaves_what_was_there(tmp_path, error, before):
     if before:
         out.mkdir()
         (out / "old").write_text("0")
-    with pytest.raises(type(error)), written_whole(out, overwrite=True) as scratch:
-        (scratch / "a").write_text("half")
-        raise error
+    with pytest.raises(type(error)):
+        fill(out, error, overwrite=True)
     assert contents(tmp_path) == {f"out/{name}": text for name, text in before.items()}
     assert out.exists() == bool(before)
 
@@ -46,8 +56,8 @@ def test_a_disk_that_fills_up_at_the_last_step_brings_the_old_folder_back(tmp_pa
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", full_disk)
-    with pytest.raises(OSError, match="No space left"), written_whole(out, overwrite=True) as scratch:
-        (scratch / "a").write_text("1")
+    with pytest.raises(OSError, match="No space left"):
+        fill(out, overwrite=True)
     assert contents(tmp_path) == {"out/old": "0"}
 
 
@@ -61,17 +71,14 @@ def test_a_folder_with_something_in_it_is_refused_before_the_block_runs(tmp_path
 def test_an_empty_folder_is_filled(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    with written_whole(out) as scratch:
-        (scratch / "a").write_text("1")
+    fill(out)
     assert contents(out) == {"a": "1"}
 
 
 def test_a_folder_filled_by_someone_else_meanwhile_is_not_replaced(tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(FileExistsError, match="--overwrite"), written_whole(out) as scratch:
-        (scratch / "a").write_text("1")
-        out.mkdir()
-        (out / "theirs").write_text("2")
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        fill(out, meanwhile=out / "theirs")
     assert contents(tmp_path) == {"out/theirs": "2"}
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float16, Int32, Shaped, UInt8
 from safetensors.numpy import save_file
 
-from awq_jax import kernels
+import awq_jax.kernels as kernels
 from awq_jax.formats.errors import InputError
 from awq_jax.formats.huggingface import Source, write_about, write_json
 from awq_jax.spec import QuantSpec

@@ -216,16 +216,10 @@ def rope_scaling(
     kind = field(file, m, "llama.rope.scaling.type", "linear" if "llama.rope.scale_linear" in m else "none")
     if kind == "none":
         return None
-    if kind not in ("linear", "yarn"):
-        raise InputError(
-            f"{file}: llama.rope.scaling.type is {kind!r}; 'none', 'linear' and 'yarn' are read. {ELSEWHERE}"
-        )
+    if kind != "linear":
+        raise InputError(f"{file}: llama.rope.scaling.type is {kind!r}; 'none' and 'linear' are read. {ELSEWHERE}")
     older = field(file, m, "llama.rope.scale_linear", 1.0)
-    found = {"rope_type": kind, "factor": rounded(field(file, m, "llama.rope.scaling.factor", older))}
-    if "llama.rope.scaling.original_context_length" in m:
-        original = field(file, m, "llama.rope.scaling.original_context_length", int)
-        found["original_max_position_embeddings"] = original
-    return found
+    return {"rope_type": kind, "factor": rounded(field(file, m, "llama.rope.scaling.factor", older))}
 
 
 def llama3_factors(rule: Mapping[str, Any], theta: float, head_dim: int) -> Float[np.ndarray, " half"]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools as ft
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -73,7 +73,7 @@ def _generate(
 ) -> Int[Array, "b total"]:
     b, t = prompt.shape
     total = t + max_new_tokens
-    run: Callable[..., Any] = ft.partial(Llama(config).apply, {"params": params})
+    run: Any = ft.partial(Llama(config).apply, {"params": params})
 
     def put(end: Any, text: Array, ended: Array, logits: Float[Array, "b v"]) -> tuple[Array, Array]:
         """`text` with its token number `end`, and which rows have ended."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from awq_jax.moments import Moments
-from awq_jax.search.loss import output_error
+from awq_jax.search.loss import group_blocks, group_error
 from awq_jax.spec import QuantSpec
 from awq_jax.tensor import group, group_ranges, round_trip
 
@@ -28,7 +28,7 @@ class Grid:
 
     ratios: tuple[float, ...] = tuple(i / 20 for i in range(20))
     duo: Literal["never", "always", "both"] = "never"
-    columns: int = 0
+    columns: int = 512
     floor: float = 1e-4
 
     def __call__(self, w: Float[Array, "i o"], moments: Moments, spec: QuantSpec) -> Float[Array, " i"]:
@@ -55,8 +55,12 @@ def relative_size(w: Float[Array, "i o"], spec: QuantSpec) -> Float[Array, " i"]
 
 
 def scale_error(w: Float[Array, "i o"], s: Float[Array, " i"], moments: Moments, spec: QuantSpec) -> Float[Array, ""]:
-    """The output error when `w * s` is rounded to nearest and the input is divided by s."""
+    """The output error when `w * s` is rounded to nearest and the input is divided by s.
+
+    On the Gram matrix's blocks of one quantization group: for choosing s they are as good as all of it.
+    """
     scaled = w * s[:, None]
-    rounded = round_trip(group(scaled, spec), *group_ranges(scaled, spec), spec)
-    rounded = rounded.reshape(-1, w.shape[1])[: w.shape[0]]
-    return output_error((rounded - scaled) / s[:, None], moments).sum()
+    grouped = group(scaled, spec)
+    rounded = round_trip(grouped, *group_ranges(scaled, spec), spec)
+    inverse = group(1 / s[:, None], spec)
+    return group_error((rounded - grouped) * inverse, group_blocks(moments, spec)).sum()
