@@ -2,7 +2,9 @@
 
 import json
 import tracemalloc
+from types import SimpleNamespace
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -57,6 +59,16 @@ def test_reading_maps_the_file_and_copies_nothing(tmp_path):
     tracemalloc.stop()
     assert peak < 2**20
     assert not w.flags.writeable
+
+
+def test_params_are_what_the_model_loads_as_jax_arrays(tmp_path):
+    w = random(dtype=ml_dtypes.bfloat16)
+    checkpoint = open_checkpoint(hf_folder(tmp_path, {"model.safetensors": {"w": w}}))
+    module = SimpleNamespace(load=lambda read, config: {"kernel": read(config).T})
+    kernel = checkpoint.params(module, "w")["kernel"]
+    assert isinstance(kernel, jax.Array)
+    assert kernel.dtype == w.dtype
+    np.testing.assert_array_equal(kernel, w.T)
 
 
 def test_a_missing_tensor_is_named_with_the_nearest(tmp_path):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
 from awq_jax.formats.errors import InputError
@@ -123,7 +123,10 @@ def splitter(pre: str) -> pre_tokenizers.PreTokenizer:
 
 
 def sentencepiece(metadata: Mapping[str, Any]) -> Tokenizer:
-    """SentencePiece BPE with bytes for what it lacks, as Llama 2's."""
+    """SentencePiece BPE with bytes for what it lacks, as Llama 2's.
+
+    A space is prepended whatever the text starts with, as SentencePiece, llama.cpp and Llama 2's tokenizer.json do.
+    """
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     if "tokenizer.ggml.merges" in metadata:
         merges = [pair(m) for m in metadata["tokenizer.ggml.merges"]]
@@ -144,11 +147,12 @@ def sentencepiece(metadata: Mapping[str, Any]) -> Tokenizer:
         )
     )
     prefixed = metadata.get("tokenizer.ggml.add_space_prefix", True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
-        replacement=SPACE, prepend_scheme="first" if prefixed else "never", split=False
+    prefix = [normalizers.Prepend(SPACE)] if prefixed else []
+    tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", SPACE)])
+    strip = [decoders.Strip(content=" ", left=1)] if prefixed else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
-    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(content=" ", left=1)] if prefixed else steps)
     return tokenizer
 
 
