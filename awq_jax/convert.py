@@ -16,7 +16,7 @@ from awq_jax.formats.written import written_whole
 from awq_jax.load import load
 from awq_jax.quantize import SiteReport
 from awq_jax.recipe import Recipe
-from awq_jax.stream import Feed, stream
+from awq_jax.stream import Decoder, Feed, stream
 
 Format = Literal["awq", "orbax"]
 REPORT = "quantization_report.json"
@@ -74,10 +74,8 @@ def quantize_checkpoint(
         tokens = calibration_tokens(calib, tokenizer, samples=samples, seq_len=seq_len, own=own)
         write, finish = writer(format, scratch, checkpoint, module, recipe)
 
-        done = stream(
-            module, config, checkpoint.read, tokens, recipe, write, feed=feed,
-            progress=lambda k, n: progress("block", k, n),
-        )  # fmt: skip
+        decoder = Decoder(module, config, checkpoint.read)
+        done = stream(decoder, tokens, recipe, write, feed=feed, progress=progress)
         finish()
         (scratch / REPORT).write_text(json.dumps([as_json(site) for site in done.reports], indent=1))
         after = sum(f.stat().st_size for f in scratch.rglob("*") if f.is_file())

@@ -20,6 +20,7 @@ class Recipe:
       rules: by path of the param; the last one that matches counts.
       fold: put the scales into the op before (as AutoAWQ files need) instead of into each site's input scale.
       gram_block: size of the diagonal blocks of the Gram matrices that streaming keeps; None for all of them.
+      importance: weight tokens by the squared gradient at each site's output; streaming only, four times the work.
       unclipped: regular expression; groups of matching sites keep their whole range.
       scale, clip, rounding: the strategies, see awq_jax.search. Any function of the same signature will do.
 
@@ -33,6 +34,7 @@ class Recipe:
     rules: tuple[Rule, ...] = ()
     fold: bool = False
     gram_block: int | None = None
+    importance: bool = False
     unclipped: str = ""
     scale: Callable[..., Any] = field(default_factory=Grid)
     clip: Callable[..., Any] = field(default_factory=Clip)

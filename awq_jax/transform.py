@@ -86,6 +86,8 @@ def with_moments(fn: Function, traced: Traced, *, block: int | None = DEFAULT_BL
 
     def run(params: Any, *inputs: Any, weights: Array | None = None) -> tuple[Any, dict[str, Moments]]:
         def on_dot(weight: Weight, layout: Layout, x: Array) -> tuple[Array, Records]:
+            # Else XLA computes what leads to x twice, for the matmul and for the moments.
+            x = jax.lax.optimization_barrier(x)
             y, _ = _multiply(weight, layout, x)
             if weight.name not in leaders:
                 return y, {}
@@ -98,6 +100,44 @@ def with_moments(fn: Function, traced: Traced, *, block: int | None = DEFAULT_BL
             return y, {weight.name: mo.of(x, block, layout.n_lead, weights)}
 
         return _interpreted(fn, params, inputs, on_dot)
+
+    return run
+
+
+def with_importance(fn: Function, traced: Traced, *, block: int | None = DEFAULT_BLOCK) -> Function:
+    """`(params, x, cotangent) -> (moments by group, cotangent of x)`: each token counts by what its error would cost.
+
+    A token's weight is the squared gradient at the outputs of the group's sites. With the gradient of the log
+    likelihood of labels that the model itself samples, x x' so weighted is the Fisher information's input factor.
+    Weights are relative to their mean over the call.
+    """
+
+    def run(params: Any, x: Any, cotangent: Any) -> tuple[dict[str, Moments], Any]:
+        def outputs(weight: Weight, layout: Layout, x: Array) -> tuple[Array, Records]:
+            y, _ = _multiply(weight, layout, x)
+            return y, {weight.name: y}
+
+        shapes = jax.eval_shape(lambda x: _interpreted(fn, params, (x,), outputs)[1], x)
+        probes = {name: jax.numpy.zeros(shapes[name].shape, shapes[name].dtype) for name in traced.sites}
+
+        def probed(x: Any, probes: dict[str, Array]) -> tuple[Any, Records]:
+            def on_dot(weight: Weight, layout: Layout, x: Array) -> tuple[Array, Records]:
+                y, _ = _multiply(weight, layout, x)
+                site = traced.sites.get(weight.name)
+                if site is None:
+                    return y, {}
+                return y + probes[weight.name], {weight.name: x} if site.group == weight.name else {}
+
+            return _interpreted(fn, params, (x,), on_dot)
+
+        _, pull, inputs = jax.vjp(probed, x, probes, has_aux=True)
+        back, gradients = pull(cotangent)
+        moments = {}
+        for group, seen in inputs.items():
+            members = [site for site in traced.sites.values() if site.group == group]
+            weight = sum(jax.numpy.square(gradients[site.name]).sum(-1) for site in members)
+            moments[group] = mo.of(seen, block, len(members[0].lead), weight / weight.mean())
+        return moments, back
 
     return run
 

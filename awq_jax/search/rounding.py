@@ -13,6 +13,9 @@ from awq_jax.search.loss import blocks
 from awq_jax.spec import QuantSpec
 from awq_jax.tensor import affine, group, nearest, stored_step
 
+CHUNK = 32
+"""Rows that are rounded one by one before their errors go to all later rows at once; divides every group size."""
+
 Codes = tuple[Float[Array, "groups g o"], Float[Array, "groups o"], Float[Array, "groups o"]]
 
 
@@ -37,10 +40,12 @@ class Feedback:
       shrink: how far the Gram matrix is shrunk towards its diagonal. What is estimated from some thousand tokens
         of one text overfits otherwise: the error on other text falls by a third of what it does on this one.
       refit: least-squares steps for the chosen codes, per group.
+      ordered: rows with the largest inputs first, instead of first to last.
     """
 
     shrink: float = 0.1
     refit: bool = True
+    ordered: bool = False
 
     def __call__(
         self,
@@ -53,18 +58,24 @@ class Feedback:
         steps, zeros = affine(low, high, spec)
         grouped = group(w, spec)
         n, g, o = grouped.shape
-        b = max(moments.gram.shape[-1], g)
-        b = -(-b // g) * g
+        b = -(-moments.gram.shape[-1] // g) * g
         gram = shrunk(blocks(moments, b), self.shrink)
-        rows = jnp.pad(grouped.reshape(n * g, o), ((0, len(gram) * b - n * g), (0, 0)))
-        per_block = b // g
-        fill = ((0, len(gram) * per_block - n), (0, 0))
-        block_steps = jnp.pad(steps, fill, constant_values=1).reshape(-1, per_block, o)
-        block_zeros = jnp.pad(zeros, fill).reshape(-1, per_block, o)
-        codes, steps = jax.lax.map(
-            lambda a: _round_block(*a, g, spec, self.refit),
-            (rows.reshape(-1, b, o), block_steps, block_zeros, gram),
-        )
+        extra = ((0, len(gram) * (b // g) - n), (0, 0))
+        rows = jnp.pad(grouped, (*extra, (0, 0))).reshape(-1, b, o)
+        block_steps = jnp.pad(steps, extra, constant_values=1).reshape(-1, b // g, o)
+        block_zeros = jnp.pad(zeros, extra).reshape(-1, b // g, o)
+
+        def one_block(
+            block: tuple[Float[Array, "b o"], Float[Array, "k o"], Float[Array, "k o"], Float[Array, "b b"]],
+        ) -> tuple[Float[Array, "k g o"], Float[Array, "k o"]]:
+            w, steps, zeros, gram = block
+            order = jnp.argsort(-jnp.diagonal(gram)) if self.ordered else jnp.arange(b)
+            number = order // g
+            codes = _round_rows(w[order], steps[number], zeros[number], gram[order][:, order], spec)
+            codes = codes[jnp.argsort(order)].reshape(-1, g, o)
+            return codes, _refitted(w, codes, steps, zeros, gram) if self.refit else steps
+
+        codes, steps = jax.lax.map(one_block, (rows, block_steps, block_zeros, gram))
         return codes.reshape(-1, g, o)[:n], steps.reshape(-1, o)[:n], zeros
 
 
@@ -77,44 +88,46 @@ def shrunk(gram: Float[Array, "n b b"], shrink: float) -> Float[Array, "n b b"]:
     return gram * (1 - eye) * (1 - shrink) + diagonal[..., None] * eye
 
 
-def _round_block(
+def _round_rows(
     w: Float[Array, "b o"],
-    steps: Float[Array, "k o"],
-    zeros: Float[Array, "k o"],
+    steps: Float[Array, "b o"],
+    zeros: Float[Array, "b o"],
     gram: Float[Array, "b b"],
-    g: int,
     spec: QuantSpec,
-    refit: bool,
-) -> tuple[Float[Array, "k g o"], Float[Array, "k o"]]:
-    """Codes and steps of one block of the Gram matrix, group after group, errors inside a group spread row by row."""
+) -> Float[Array, "b o"]:
+    """The codes of rows that are rounded from first to last; inside a chunk row by row, between chunks by a matmul."""
     b, o = w.shape
-    # The rows of the upper Cholesky factor of the inverse are how an error spreads to the rows after it.
+    # Row i of the upper Cholesky factor of the inverse says how the error of row i spreads to the rows after it.
     lower = jnp.linalg.cholesky(gram[::-1, ::-1])
     spread = jax.scipy.linalg.solve_triangular(lower, jnp.eye(b), lower=True)[::-1, ::-1]
+    chunks = lambda a: a.reshape(b // CHUNK, CHUNK, -1)
 
-    def one_group(w: Float[Array, "b o"], k: Array) -> tuple[Float[Array, "b o"], Float[Array, "g o"]]:
-        start = k * g
-        upper = jax.lax.dynamic_slice(spread, (start, 0), (g, b))
-        inside = jax.lax.dynamic_slice(upper, (0, start), (g, g))
-        step, zero = steps[k], zeros[k]
+    def one_chunk(
+        errors: Float[Array, "b o"], chunk: tuple[Array, ...]
+    ) -> tuple[Float[Array, "b o"], Float[Array, "c o"]]:
+        start, rows, steps, zeros, into = chunk
+        rows = rows - into @ errors
+        inside = jax.lax.dynamic_slice(into, (0, start), (CHUNK, CHUNK)).T
 
         def one_row(
-            state: tuple[Float[Array, "g o"], Float[Array, "g o"], Float[Array, "g o"]], j: Array
-        ) -> tuple[tuple[Float[Array, "g o"], Float[Array, "g o"], Float[Array, "g o"]], None]:
-            rows, codes, errors = state
-            row = rows[j]
-            code = jnp.clip(jnp.round(row / step) + zero, 0, spec.levels)
-            error = (row - (code - zero) * step) / inside[j, j]
-            after = jnp.where(jnp.arange(g) > j, inside[j], 0)
-            return (rows - after[:, None] * error, codes.at[j].set(code), errors.at[j].set(error)), None
+            state: tuple[Float[Array, "c o"], Float[Array, "c o"]], row: tuple[Array, ...]
+        ) -> tuple[tuple[Float[Array, "c o"], Float[Array, "c o"]], Float[Array, " o"]]:
+            rows, errors = state
+            j, step, zero, out = row
+            code = jnp.clip(jnp.round(rows[j] / step) + zero, 0, spec.levels)
+            error = (rows[j] - (code - zero) * step) / out[j]
+            return (rows - out[:, None] * error, errors.at[j].set(error)), code
 
-        rows = jax.lax.dynamic_slice(w, (start, 0), (g, o))
-        (_, codes, errors), _ = jax.lax.scan(one_row, (rows, jnp.zeros_like(rows), jnp.zeros_like(rows)), jnp.arange(g))
-        later = jnp.where(jnp.arange(b) >= start + g, upper, 0)
-        return w - later.T @ errors, codes
+        (_, found), codes = jax.lax.scan(
+            one_row, (rows, jnp.zeros_like(rows)), (jnp.arange(CHUNK), steps, zeros, inside)
+        )
+        return jax.lax.dynamic_update_slice(errors, found, (start, 0)), codes
 
-    _, codes = jax.lax.scan(one_group, w, jnp.arange(b // g))
-    return codes, _refitted(w, codes, steps, zeros, gram) if refit else steps
+    starts = jnp.arange(0, b, CHUNK)
+    _, codes = jax.lax.scan(
+        one_chunk, jnp.zeros((b, o)), (starts, chunks(w), chunks(steps), chunks(zeros), chunks(spread.T))
+    )
+    return codes.reshape(b, o)
 
 
 def _refitted(
