@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int
+from jinja2 import TemplateError
 
 from awq_jax.formats.errors import InputError
 
@@ -31,7 +32,7 @@ def calibration_tokens(
     seq_len: int,
     own: Callable[[int, int], Int[np.ndarray, "n t"]] | None = None,
 ) -> Int[np.ndarray, "n t"]:
-    """At most `samples` sequences of `seq_len` tokens, spread evenly over the source; no text is dropped for its length.
+    """At most `samples` sequences of `seq_len` tokens, spread evenly over the source, short texts set end to end.
 
     Args:
       source: a text file, a .jsonl file of chats or texts, the id of a dataset on the hub, "self", or None for the
@@ -39,8 +40,10 @@ def calibration_tokens(
       own: `(samples, seq_len) -> tokens` that the model itself writes, for "self".
 
     Raises:
-      InputError: a source that cannot be read, or that has too little text.
+      InputError: a source that cannot be read, or that has too little text; a number that is not positive.
     """
+    if samples < 1 or seq_len < 1:
+        raise InputError(f"--samples {samples} --seq-len {seq_len}: give 1 or more of each.")
     if source == "self":
         if own is None:
             raise InputError("--calib self needs the model's own samples: load the model first.")
@@ -64,11 +67,12 @@ def read_texts(source: str, tokenizer: Any, samples: int) -> list[str]:
     if path.suffix != ".jsonl":
         return [text]
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    # Not splitlines: U+2028 and others may stand unescaped in a JSON string.
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 rows.append(as_text(json.loads(line), tokenizer))
-            except (ValueError, KeyError, TypeError) as e:
+            except (ValueError, LookupError, TypeError, TemplateError) as e:
                 raise InputError(
                     f'--calib {source}, line {number}: expected {{"messages": [...]}} or {{"text": "..."}}: {e}'
                 ) from e
@@ -79,6 +83,8 @@ def as_text(row: Any, tokenizer: Any) -> str:
     """A chat through the model's chat template, or a text as it is."""
     if isinstance(row, str):
         return row
+    if not isinstance(row, (dict, list)):
+        raise ValueError(f"found {row!r}")
     messages = row if isinstance(row, list) else row.get("messages") or row.get("conversations")
     if messages:
         return tokenizer.apply_chat_template(messages, tokenize=False)
@@ -105,7 +111,8 @@ def hub_texts(name: str, tokenizer: Any) -> Iterator[str]:
 def cut(texts: Iterable[str], tokenizer: Any, samples: int, seq_len: int, source: str) -> Int[np.ndarray, "n t"]:
     """Windows of `seq_len` tokens, evenly spaced over all texts set end to end."""
     text = "\n".join(texts)
-    encode = lambda piece: tokenizer(piece, add_special_tokens=False).input_ids
+    # verbose=False: a text may be longer than the model's context, its windows are not.
+    encode = lambda piece: tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
     chars = 10 * seq_len
     if len(text) > 2 * samples * chars:
         starts = np.linspace(0, len(text) - chars, samples).astype(int)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,12 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import absl.logging
 import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from awq_jax.report import console, scores_table, sites_table, summary
 
-Preset = Literal["default", "fast", "rtn", "llm_awq", "autoawq", "llmcompressor"]
+Preset = Literal["default", "fast", "best", "rtn", "llm_awq", "autoawq", "llmcompressor"]
 Positional = tyro.conf.Positional
 
 
@@ -33,7 +35,8 @@ class Quantize:
     format: Literal["awq", "orbax"] = "awq"
     """awq: AutoAWQ safetensors for vLLM, SGLang, transformers. orbax: ours, a scale for each site."""
     preset: Preset = "default"
-    """How the numbers are chosen; fast takes a quarter of the text and smaller statistics."""
+    """How the numbers are chosen; fast takes a quarter of the text and smaller statistics, best four
+    times the work."""
     calib: str | None = None
     """Text file, .jsonl of chats or texts, a dataset's id, or `self`; without it the packaged text."""
     samples: int | None = None
@@ -59,14 +62,15 @@ class Quantize:
                 self.recipe(),
                 format=self.format,
                 calib=self.calib,
-                samples=self.samples or (8 if self.preset == "fast" else 32),
+                samples=(8 if self.preset == "fast" else 32) if self.samples is None else self.samples,
                 seq_len=self.seq_len,
                 feed=self.feed,
                 overwrite=self.overwrite,
                 progress=progress,
             )
         console().print(sites_table(done.sites), summary(done.before, done.after, done.seconds))
-        console().print(f"Wrote {done.path}. Try: awq-jax generate {done.path} 'Why is the sky blue?'")
+        where = shlex.quote(str(done.path))
+        say(f"Wrote {done.path}. Try: awq-jax generate {where} 'Why is the sky blue?'")
 
     def recipe(self) -> Any:
         from awq_jax.presets import PRESETS
@@ -100,9 +104,10 @@ class Eval:
         from awq_jax.evaluate import score, windows
         from awq_jax.load import load
 
+        text = read_text(self.text)
         model = load(self.model)
         reference = load(self.dense) if self.dense else None
-        tokens = windows(self.text.read_text("utf-8"), model.tokenizer, self.windows, self.length, str(self.text))
+        tokens = windows(text, model.tokenizer, self.windows, self.length, str(self.text))
         with bar() as progress:
             rows = {self.model: score(model, tokens, reference, lambda k, n: progress("window", k, n))}
             if reference is not None and self.dense is not None:
@@ -117,6 +122,7 @@ class Generate:
     model: Positional[str]
     """Any checkpoint, dense or quantized."""
     prompt: Positional[str]
+    """What to answer."""
     max_new_tokens: int = 128
     temperature: float = 0.0
     """0 takes the likeliest token."""
@@ -129,7 +135,7 @@ class Generate:
         answer = load(self.model).generate(
             self.prompt, max_new_tokens=self.max_new_tokens, temperature=self.temperature, chat=not self.raw
         )
-        console().print(answer, markup=False)
+        say(answer)
 
 
 @dataclass(frozen=True)
@@ -183,7 +189,8 @@ def bar() -> Iterator[Callable[[str, int, int], None]]:
     )
     from rich.console import Console
 
-    with Progress(*columns, console=Console(stderr=True), transient=True) as live:
+    stderr = Console(stderr=True)
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as live:
         tasks: dict[str, Any] = {}
 
         def progress(stage: str, done: int, total: int) -> None:
@@ -194,11 +201,31 @@ def bar() -> Iterator[Callable[[str, int, int], None]]:
         yield progress
 
 
+def say(text: str) -> None:
+    """Text as it is, whatever the width of the terminal."""
+    console().print(text, markup=False, soft_wrap=True)
+
+
+def read_text(file: Path) -> str:
+    from awq_jax.formats.errors import InputError
+
+    try:
+        return file.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"{file} cannot be read ({e}): give a text file in UTF-8.") from e
+
+
 def main() -> None:
-    """Run the command; what the user can mend is one sentence on the error stream and exit code 2."""
-    command = tyro.cli(Command, prog="awq-jax", description=__doc__)  # type: ignore[arg-type]
+    """Run the command; what the user can mend is one line on the error stream and exit code 2."""
+    description = "Activation-aware 4-bit weight quantization (AWQ) in JAX."
+    command = tyro.cli(Command, prog="awq-jax", description=description)  # type: ignore[arg-type]
+    # Orbax logs the traceback of an error before it raises it.
+    absl.logging.set_verbosity(absl.logging.FATAL)
     try:
         command.run()
     except (ValueError, OSError) as e:
-        print(f"awq-jax: {e}", file=sys.stderr)
+        print("awq-jax:", " ".join(str(e).split()), file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("awq-jax: stopped.", file=sys.stderr)
+        sys.exit(130)

@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from awq_jax import models
+from safetensors import SafetensorError
+
 from awq_jax.calib import calibration_tokens
 from awq_jax.formats import autoawq, orbax
 from awq_jax.formats.checkpoint import Checkpoint, open_checkpoint
+from awq_jax.formats.errors import InputError
 from awq_jax.formats.written import written_whole
-from awq_jax.load import load
+from awq_jax.load import architecture, load
 from awq_jax.quantize import SiteReport
 from awq_jax.recipe import Recipe
 from awq_jax.stream import Decoder, Feed, stream
@@ -64,15 +66,16 @@ def quantize_checkpoint(
     """
     recipe = replace(recipe or Recipe(), fold=format == "awq")
     checkpoint = open_checkpoint(model)
-    module = models.for_config(checkpoint.config)
-    config = module.Config.from_hf(checkpoint.config)
+    if checkpoint.kind in ("autoawq", "orbax"):
+        raise InputError(f"{model} is quantized already: start from the dense model.")
+    module, config = architecture(checkpoint)
     check_fits(module, config, recipe, format)
     with written_whole(out, overwrite=overwrite) as scratch:
         tokenizer = checkpoint.tokenizer()
         progress("calibration text", 0, 1)
         own = load(model).sample if calib == "self" else None
         tokens = calibration_tokens(calib, tokenizer, samples=samples, seq_len=seq_len, own=own)
-        write, finish = writer(format, scratch, checkpoint, module, recipe)
+        write, finish = (named_failure(out, f) for f in writer(format, scratch, checkpoint, module, recipe))
 
         decoder = Decoder(module, config, checkpoint.read)
         done = stream(decoder, tokens, recipe, write, feed=feed, progress=progress)
@@ -91,6 +94,21 @@ def writer(
         return own.write, own.finish
     awq = autoawq.Writer(folder, checkpoint, recipe)
     return lambda part, params: awq.write(part, module.to_names(part, params)), awq.finish
+
+
+def named_failure(out: str | Path, f: Callable[..., None]) -> Callable[..., None]:
+    """`f`, its errors as one that says where they happened: what a full disk raises depends on the library."""
+
+    def run(*args: Any) -> None:
+        try:
+            f(*args)
+        except InputError:
+            raise
+        except (OSError, ValueError, SafetensorError) as e:
+            reason = " ".join(str(e).split())
+            raise OSError(f"{out} could not be written ({reason}): free space or choose another disk.") from e
+
+    return run
 
 
 def as_json(site: SiteReport) -> dict[str, Any]:

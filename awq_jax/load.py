@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from awq_jax import models
 from awq_jax.formats import orbax
-from awq_jax.formats.checkpoint import open_checkpoint
+from awq_jax.formats.checkpoint import Checkpoint, open_checkpoint
+from awq_jax.formats.errors import InputError
 from awq_jax.models.generate import generate
 
 
@@ -35,21 +36,26 @@ class Model:
     params: Any
     tokenizer: Any
 
-    @cached_property
-    def _steps(self) -> tuple[Any, Any, Any]:
-        return tuple(jax.jit(partial(f, self.config)) for f in (self.module.embed, self.module.block, self.module.head))
-
     def hidden(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t h"]:
         """What the last layer gives; one compiled program a shape, whatever the number of layers."""
-        embed, block, _ = self._steps
-        h = embed(self.params, tokens)
+        embed, block, _ = steps(self.module, self.config)
+        h = embed(self.outer, tokens)
         for i in range(self.config.layers):
             h = block(self.params[f"layers_{i}"], h)
         return h
 
+    def head(self, hidden: Float[Array, "b t h"]) -> Float[Array, "b t v"]:
+        """Logits of what the last layer gives, float32."""
+        return steps(self.module, self.config)[2](self.outer, hidden)
+
     def logits(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t v"]:
         """Logits of every position, float32."""
-        return self._steps[2](self.params, self.hidden(tokens))
+        return self.head(self.hidden(tokens))
+
+    @property
+    def outer(self) -> Any:
+        """The params outside of the layers."""
+        return {name: part for name, part in self.params.items() if not name.startswith("layers_")}
 
     def generate(
         self, prompt: str, *, max_new_tokens: int = 64, temperature: float = 0.0, chat: bool = True, seed: int = 0
@@ -74,8 +80,11 @@ class Model:
 
     def sample(self, samples: int, seq_len: int, seed: int = 0) -> Int[np.ndarray, "n t"]:
         """Text that the model writes by itself from its first token on: calibration data without any text."""
-        start = self.tokenizer.bos_token_id
-        first = np.full((samples, 1), self.tokenizer.eos_token_id if start is None else start, np.int32)
+        ids = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        start = next((i for i in ids if i is not None), None)
+        if start is None:
+            raise InputError("--calib self: the tokenizer names no first token (bos or eos): give a text instead.")
+        first = np.full((samples, 1), start, np.int32)
         out = generate(
             self.config,
             self.params,
@@ -91,6 +100,26 @@ class Model:
         return () if self.tokenizer.eos_token_id is None else (int(self.tokenizer.eos_token_id),)
 
 
+@cache
+def steps(module: Any, config: Any) -> tuple[Any, Any, Any]:
+    """Embed, block and head of an architecture, jitted."""
+    embed, block, head = (jax.jit(partial(f, config)) for f in (module.embed, module.block, module.head))
+    return embed, block, head
+
+
+def architecture(checkpoint: Checkpoint) -> tuple[Any, Any]:
+    """The module of awq_jax.models that computes a checkpoint, and its Config.
+
+    Raises:
+      InputError: no module does, or the checkpoint's config lacks a size.
+    """
+    try:
+        module = models.for_config(checkpoint.config)
+        return module, module.Config.from_hf(checkpoint.config)
+    except ValueError as e:
+        raise InputError(f"{checkpoint.path}: {e}") from e
+
+
 def load(path: str | Path) -> Model:
     """The model at `path`: a Hugging Face folder or hub id, a GGUF file, an AutoAWQ folder, or a folder of ours.
 
@@ -101,8 +130,7 @@ def load(path: str | Path) -> Model:
       >>> print(awq.load("smollm2-awq").generate("Why is the sky blue?"))
     """
     checkpoint = open_checkpoint(path)
-    module = models.for_config(checkpoint.config)
-    config = module.Config.from_hf(checkpoint.config)
+    module, config = architecture(checkpoint)
     if checkpoint.kind == "orbax":
         parts, _ = orbax.load(checkpoint.path)
         params = parts.pop("outer") | parts

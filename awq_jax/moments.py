@@ -55,11 +55,11 @@ def of(x: Float[Array, "*lead_and_tokens i"], block: int | None, lead: int = 0, 
 
     Args:
       x: activations; the first `lead` axes (experts) are kept, all others but the last are tokens.
-      block: size of the diagonal blocks of the Gram matrix; None for the full matrix.
+      block: largest size of the diagonal blocks of the Gram matrix; None for the full matrix.
       weights: one weight a token, in the shape of x's token axes, or None.
     """
     i = x.shape[-1]
-    block = min(block or i, i)
+    block = block_size(i, block)
     x = x.reshape(*x.shape[:lead], -1, i).astype(jnp.float32)
     tokens = jnp.ones(x.shape[:-1], jnp.float32)
     if weights is not None:
@@ -67,6 +67,15 @@ def of(x: Float[Array, "*lead_and_tokens i"], block: int | None, lead: int = 0, 
     count = tokens.sum(-1)
     abs_sum = jnp.einsum("...ti,...t->...i", jnp.abs(x), tokens)
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -i % block)])
-    x = x.reshape(*x.shape[:-1], -1, block)
-    weighted = x if weights is None else x * tokens[..., None, None]
-    return Moments(count, abs_sum, jnp.einsum("...tbi,...tbj->...bij", weighted, x))
+    # Tokens last: on CPU three times as fast as contracting over a leading axis.
+    x = jnp.moveaxis(x.reshape(*x.shape[:-1], -1, block), -3, -1)
+    weighted = x if weights is None else x * tokens[..., None, None, :]
+    return Moments(count, abs_sum, jnp.einsum("...bit,...bjt->...bij", weighted, x))
+
+
+def block_size(features: int, most: int | None) -> int:
+    """The size of equal blocks of at most `most` (None: no limit) that cover `features`, each a multiple of 128."""
+    if most is None or features <= most:
+        return features
+    even = -(-features // -(-features // most))
+    return min(-(-even // 128) * 128, most)

@@ -162,12 +162,10 @@ def require_finite(error: Array, names: list[str], leaves: dict[str, Array]) -> 
     for name in names:
         bad = ~np.isfinite(np.asarray(leaves[name], np.float32))
         if bad.any():
-            raise ValueError(
-                f"{name}: {int(bad.sum())} of {bad.size} weights are NaN or infinite. Repair the checkpoint."
-            )
+            raise ValueError(f"{name}: {int(bad.sum())} of {bad.size} weights are NaN or infinite. Repair the model.")
     raise ValueError(
-        f"{', '.join(names)}: the search's error is not finite, though the weights are. The activations overflow on the "
-        "calibration text, or the strategy divides by zero."
+        f"{', '.join(names)}: the search's error is not finite, though the weights are. The activations overflow on "
+        "the calibration text, or the strategy divides by zero."
     )
 
 
@@ -214,6 +212,6 @@ def quantize_group(
         note = todo.notes.get(name, "")
         if not reached.all():
             note = f"{(~reached).sum()} of {reached.size} never reached: rounded to nearest"
-        errors = (float(e[..., part].sum()) / energy for e in (found.error, found.nearest_error))
-        out[name] = (q, SiteReport(name, spec, *errors, note))
+        error, nearest_error = (float(e[..., part].sum()) / energy for e in (found.error, found.nearest_error))
+        out[name] = (q, SiteReport(name, spec, error, nearest_error, note))
     return out

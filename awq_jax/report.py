@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console, Group
+from rich.markup import escape
 from rich.table import Table
 
 from awq_jax.quantize import SiteReport
@@ -31,7 +32,7 @@ def sites_table(sites: Iterable[SiteReport], worst: int = 10) -> Table:
     table.add_column("note")
     for s in ordered[:worst]:
         bits, group = (str(s.spec.bits), str(s.spec.group_size)) if s.spec else ("", "")
-        table.add_row(s.name, bits, group, f"{s.error:.2%}", f"{s.nearest_error:.2%}", s.note)
+        table.add_row(escape(s.name), bits, group, f"{s.error:.2%}", f"{s.nearest_error:.2%}", s.note)
     return table
 
 
@@ -57,7 +58,7 @@ def scores_table(rows: Mapping[str, Any]) -> Table:
     for name, s in rows.items():
         kl = "" if s.kl is None else f"{s.kl:.4f}"
         top1 = "" if s.top1 is None else f"{s.top1:.1%}"
-        table.add_row(name, f"{s.perplexity:.2f}", kl, top1)
+        table.add_row(escape(name), f"{s.perplexity:.2f}", kl, top1)
     return table
 
 

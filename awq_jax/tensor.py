@@ -207,7 +207,7 @@ def assemble(
 
 @ft.partial(jax.jit, static_argnames=("spec",))
 def quantize(w: Float[Array, "*lead i o"], spec: QuantSpec) -> QuantizedTensor:
-    """`w` rounded to nearest, group by group down axis -2, the range of a group being its smallest to largest weight."""
+    """`w` rounded to nearest in groups down axis -2; a group's range is its smallest to largest weight."""
     wide = jnp.asarray(w, jnp.float32)
     steps, zeros = affine(*group_ranges(wide, spec), spec)
     codes = nearest(group(wide, spec), steps, zeros, spec)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools as ft
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -135,11 +136,15 @@ def with_importance(fn: Function, traced: Traced, *, block: int | None = DEFAULT
         moments = {}
         for group, seen in inputs.items():
             members = [site for site in traced.sites.values() if site.group == group]
-            weight = sum(jax.numpy.square(gradients[site.name]).sum(-1) for site in members)
+            weight = jax.numpy.stack([jax.numpy.square(gradients[s.name]).sum(-1) for s in members]).sum(0)
             moments[group] = mo.of(seen, block, len(members[0].lead), weight / weight.mean())
         return moments, back
 
     return run
+
+
+def _moments_alone(observed: Function, params: Any, inputs: tuple[Any, ...], weights: Any) -> dict[str, Moments]:
+    return observed(params, *inputs, weights=weights)[1]
 
 
 def calibrate(
@@ -169,8 +174,7 @@ def calibrate(
             traced, example = sites(fn, params, *batch), tuple(batch)
             if not traced.sites:
                 raise ValueError("The function multiplies no activation with a param: there is nothing to quantize.")
-            observed = with_moments(fn, traced, block=block)
-            step = jax.jit(lambda p, inputs, weights: observed(p, *inputs, weights=weights)[1])
+            step = jax.jit(partial(_moments_alone, with_moments(fn, traced, block=block)))
         new = step(params, tuple(batch), mask(*batch) if mask else None)
         total = new if total is None else {k: total[k] + new[k] for k in total}
     if traced is None or total is None or example is None:

@@ -29,11 +29,16 @@ def windows(text: str, tokenizer: Any, n: int, length: int, source: str = "the t
     """The first `n` windows of `length` tokens.
 
     Raises:
-      InputError: not even one window.
+      InputError: not even one window, or windows in which nothing is predicted.
     """
-    tokens = np.array(tokenizer(text[: n * length * 10], add_special_tokens=False).input_ids, np.int32)
+    if n < 1 or length < 2:
+        raise InputError(f"--windows {n} --length {length}: give 1 or more windows of 2 tokens or more.")
+    # verbose=False: the text may be longer than the model's context, its windows are not.
+    ids = tokenizer(text[: n * length * 10], add_special_tokens=False, verbose=False).input_ids
+    tokens = np.array(ids, np.int32)
     if len(tokens) < length:
-        raise InputError(f"{source} has {len(tokens)} tokens, one window takes {length}: give --length {len(tokens)}.")
+        remedy = f"give --length {len(tokens)}" if len(tokens) > 1 else "give a longer text"
+        raise InputError(f"{source} has {len(tokens)} tokens, one window takes {length}: {remedy}.")
     n = min(n, len(tokens) // length)
     return tokens[: n * length].reshape(n, length)
 

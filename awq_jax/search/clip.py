@@ -37,7 +37,9 @@ class Clip:
         widest = jnp.maximum(-low, high)
 
         def best(candidates: Ranges) -> Ranges:
-            losses = jax.lax.map(lambda c: group_error(round_trip(grouped, *c, spec) - grouped, gram), candidates)
+            losses = jax.lax.map(
+                lambda c: group_error(round_trip(grouped, c[0], c[1], spec) - grouped, gram), candidates
+            )
             pick = jnp.argmin(losses, 0)[None]
             return tuple(jnp.take_along_axis(c, pick, 0)[0] for c in candidates)  # type: ignore[return-value]
 

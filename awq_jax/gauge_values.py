@@ -1,0 +1,142 @@
+"""What a walk over a jaxpr keeps: the unknown scales of each value, and the equations between them (see gauge.py)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from awq_jax.tensor import Layout
+from awq_jax.views import View
+
+Ids = np.ndarray
+"""int32, one signed unknown per element (0: none), with size 1 along axes on which it is constant."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """What is known of one array: its unknown scales, where it came from, and its value if it is one number."""
+
+    shape: tuple[int, ...]
+    terms: tuple[Ids, ...] = ()
+    root: Any = None
+    view: View | None = None
+    param: str | None = None
+    constant: float | None = None
+
+
+@dataclass(frozen=True)
+class Dot:
+    """One matmul of an activation with a param: `reads` tells which inputs are the same tensor and channels."""
+
+    param: str
+    layout: Layout
+    stacked: int
+    reads: Any
+    input_shape: tuple[int, ...]
+    n_batch: int
+    in_ids: Ids
+
+
+@dataclass
+class Walk:
+    """State of one pass over a jaxpr."""
+
+    dead: np.ndarray
+    offsets: dict[str, float]
+    joint: dict[str, tuple[tuple[int, ...], ...]]
+    ids: dict[tuple[str, tuple[int, ...]], Ids] = field(default_factory=dict)
+    stacked: dict[str, int] = field(default_factory=dict)
+    scans: dict[str, int] = field(default_factory=dict)
+    dots: list[Dot] = field(default_factory=list)
+    found: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    edges: list[tuple[Ids, Ids]] = field(default_factory=list)
+    frozen: list[tuple[Ids, str]] = field(default_factory=list)
+    unclear: list[tuple[Ids, str]] = field(default_factory=list)
+    count: int = 0
+    n_scans: int = 0
+
+    def axes_ids(self, param: str, axes: tuple[int, ...], size: int) -> Ids:
+        if (param, axes) not in self.ids:
+            self.ids[param, axes] = np.arange(self.count + 1, self.count + 1 + size, dtype=np.int32)
+            self.count += size
+        return self.ids[param, axes]
+
+    def freeze(self, terms: Iterable[Ids], reason: str) -> None:
+        self.frozen += [(t.ravel(), reason) for t in terms]
+
+    def alive(self, terms: Iterable[Ids]) -> tuple[Ids, ...]:
+        """`terms` without the unknowns that an earlier pass proved to be zero."""
+        kept = []
+        for t in terms:
+            known = np.abs(t) < len(self.dead)
+            t = np.where(known & self.dead[np.where(known, np.abs(t), 0)], 0, t)
+            if t.any():
+                kept.append(t)
+        return tuple(kept)
+
+    def equal(self, a: tuple[Ids, ...], b: tuple[Ids, ...], reason: str) -> tuple[Ids, ...]:
+        """Demand that two values scale alike; the terms of both."""
+        a, b = self.alive(a), self.alive(b)
+        same = [t for t in a if any(t.shape == u.shape and np.array_equal(t, u) for u in b)]
+        a_rest = [t for t in a if not any(t is s for s in same)]
+        b_rest = [u for u in b if not any(t.shape == u.shape and np.array_equal(t, u) for t in same)]
+        if len(a_rest) <= 1 and len(b_rest) <= 1:
+            left = a_rest[0] if a_rest else np.zeros((1,) * (b_rest[0].ndim if b_rest else 0), np.int32)
+            right = b_rest[0] if b_rest else np.zeros((1,) * left.ndim, np.int32)
+            self.link(left, right, reason)
+        else:
+            self.unclear += [(t.ravel(), reason) for t in (*a_rest, *b_rest)]
+        return a if len(a) >= len(b) else b
+
+    def link(self, a: Ids, b: Ids, reason: str) -> None:
+        a, b = (t.ravel() for t in np.broadcast_arrays(a, b))
+        self.edges.append((a[(a != 0) & (b != 0)], b[(a != 0) & (b != 0)]))
+        self.frozen += [(a[b == 0], reason), (b[a == 0], reason)]
+
+
+def param_value(walk: Walk, name: str, shape: tuple[int, ...], stacked: int = 0) -> Value:
+    """A param as it enters: one unknown for each position of each axis, or of each set of joint axes."""
+    walk.stacked[name] = max(stacked, walk.stacked.get(name, 0))
+    together = [tuple(a - stacked for a in axes) for axes in walk.joint.get(name, ()) if min(axes) >= stacked]
+    alone = [(k,) for k in range(len(shape)) if not any(k in axes for axes in together)]
+    terms = []
+    for axes in (*together, *alone):
+        sizes = [n if k in axes else 1 for k, n in enumerate(shape)]
+        if math.prod(sizes) > 1:
+            terms.append(walk.axes_ids(name, tuple(a + stacked for a in axes), math.prod(sizes)).reshape(sizes))
+    return Value(shape, tuple(terms), name, View.of(shape), name)
+
+
+def reshape_ids(ids: Ids, old: tuple[int, ...], new: tuple[int, ...]) -> Ids:
+    """`ids` of a value of shape `old` after its reshape to `new`; expands only where axes really mix."""
+    pieces: list[int] = []
+    full: list[int] = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        a, b, p, q = i, j, 1, 1
+        while True:
+            if p == q and (i > a or j > b):
+                break
+            if p <= q and i < len(old):
+                p, i = p * old[i], i + 1
+            elif j < len(new):
+                q, j = q * new[j], j + 1
+            else:
+                p, i = p * old[i], i + 1
+        constant = all(n == 1 for n in ids.shape[a:i])
+        pieces += [1] * (j - b) if constant else list(new[b:j])
+        full += [1] * (i - a) if constant else list(old[a:i])
+    return np.broadcast_to(ids, full).reshape(pieces)
+
+
+def varies(ids: Ids, axes: Iterable[int]) -> bool:
+    return any(ids.shape[k] > 1 for k in axes)
+
+
+def known(x: Any) -> Value:
+    shape = np.shape(x)
+    return Value(shape, constant=float(x) if shape == () and np.issubdtype(np.asarray(x).dtype, np.number) else None)

@@ -1,0 +1,74 @@
+"""What the benchmark scripts share: a model in memory, quantized without files, and where results go."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from awq_jax.load import Model
+from awq_jax.models import for_config
+from awq_jax.stream import Decoder, Streamed, stream
+from awq_jax.tensor import is_quantized
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, str]:
+    return {
+        "device": jax.devices()[0].device_kind,
+        "processor": processor(),
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+        return f"{len(names)} x {names[0]}"
+    except (OSError, IndexError):
+        return platform.processor()
+
+
+def save(name: str, result: Any) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps({"machine": machine(), "result": result}, indent=1) + "\n")
+
+
+def quantized_in_memory(checkpoint: Any, tokens: np.ndarray, recipe: Any, **options: Any) -> tuple[Any, Streamed]:
+    """The params of a checkpoint's model, every QuantizedTensor made dense again, and what streaming reports."""
+    module = for_config(checkpoint.config)
+    config = module.Config.from_hf(checkpoint.config)
+    parts: dict[str, Any] = {}
+
+    def keep(part: str, params: Any) -> None:
+        dense = lambda w: w.dequantize() if is_quantized(w) else jnp.asarray(w)
+        parts[part] = jax.tree.map(dense, params, is_leaf=is_quantized)
+
+    done = stream(Decoder(module, config, checkpoint.read), tokens, recipe, keep, **options)
+    return parts.pop("outer") | parts, done
+
+
+class Remembered:
+    """A model whose last hidden states on known windows are kept, so that only its head runs again."""
+
+    def __init__(self, model: Model) -> None:
+        self.model, self.kept = model, {}
+
+    def logits(self, tokens: Any) -> Any:
+        key = np.asarray(tokens).tobytes()
+        if key not in self.kept:
+            self.kept[key] = self.model.hidden(tokens)
+        return self.model.head(self.kept[key])
+
+
+def with_params(model: Model, params: Any) -> Model:
+    return replace(model, params=params)
