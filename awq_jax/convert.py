@@ -122,3 +122,8 @@ def check_fits(module: Any, config: Any, recipe: Recipe, format: Format) -> None
     for name, (i, o) in module.matrix_shapes(config).items():
         if (spec := recipe.spec_of(name)) is not None:
             autoawq.check_fits(name, i, o, spec)
+            if (spec.bits, spec.group_size) != (recipe.bits, recipe.group_size):
+                raise InputError(
+                    f"{name}: a rule gives it {spec.bits} bits in groups of {spec.group_size}, but an AutoAWQ file has one "
+                    f"of each ({recipe.bits}, {recipe.group_size}): skip the site, or write --format orbax."
+                )

@@ -89,6 +89,10 @@ def evaluate(walk: Walk, jaxpr: Any, args: Iterable[Value]) -> list[Value]:
         ins = [known(v.val) if isinstance(v, core.Literal) else env[v] for v in eqn.invars]
         name = eqn.primitive.name
         shapes = tuple(v.aval.shape for v in eqn.outvars)
+        if name not in CARRIES_PARAMS:
+            for v in ins:
+                if v.param is not None and v.view is not None:
+                    walk.ranks.setdefault(v.param, set()).add(len(v.view.base))
         if name not in CARRIES_PARAMS and not (name in ("add", "sub") and any(v.constant is not None for v in ins)):
             for v in ins:
                 if v.param in walk.offsets:
@@ -159,6 +163,9 @@ def components(jaxpr: Any, params: dict[int, tuple[str, tuple[int, ...]]]) -> Co
         args = [param_value(walk, *params[k]) if k in params else Value(s) for k, s in enumerate(shapes)]
         for out in evaluate(walk, jaxpr, args):
             walk.freeze(out.terms, "an output of the function")
+        for (name, _), ids in walk.ids.items():
+            if len(walk.ranks.get(name, ())) > 1:
+                walk.freeze([ids], "used both inside a scan over its layers and outside")
         loose = {n: (tuple(range(len(s))),) for n, s in params.values() if n not in walk.found and 1 < len(s) < 4}
         wanted = {n: axes for n, axes in (loose | walk.found).items() if axes}
         if (walk.offsets, wanted) != (offsets, joint):

@@ -78,7 +78,7 @@ def _same(walk: Walk, out: tuple, *xs: Value, **_: Any) -> list[Value]:
 def _add(walk: Walk, out: tuple, x: Value, y: Value, primitive: str, **_: Any) -> list[Value]:
     for a, b in ((x, y), (y, x)):
         if b.constant == 0:
-            return [Value(out[0], a.terms, a.root, a.view, a.param) if a.shape == out[0] else Value(out[0], a.terms)]
+            return [Value(out[0], a.terms)]
         if a.param is not None and b.constant is not None and (primitive != "sub" or a is x):
             offset = b.constant if primitive != "sub" else -b.constant
             if walk.offsets.setdefault(a.param, offset) == offset:

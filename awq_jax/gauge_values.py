@@ -53,6 +53,7 @@ class Walk:
     scans: dict[str, int] = field(default_factory=dict)
     dots: list[Dot] = field(default_factory=list)
     found: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    ranks: dict[str, set[int]] = field(default_factory=dict)
     edges: list[tuple[Ids, Ids]] = field(default_factory=list)
     frozen: list[tuple[Ids, str]] = field(default_factory=list)
     unclear: list[tuple[Ids, str]] = field(default_factory=list)
@@ -81,9 +82,14 @@ class Walk:
     def equal(self, a: tuple[Ids, ...], b: tuple[Ids, ...], reason: str) -> tuple[Ids, ...]:
         """Demand that two values scale alike; the terms of both."""
         a, b = self.alive(a), self.alive(b)
-        same = [t for t in a if any(t.shape == u.shape and np.array_equal(t, u) for u in b)]
-        a_rest = [t for t in a if not any(t is s for s in same)]
-        b_rest = [u for u in b if not any(t.shape == u.shape and np.array_equal(t, u) for t in same)]
+        a_rest: list[Ids] = []
+        b_rest = list(b)
+        for t in a:
+            k = next((k for k, u in enumerate(b_rest) if np.array_equal(t, u)), None)
+            if k is None:
+                a_rest.append(t)
+            else:
+                b_rest.pop(k)
         if len(a_rest) <= 1 and len(b_rest) <= 1:
             left = a_rest[0] if a_rest else np.zeros((1,) * (b_rest[0].ndim if b_rest else 0), np.int32)
             right = b_rest[0] if b_rest else np.zeros((1,) * left.ndim, np.int32)

@@ -58,10 +58,11 @@ class Fold:
     n: int
     members: tuple[Member, ...]
     sites: tuple[str, ...]
+    inputs: tuple[np.ndarray, ...]
 
     def channels(self, site: str) -> np.ndarray:
-        """For each input channel of `site` its factor's number, -1 where it has none."""
-        return next(m.channels for m in self.members if m.param == site and not m.inverse)
+        """For each input channel of `site`, in its layout's order, its factor's number; -1 where it has none."""
+        return self.inputs[self.sites.index(site)]
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def sites(fn: Callable[..., Any], params: Any, *inputs: Any) -> Traced:
     """
     jaxpr = jax.make_jaxpr(fn)(params, *inputs)
     leaves = named_leaves(params)
-    found = components(jaxpr, {k: (name, tuple(leaf.shape)) for k, (name, leaf) in enumerate(leaves.items())})
+    found = components(jaxpr, {k: (name, np.shape(leaf)) for k, (name, leaf) in enumerate(leaves.items())})
     dots: dict[str, list[Any]] = {}
     for dot in found.walk.dots:
         dots.setdefault(dot.param, []).append(dot)
@@ -119,7 +120,7 @@ def sites(fn: Callable[..., Any], params: Any, *inputs: Any) -> Traced:
             lead=tuple(ordered[:lead]),
             in_features=int(np.prod(ordered[lead : lead + n])),
             out_features=int(np.prod(ordered[lead + n :])),
-            group=groups.setdefault(tuple(use.reads for use in uses), name),
+            group=groups.setdefault((first.stacked, first.layout.n_lead, *(use.reads for use in uses)), name),
             refused=_refusal(found, [use.in_ids for use in uses]),
         )
     return Traced(out, _folds(found, {n: dots[n][0] for n in out}))
@@ -167,4 +168,5 @@ def _fold(found: Components, dots: dict[str, Any], names: list[str], comps: set[
                 kept = np.full(len(channels), -1)
                 kept[np.flatnonzero(channels >= 0)[mine]] = channels[channels >= 0][mine]
                 members.append(Member(param, axes, kept, inverse, found.walk.offsets.get(param, 0.0)))
-    return Fold(len(comps), tuple(members), tuple(names))
+    inputs = tuple(number[found.component[np.abs(dots[name].in_ids)]] for name in names)
+    return Fold(len(comps), tuple(members), tuple(names), inputs)
