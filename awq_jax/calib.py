@@ -83,10 +83,11 @@ def as_text(row: Any, tokenizer: Any) -> str:
     """A chat through the model's chat template, or a text as it is."""
     if isinstance(row, str):
         return row
-    if not isinstance(row, (dict, list)):
+    if isinstance(row, list):
+        row = {"messages": row}
+    if not isinstance(row, dict):
         raise ValueError(f"found {row!r}")
-    messages = row if isinstance(row, list) else row.get("messages") or row.get("conversations")
-    if messages:
+    if messages := row.get("messages") or row.get("conversations"):
         return tokenizer.apply_chat_template(messages, tokenize=False)
     if not isinstance(row.get("text"), str):
         raise ValueError(f"found the fields {sorted(row)}")

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import jax.numpy as jnp
 from safetensors import SafetensorError
 
 from awq_jax.calib import calibration_tokens
@@ -18,7 +19,9 @@ from awq_jax.formats.written import written_whole
 from awq_jax.load import architecture, load
 from awq_jax.quantize import SiteReport
 from awq_jax.recipe import Recipe
+from awq_jax.sites import named_leaves
 from awq_jax.stream import Decoder, Feed, stream
+from awq_jax.tensor import is_quantized
 
 Format = Literal["awq", "orbax"]
 REPORT = "quantization_report.json"
@@ -89,11 +92,27 @@ def writer(
     format: Format, folder: Path, checkpoint: Checkpoint, module: Any, recipe: Recipe
 ) -> tuple[Callable[[str, Any], None], Callable[[], None]]:
     """`(write(part, params), finish())` of a format."""
+    kept: orbax.Writer | autoawq.Writer
     if format == "orbax":
-        own = orbax.Writer(folder, checkpoint, recipe)
-        return own.write, own.finish
-    awq = autoawq.Writer(folder, checkpoint, recipe)
-    return lambda part, params: awq.write(part, module.to_names(part, params)), awq.finish
+        kept, named = orbax.Writer(folder, checkpoint, recipe), lambda part, params: params
+    else:
+        kept, named = autoawq.Writer(folder, checkpoint, recipe), module.to_names
+
+    def write(part: str, params: Any) -> None:
+        refuse_non_finite(part, params)
+        kept.write(part, named(part, params))
+
+    return write, kept.finish
+
+
+def refuse_non_finite(part: str, params: Any) -> None:
+    """What stays dense is not seen by any search, which would refuse it."""
+    for name, leaf in named_leaves(params).items():
+        if is_quantized(leaf) or not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            continue
+        if bad := int((~jnp.isfinite(leaf)).sum()):
+            where = name if part == "outer" else f"{part}/{name}"
+            raise InputError(f"{where}: {bad} of {leaf.size} weights are NaN or infinite. Repair the model.")
 
 
 def named_failure(out: str | Path, f: Callable[..., None]) -> Callable[..., None]:
@@ -124,6 +143,6 @@ def check_fits(module: Any, config: Any, recipe: Recipe, format: Format) -> None
             autoawq.check_fits(name, i, o, spec)
             if (spec.bits, spec.group_size) != (recipe.bits, recipe.group_size):
                 raise InputError(
-                    f"{name}: a rule gives it {spec.bits} bits in groups of {spec.group_size}, but an AutoAWQ file has one "
-                    f"of each ({recipe.bits}, {recipe.group_size}): skip the site, or write --format orbax."
+                    f"{name}: a rule gives it {spec.bits} bits in groups of {spec.group_size}, but an AutoAWQ file has "
+                    f"one of each ({recipe.bits}, {recipe.group_size}): skip the site, or write --format orbax."
                 )

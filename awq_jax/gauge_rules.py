@@ -175,7 +175,7 @@ def _reduce(walk: Walk, out: tuple, x: Value, axes: Any, **p: Any) -> list[Value
 def _dot(walk: Walk, out: tuple, x: Value, y: Value, dimension_numbers: Any, **_: Any) -> list[Value]:
     (cx, cy), (bx, by) = dimension_numbers
     for w, other, contracted, batch, theirs, their_batch in ((y, x, cy, by, cx, bx), (x, y, cx, bx, cy, by)):
-        if w.param is not None and other.param is None and w.view is not None:
+        if w.param is not None and other.param is None and w.view is not None and contracted:
             _record(walk, w, other, contracted, batch, theirs, their_batch)
             break
     frees = [[k for k in range(len(v.shape)) if k not in (*c, *b)] for v, c, b in ((x, cx, bx), (y, cy, by))]

@@ -204,7 +204,7 @@ def quantize_group(
             own(found.zeros[..., part]),
             spec,
             in_features=site.in_features,
-            dtype=leaves[name].dtype,
+            dtype=jnp.dtype(leaves[name].dtype),
             input_scale=None if s is None else own(1 / s),
             layout=None if site.layout.is_matrix else site.layout,
         )

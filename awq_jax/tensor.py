@@ -179,6 +179,7 @@ def round_trip(
     return (codes - zeros[..., None, :]) * steps[..., None, :]
 
 
+@ft.partial(jax.jit, static_argnames=("spec", "in_features", "dtype", "layout"))
 def assemble(
     codes: Float[Array, "*lead groups g o"],
     steps: Float[Array, "*lead groups o"],

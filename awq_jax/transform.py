@@ -42,7 +42,10 @@ class Calibration:
 
 def _interpreted(fn: Function, params: Any, inputs: tuple[Any, ...], on_dot: Any) -> tuple[Any, Records]:
     closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(abstract(params), *inputs)
-    weights = [Weight(name, leaf, View.of(leaf.shape), leaf.dtype) for name, leaf in named_leaves(params).items()]
+    weights = [
+        Weight(name, leaf, View.of(leaf.shape), leaf.dtype) if hasattr(leaf, "shape") else leaf
+        for name, leaf in named_leaves(params).items()
+    ]
     outs, records = evaluate(closed, [*weights, *jax.tree.leaves(inputs)], on_dot)
     outs = [o.dense() if isinstance(o, Weight) else o for o in outs]
     return jax.tree.unflatten(jax.tree.structure(out_shape), outs), records

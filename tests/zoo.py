@@ -6,6 +6,7 @@ Each is `fn(params, tokens) -> logits` with params drawn so that all of them mat
 from __future__ import annotations
 
 import functools as ft
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,11 @@ class Draw:
 
     def vector(self, *shape: int, around: float = 0.0) -> np.ndarray:
         return (around + 0.3 * self.rng.normal(size=shape)).astype(np.float32)
+
+
+def short(name: str) -> str:
+    """A param of the first layer, or of all stacked ones, without its folders: "layers/0/attn/q" is "q"."""
+    return re.sub(r"^layers/(0/)?(attn/|mlp/)?|/w$", "", name)
 
 
 def rms(x, scale):
@@ -119,6 +125,17 @@ def decoder(block: Callable, head: Callable, layer: Callable, draw: Draw, outer:
     return Model(fn, params | outer)
 
 
+def scanned(block: Callable, head: Callable, unrolled: Model) -> Model:
+    """`unrolled` with its layers stacked: a scan over rematerialized blocks."""
+
+    def fn(params, tokens):
+        step = jax.checkpoint(lambda x, p: (block(p, x), None))
+        return head(params, lax.scan(step, params["embed"][tokens], params["layers"])[0])
+
+    layers = jax.tree.map(lambda *ws: np.stack(ws), *unrolled.params["layers"])
+    return Model(fn, unrolled.params | {"layers": layers})
+
+
 def normed_head(params, x):
     return rms(x, params["norm"]) @ params["head"]
 
@@ -142,14 +159,7 @@ def llama_jitted() -> Model:
 
 
 def llama_scanned() -> Model:
-    """The params of `llama`, its layers stacked."""
-
-    def fn(params, tokens):
-        step = jax.checkpoint(lambda x, p: (llama_block(p, x), None))
-        return normed_head(params, lax.scan(step, params["embed"][tokens], params["layers"])[0])
-
-    params = llama().params
-    return Model(fn, params | {"layers": jax.tree.map(lambda *ws: np.stack(ws), *params["layers"])})
+    return scanned(llama_block, normed_head, llama())
 
 
 def llama_tied() -> Model:
@@ -274,16 +284,21 @@ def experts(p, x):
     return jnp.einsum("te,eto->to", weights, jnp.einsum("eti,eio->eto", hidden, p["down"])).reshape(x.shape)
 
 
-def moe() -> Model:
-    def block(p, x):
-        x = x + gqa(p["attn"], rms(x, p["attn_norm"]))
-        return x + experts(p["mlp"], rms(x, p["mlp_norm"]))
+def moe_block(p, x):
+    x = x + gqa(p["attn"], rms(x, p["attn_norm"]))
+    return x + experts(p["mlp"], rms(x, p["mlp_norm"]))
 
+
+def moe() -> Model:
     def layer(draw):
         return llama_layer(draw) | {"mlp": experts_params(draw)}
 
     draw = Draw()
-    return decoder(block, normed_head, layer, draw, norm_and_head(draw))
+    return decoder(moe_block, normed_head, layer, draw, norm_and_head(draw))
+
+
+def moe_scanned() -> Model:
+    return scanned(moe_block, normed_head, moe())
 
 
 def shared_expert() -> Model:
@@ -352,7 +367,9 @@ def rearranged() -> Model:
         y = rms(x, p["norm"])
         q, k = (heads(y @ p[n].T, HEADS) for n in "qk")
         v = jnp.einsum("bth,hnd->btnd", y, p["v"].astype(jnp.float32).reshape(WIDTH, HEADS, HEAD))
-        return x + lax.dot_general(p["o"].reshape(WIDTH, WIDTH), merged(attend(q, k, v)), (((1,), (2,)), ((), ()))).transpose(1, 2, 0)
+        return x + lax.dot_general(
+            p["o"].reshape(WIDTH, WIDTH), merged(attend(q, k, v)), (((1,), (2,)), ((), ()))
+        ).transpose(1, 2, 0)
 
     def layer(draw):
         return {
@@ -383,6 +400,7 @@ ZOO: dict[str, Callable[[], Model]] = {
         opt,
         gptj,
         moe,
+        moe_scanned,
         shared_expert,
         einsum_attention,
         custom_activation,

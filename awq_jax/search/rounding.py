@@ -45,7 +45,7 @@ class Feedback:
 
     shrink: float = 0.1
     refit: bool = True
-    ordered: bool = False
+    ordered: bool = True
 
     def __call__(
         self,

@@ -1,0 +1,254 @@
+"""What tracing says of a function's matmuls: names, sizes, which share an input, which are none."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import zoo
+from jax import lax
+from zoo import ZOO, short
+
+from awq_jax.sites import named_leaves, sites
+from awq_jax.spec import QuantSpec
+from awq_jax.tensor import quantize
+
+LLAMA = ["q k v", "o", "gate up", "down"]
+GROUPS = {
+    "llama": [*LLAMA, "head"],
+    "llama_jitted": [*LLAMA, "head"],
+    "llama_scanned": [*LLAMA, "head"],
+    "llama_tied": [*LLAMA, "embed"],
+    "gemma": [*LLAMA, "embed"],
+    "gpt2": ["qkv", "proj", "fc_in", "fc_out", "embed"],
+    "opt": ["q k v", "o", "fc1", "fc2", "head"],
+    "gptj": ["q k v fc_in", "fc_out", "o", "head"],
+    "moe": ["q k v", "o", "gate up", "router", "down", "head"],
+    "moe_scanned": ["q k v", "o", "gate up", "router", "down", "head"],
+    "shared_expert": [
+        "q k v", "o", "shared_gate shared/gate shared/up router", "shared/down", "gate up", "down", "head",
+    ],
+    "einsum_attention": [*LLAMA, "head"],
+    "custom_activation": ["up", "down", "head"],
+    "rearranged": ["q k v", "o", "head"],
+}  # fmt: skip
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def traced(name):
+    model = ZOO[name]()
+    return sites(model.fn, model.params, *model.inputs)
+
+
+def groups_of(found):
+    """The names of sites that share an input, in the order of the first of each."""
+    out = {}
+    for site in found.sites.values():
+        out.setdefault(site.group, []).append(site.name)
+    assert all(members[0] == group for group, members in out.items())
+    return list(out.values())
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_sites_that_read_the_same_tensor_are_a_group(name):
+    groups = groups_of(traced(name))
+    first = [" ".join(map(short, names)) for names in groups if not names[0].startswith("layers/1/")]
+    assert sorted(first) == sorted(GROUPS[name])
+    second = [" ".join(names).replace("layers/1/", "layers/0/") for names in groups if names[0].startswith("layers/1/")]
+    unrolled = [" ".join(names) for names in groups if names[0].startswith("layers/0/")]
+    assert second == unrolled
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    {
+        "llama": {"q": (32, 32), "k": (32, 16), "o": (32, 32), "gate": (32, 48), "down": (48, 32), "head": (32, 40)},
+        "llama_scanned": {"q": (32, 32), "v": (32, 16), "down": (48, 32), "head": (32, 40)},
+        "llama_tied": {"embed": (32, 40)},
+        "gpt2": {"qkv": (32, 96), "fc_out": (48, 32)},
+        "moe": {"router": (32, 3), "gate": (32, 48), "down": (48, 32)},
+        "shared_expert": {"shared_gate": (32, 1)},
+        "einsum_attention": {"q": (32, 32), "o": (32, 32)},
+        "rearranged": {"q": (32, 32), "v": (32, 32), "o": (32, 32), "head": (32, 40)},
+    }.items(),
+)
+def test_features_are_counted_as_the_matmul_sees_them(name, sizes):
+    found = {short(site.name): (site.in_features, site.out_features) for site in traced(name).sites.values()}
+    assert {k: found[k] for k in sizes} == sizes
+
+
+@pytest.mark.parametrize("name", ["moe", "moe_scanned", "llama", "llama_scanned"])
+def test_layers_and_experts_are_told_apart(name):
+    for site in traced(name).sites.values():
+        batched = name.startswith("moe") and short(site.name) in ("gate", "up", "down")
+        assert site.lead == ((zoo.EXPERTS,) if batched else ()), site.name
+        assert site.stacked == (name.endswith("scanned") and site.name != "head"), site.name
+
+
+def test_a_scan_in_a_scan_slices_twice():
+    def fn(p, x):
+        layer = lambda x, w: (jnp.tanh(x @ w), None)
+        return lax.scan(lambda x, ws: lax.scan(layer, x, ws), x, p)[0]
+
+    (site,) = sites(fn, normal(2, 3, 8, 8), normal(5, 8)).sites.values()
+    assert (site.stacked, site.in_features, site.out_features) == (2, 8, 8)
+
+
+WAYS = {
+    "x @ w": (lambda w, x: x @ w, (6, 4)),
+    "x @ w.T": (lambda w, x: x @ w.T, (4, 6)),
+    "weight first": (lambda w, x: (w @ x.T).T, (4, 6)),
+    "heads out": (lambda w, x: jnp.einsum("ti,ind->tnd", x, w), (6, 2, 5)),
+    "heads out, input axis last": (lambda w, x: jnp.einsum("ti,ndi->tnd", x, w), (2, 5, 6)),
+    "heads in": (lambda w, x: jnp.einsum("tnd,ndo->to", x.reshape(-1, 2, 3), w), (2, 3, 4)),
+    "heads in, turned": (lambda w, x: jnp.einsum("tdn,ndo->to", x.reshape(-1, 3, 2), w), (2, 3, 4)),
+    "merged first": (lambda w, x: x @ w.reshape(6, 4), (2, 3, 4)),
+    "split first": (lambda w, x: jnp.einsum("ti,ind->tnd", x, w.reshape(6, 2, 2)), (6, 4)),
+    "cast": (lambda w, x: x @ w.astype(jnp.float32), (6, 4)),
+    "under vmap": (lambda w, x: jax.vmap(lambda row: row @ w)(x), (6, 4)),
+    "in a jit": (lambda w, x: jax.jit(jnp.dot)(x, w), (6, 4)),
+    "a vector": (lambda w, x: x @ w, (6,)),
+    "an axis of one": (lambda w, x: x @ w[:, 0], (6, 1, 4)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_layout_gives_the_matrix_whichever_way_it_is_written(way):
+    fn, shape = WAYS[way]
+    x, w = normal(5, 6), normal(*shape, seed=1)
+    (site,) = sites(lambda p, x: fn(p["w"], x), {"w": w}, x).sites.values()
+    matrix = np.asarray(site.layout.matrix(jnp.asarray(w)))
+    assert matrix.shape == (6, site.out_features)
+    expected = np.asarray(fn(w, x)).reshape(5, -1)
+    order = x.reshape(5, 3, 2).swapaxes(1, 2).reshape(5, 6) if way == "heads in, turned" else x
+    assert min(np.abs(rows @ matrix - expected).max() for rows in (x, order)) < 1e-5
+
+
+def test_experts_are_a_batch_of_matrices():
+    x, w = normal(3, 5, 6), normal(6, 3, 4, seed=1)
+    (site,) = sites(lambda w, x: jnp.einsum("eti,ieo->eto", x, w), w, x).sites.values()
+    assert (site.lead, site.in_features, site.out_features) == ((3,), 6, 4)
+    np.testing.assert_array_equal(site.layout.matrix(w), w.transpose(1, 0, 2))
+
+
+NO_SITES = {
+    "activations": lambda p, x: jax.nn.softmax(x @ x.T) @ x,
+    "a constant": lambda p, x: x @ np.eye(6, dtype=np.float32) * p["w"].sum(),
+    "two params": lambda p, x: x + p["w"] @ p["v"],
+    "a product of params": lambda p, x: x @ (p["w"] @ p["v"]),
+    "no axis is contracted": lambda p, x: jnp.einsum("t,o->to", x[:, 0], p["w"][0]),
+    "an outer product": lambda p, x: lax.dot_general(x, p["w"], (((), ()), ((), ()))),
+    "changed before": lambda p, x: x @ (2 * p["w"]),
+    "one added": lambda p, x: x @ (1 + p["w"]),
+    "nothing added": lambda p, x: x @ (p["w"] + 0.0),
+    "negated": lambda p, x: x @ (0.0 - p["w"]),
+    "read as it is and turned": lambda p, x: x @ p["w"] @ p["w"].T,
+    "one branch of a cond": lambda p, x: lax.cond(x.sum() > 0, lambda: x @ p["w"], lambda: x),
+}
+
+
+@pytest.mark.parametrize("name", NO_SITES)
+def test_these_are_no_sites(name):
+    params = {"w": normal(6, 6), "v": normal(6, 6)}
+    assert not sites(NO_SITES[name], params, normal(5, 6)).sites
+
+
+def test_a_param_that_is_used_twice_alike_is_one_site():
+    found = sites(lambda w, x: jnp.tanh(x @ w) @ w, {"w": normal(6, 6)}["w"], normal(5, 6))
+    assert len(found.sites) == 1
+
+
+def scan_with_shared(first):
+    def fn(p, x):
+        def step(x, w):
+            stacked, shared = jnp.tanh(x @ w), None
+            shared = jnp.tanh(x @ p["shared"])
+            return (stacked + shared if first == "stacked" else shared + stacked), None
+
+        return lax.scan(step, x, p["stacked"])[0]
+
+    return fn, {"shared": normal(6, 6), "stacked": normal(3, 6, 6)}, normal(5, 6)
+
+
+EXPERTS = {"a": normal(2, 6, 4), "b": normal(2, 6, 4)}
+INPUTS_THAT_DIFFER = {
+    "another tensor": (lambda p, x: (x @ p["a"], jnp.tanh(x) @ p["b"]), {"a": normal(6, 4), "b": normal(6, 4)}, normal(5, 6)),
+    "other channels": (lambda p, x: (x @ p["a"], x[:, ::-1] @ p["b"]), {"a": normal(6, 4), "b": normal(6, 4)}, normal(5, 6)),
+    "channels in another order": (
+        lambda p, x: (x @ p["a"], x.reshape(5, 2, 3).transpose(0, 2, 1).reshape(5, 6) @ p["b"]),
+        {"a": normal(6, 4), "b": normal(6, 4)},
+        normal(5, 6),
+    ),
+    "tokens as channels": (lambda p, x: (x @ p["a"], x.T @ p["b"]), {"a": normal(6, 4), "b": normal(6, 4)}, normal(6, 6)),
+    "experts together and apart": (
+        lambda p, x: (jnp.einsum("eti,eio->to", x, p["a"]), jnp.einsum("eti,eio->eto", x, p["b"])),
+        EXPERTS,
+        normal(2, 5, 6),
+    ),
+    "one layer's and all layers'": scan_with_shared("stacked"),
+    "all layers' and one layer's": scan_with_shared("shared"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", INPUTS_THAT_DIFFER)
+def test_sites_of_other_channels_are_no_group(name):
+    fn, params, x = INPUTS_THAT_DIFFER[name]
+    assert [len(names) for names in groups_of(sites(fn, params, x))] == [1, 1]
+
+
+SAME_INPUT = {
+    "tokens merged": lambda p, x: (x @ p["a"], x.reshape(-1, 6) @ p["b"]),
+    "tokens turned": lambda p, x: (x @ p["a"], x.transpose(1, 0, 2) @ p["b"]),
+    "another precision": lambda p, x: (x @ p["a"], x.astype(jnp.bfloat16).astype(jnp.float32) @ p["b"]),
+    "in a jit": lambda p, x: (x @ p["a"], jax.jit(jnp.dot)(x, p["b"])),
+    "in a checkpoint": lambda p, x: (x @ p["a"], jax.checkpoint(jnp.dot)(x, p["b"])),
+}
+
+
+@pytest.mark.parametrize("name", SAME_INPUT)
+def test_rearranged_tokens_are_the_same_input(name):
+    found = sites(SAME_INPUT[name], {"a": normal(6, 4), "b": normal(6, 4)}, normal(2, 5, 6))
+    assert groups_of(found) == [["a", "b"]]
+
+
+def test_every_site_that_no_fold_covers_says_why():
+    for name in ZOO:
+        found = traced(name)
+        folded = {site for fold in found.folds for site in fold.sites}
+        assert {site.name for site in found.sites.values() if site.refused is None} == folded
+        assert all(site.refused for site in found.sites.values() if site.name not in folded)
+
+
+@pytest.mark.parametrize(
+    ("name", "site", "reason"),
+    [("gpt2", "layers/0/fc_out/w", "integer_pow"), ("llama_tied", "embed", "gather"), ("gemma", "embed", "gather")],
+)
+def test_the_reason_names_what_is_in_the_way(name, site, reason):
+    assert traced(name).sites[site].refused == reason
+
+
+def test_shapes_are_enough():
+    model = ZOO["llama"]()
+    shapes = jax.eval_shape(lambda *a: a, model.params, *model.inputs)
+    assert sites(model.fn, *shapes).sites == traced("llama").sites
+
+
+class Params(NamedTuple):
+    layers: list
+    eps: float
+
+
+def test_leaves_are_named_by_their_path():
+    dense, quantized = normal(32, 4), quantize(normal(32, 4), QuantSpec(group_size=32))
+    leaves = named_leaves(Params([{"w": dense}, {"w": quantized}], 1e-5))
+    assert list(leaves) == ["layers/0/w", "layers/1/w", "eps"]
+    assert leaves["layers/1/w"] is quantized
+
+
+def test_params_may_hold_plain_numbers():
+    found = sites(lambda p, x: x @ p.layers[0] + p.eps, Params([normal(6, 4)], 1e-5), normal(5, 6))
+    assert list(found.sites) == ["layers/0"]
