@@ -13,20 +13,20 @@ from typing import Annotated, Any, Literal
 import absl.logging
 import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tyro.conf import Positional, arg
 
 from awq_jax.report import console, scores_table, sites_table, summary
 
 Preset = Literal["default", "fast", "best", "rtn", "llm_awq", "autoawq", "llmcompressor"]
-Positional = tyro.conf.Positional
 
 
 @dataclass(frozen=True)
 class Quantize:
     """Make a model 4 times smaller: calibrate, search, write."""
 
-    model: Positional[str]
+    model: Annotated[Positional[str], arg(metavar="MODEL")]
     """Hugging Face folder or hub id, or a GGUF file."""
-    out: Positional[Path]
+    out: Annotated[Positional[Path], arg(metavar="OUT")]
     """Folder to write."""
     bits: int = 4
     """Width of the codes, 2 to 8 (awq files hold 4)."""
@@ -89,9 +89,9 @@ class Quantize:
 class Eval:
     """Perplexity of a text; with --dense also KL and top-1 agreement with that model."""
 
-    model: Positional[str]
+    model: Annotated[Positional[str], arg(metavar="MODEL")]
     """Any checkpoint, dense or quantized."""
-    text: Positional[Path]
+    text: Annotated[Positional[Path], arg(metavar="TEXT")]
     """Text file; best one that calibration never saw."""
     dense: str | None = None
     """The model to compare with."""
@@ -119,11 +119,12 @@ class Eval:
 class Generate:
     """Let a model answer."""
 
-    model: Positional[str]
+    model: Annotated[Positional[str], arg(metavar="MODEL")]
     """Any checkpoint, dense or quantized."""
-    prompt: Positional[str]
+    prompt: Annotated[Positional[str], arg(metavar="PROMPT")]
     """What to answer."""
     max_new_tokens: int = 128
+    """The answer's tokens at most."""
     temperature: float = 0.0
     """0 takes the likeliest token."""
     raw: bool = False
@@ -142,7 +143,7 @@ class Generate:
 class Inspect:
     """What is in a checkpoint: sites, bits, bytes, and each site's error where it was quantized here."""
 
-    model: Positional[str]
+    model: Annotated[Positional[str], arg(metavar="MODEL")]
     """Any checkpoint, dense or quantized."""
 
     def run(self) -> None:
@@ -155,9 +156,10 @@ class Inspect:
 class Demo:
     """See it work: quantize a small model, compare it with the dense one, let both answer."""
 
-    model: Positional[str | None] = None
+    model: Annotated[Positional[str | None], arg(metavar="MODEL")] = None
     """Any model; without it SmolLM2-135M-Instruct, fetched once (98 MB)."""
     prompt: str = "What is gravity?"
+    """What both models are asked."""
 
     def run(self) -> None:
         from awq_jax.demo import demo

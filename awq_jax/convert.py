@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax.numpy as jnp
+import numpy as np
 from safetensors import SafetensorError
 
 from awq_jax.calib import calibration_tokens
@@ -80,12 +81,22 @@ def quantize_checkpoint(
         tokens = calibration_tokens(calib, tokenizer, samples=samples, seq_len=seq_len, own=own)
         write, finish = (named_failure(out, f) for f in writer(format, scratch, checkpoint, module, recipe))
 
-        decoder = Decoder(module, config, checkpoint.read)
+        decoder = Decoder(module, config, widened(checkpoint.read) if recipe.fold else checkpoint.read)
         done = stream(decoder, tokens, recipe, write, feed=feed, progress=progress)
         finish()
         (scratch / REPORT).write_text(json.dumps([as_json(site) for site in done.reports], indent=1))
         after = sum(f.stat().st_size for f in scratch.rglob("*") if f.is_file())
     return Converted(Path(out), checkpoint.nbytes, after, done.reports, done.seconds)
+
+
+def widened(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """`read`, half precision as float32, so that folding rounds nothing; AutoAWQ files are float16 in the end."""
+
+    def run(name: str) -> Any:
+        w = read(name)
+        return w.astype(np.float32) if w.dtype.itemsize == 2 and jnp.issubdtype(w.dtype, jnp.floating) else w
+
+    return run
 
 
 def writer(

@@ -59,7 +59,7 @@ def _scan(walk: Walk, out: tuple, *xs: Value, jaxpr: Any, **p: Any) -> list[Valu
         if x.param is not None and x.view == View.of(x.shape):
             first = walk.scans.setdefault(x.param, walk.n_scans)
             walk.found.setdefault(x.param, ())
-            inside.append(param_value(walk, x.param, x.shape[1:], walk.stacked[x.param] + 1))
+            inside.append(param_value(walk, x.param, x.shape[1:], walk.ndims[x.param] - len(x.shape) + 1))
             if first != walk.n_scans:
                 walk.freeze(inside[-1].terms, "sliced by two scans")
         else:

@@ -202,7 +202,7 @@ def _record(walk: Walk, w: Value, x: Value, contracted: Any, batch: Any, theirs:
     assert w.view is not None
     assert w.param is not None
     assert x.view is not None
-    stacked = walk.stacked[w.param]
+    stacked = walk.ndims[w.param] - len(w.view.base)
     layout, seen = w.view.layout(batch, contracted), x.view.layout(their_batch, theirs)
     tokens = [k for k in range(len(x.shape)) if k not in (*theirs, *their_batch)]
     free = [k for k in range(len(w.shape)) if k not in (*contracted, *batch)]

@@ -49,7 +49,7 @@ class Walk:
     offsets: dict[str, float]
     joint: dict[str, tuple[tuple[int, ...], ...]]
     ids: dict[tuple[str, tuple[int, ...]], Ids] = field(default_factory=dict)
-    stacked: dict[str, int] = field(default_factory=dict)
+    ndims: dict[str, int] = field(default_factory=dict)
     scans: dict[str, int] = field(default_factory=dict)
     dots: list[Dot] = field(default_factory=list)
     found: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
@@ -106,7 +106,7 @@ class Walk:
 
 def param_value(walk: Walk, name: str, shape: tuple[int, ...], stacked: int = 0) -> Value:
     """A param as it enters: one unknown for each position of each axis, or of each set of joint axes."""
-    walk.stacked[name] = max(stacked, walk.stacked.get(name, 0))
+    walk.ndims[name] = len(shape) + stacked
     together = [tuple(a - stacked for a in axes) for axes in walk.joint.get(name, ()) if min(axes) >= stacked]
     alone = [(k,) for k in range(len(shape)) if not any(k in axes for axes in together)]
     terms = []

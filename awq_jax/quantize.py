@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
+from threadpoolctl import threadpool_limits
 
 from awq_jax.fold import check_fold, fold
 from awq_jax.moments import Moments
@@ -62,6 +63,8 @@ def plan(calibration: Calibration, recipe: Recipe) -> Plan:
     return Plan(specs, tuple(usable), notes)
 
 
+# jax's Cholesky on CPU is scipy's OpenBLAS, whose threads spin against XLA's: ten times slower than one thread.
+@threadpool_limits.wrap(limits=1, user_api="blas")
 def quantize(params: Any, calibration: Calibration, recipe: Recipe | None = None) -> tuple[Any, tuple[SiteReport, ...]]:
     """Params with a QuantizedTensor at every site, and a report of each site's error.
 

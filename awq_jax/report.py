@@ -63,4 +63,4 @@ def scores_table(rows: Mapping[str, Any]) -> Table:
 
 
 def console() -> Console:
-    return Console(highlight=False)
+    return Console(highlight=False, emoji=False)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import jax
@@ -18,12 +18,39 @@ from jaxtyping import Array, Float, Int
 from awq_jax.moments import Moments
 from awq_jax.quantize import SiteReport, quantize
 from awq_jax.recipe import Recipe
-from awq_jax.sites import sites
+from awq_jax.sites import Traced, sites
 from awq_jax.transform import Calibration, quantized, with_importance, with_moments
 
 Feed = Literal["dense", "quantized"]
 CHUNK = 2048
 """Tokens that go through a block at once: enough to keep the matmuls busy, small beside a block's weights."""
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A model that is read layer by layer.
+
+    Args:
+      module: of awq_jax.models: `embed`, `block`, `head`, `layer_params`, `outer_params`.
+      config: the module's Config.
+      read: tensor by checkpoint name.
+    """
+
+    module: Any
+    config: Any
+    read: Callable[[str], Any]
+
+    @cached_property
+    def block(self) -> Callable[[Any, Array], Array]:
+        """`(params of a layer, hidden) -> hidden`."""
+        return partial(self.module.block, self.config)
+
+    @property
+    def layers(self) -> range:
+        return range(self.config.layers)
+
+    def layer(self, i: int) -> Any:
+        return jax.tree.map(jnp.asarray, self.module.layer_params(self.read, self.config, i))
 
 
 @dataclass
@@ -47,24 +74,6 @@ class Streamed:
     seconds: dict[str, float]
 
 
-@dataclass(frozen=True)
-class Decoder:
-    """A model that is read layer by layer.
-
-    Args:
-      module: of awq_jax.models: `embed`, `block`, `head`, `layer_params`, `outer_params`.
-      config: the module's Config.
-      read: tensor by checkpoint name.
-    """
-
-    module: Any
-    config: Any
-    read: Callable[[str], Any]
-
-    def layer(self, i: int) -> Any:
-        return jax.tree.map(jnp.asarray, self.module.layer_params(self.read, self.config, i))
-
-
 def stream(
     model: Decoder,
     tokens: Int[np.ndarray, "n t"],
@@ -78,11 +87,17 @@ def stream(
 
     Args:
       tokens: calibration sequences of equal length.
-      recipe: with `importance`, blocks are done last to first, after one pass that keeps every block's input.
+      recipe: with `importance`, blocks are done last to first, after one pass that keeps every block's input on disk.
       write: called with ("outer", params) and with ("layers_<i>", params) for each block.
       feed: whether a block is calibrated on what the dense blocks before it give, or the quantized ones.
       progress: called with a stage, blocks done and blocks in all.
+
+    Raises:
+      ValueError: non-finite weights, a fold that changed a block (both name the site), or `feed="quantized"` with
+        `importance`, which needs the dense blocks' gradients.
     """
+    if recipe.importance and feed == "quantized":
+        raise ValueError("feed='quantized' with importance=True: gradients are those of the dense blocks; choose one.")
     clock = Clock()
     with clock("load"):
         outer = model.module.outer_params(model.read, model.config)
@@ -91,94 +106,101 @@ def stream(
         hidden = [model.module.embed(model.config, outer, chunk) for chunk in chunks]
     with clock("write"):
         write("outer", outer)
-    block = partial(model.module.block, model.config)
-    traced = sites(block, model.layer(0), hidden[0])
+    traced = sites(model.block, model.layer(0), hidden[0])
+    reports: dict[int, list[SiteReport]] = {}
 
-    def finish(i: int, params: Any, moments: dict[str, Moments], example: Array) -> tuple[Any, tuple[SiteReport, ...]]:
-        name = f"layers_{i}"
+    def finish(layer: int, params: Any, moments: Any, example: Array) -> Any:
+        name = f"layers_{layer}"
         with clock("search"):
-            calibration = Calibration(block, traced, moments, (example[:1, :64],))
-            qparams, found = named_errors(name, lambda: quantize(params, calibration, recipe))
-            jax.block_until_ready(qparams)
+            calibration = Calibration(model.block, traced, moments, (example[:1, :64],))
+            qparams, found = quantize_block(name, params, calibration, recipe)
         with clock("write"):
             write(name, qparams)
-        return qparams, tuple(replace(r, name=f"{name}/{r.name}") for r in found)
+        reports[layer] = [replace(r, name=f"{name}/{r.name}") for r in found]
+        progress("block", len(reports), len(model.layers))
+        return qparams
 
     if recipe.importance:
-        reports = _backward(model, outer, block, traced, hidden, recipe, finish, clock, progress)
+        backward(model, traced, recipe, hidden, outer, finish, clock, progress)
     else:
         del outer
-        reports = _forward(model, block, traced, hidden, recipe, finish, feed, clock, progress)
-    return Streamed(reports, clock.seconds)
+        forward(model, traced, recipe, hidden, feed, finish, clock)
+    return Streamed(tuple(r for layer in model.layers for r in reports[layer]), clock.seconds)
 
 
-def _forward(
-    model: Decoder, block: Any, traced: Any, hidden: list[Array], recipe: Recipe, finish: Any, feed: Feed, clock: Clock,
-    progress: Any,
-) -> tuple[SiteReport, ...]:  # fmt: skip
+def quantize_block(name: str, params: Any, calibration: Calibration, recipe: Recipe) -> Any:
+    """`quantize`, its errors saying which block they are about."""
+    try:
+        return jax.block_until_ready(quantize(params, calibration, recipe))
+    except ValueError as e:
+        raise ValueError(f"{name}/{e}") from e
+
+
+Finish = Callable[[int, Any, dict[str, Moments] | None, Array], Any]
+"""`(layer, params, moments, an input) -> qparams`: quantizes and writes a block."""
+
+
+def forward(
+    model: Decoder, traced: Traced, recipe: Recipe, hidden: list[Array], feed: Feed, finish: Finish, clock: Clock
+) -> None:
     """First block to last, each from the hidden states that the one before it left."""
-    observe = jax.jit(with_moments(block, traced, block=recipe.gram_block))
-    again = jax.jit(quantized(block))
-    reports: list[SiteReport] = []
-    for i in range(model.config.layers):
-        progress("block", i, model.config.layers)
+    observe = jax.jit(with_moments(model.block, traced, block=recipe.gram_block))
+    again = jax.jit(quantized(model.block))
+    for layer in model.layers:
         with clock("load"):
-            params = model.layer(i)
+            params = model.layer(layer)
         inputs, moments = (list(hidden) if feed == "quantized" else hidden[:1]), None
         with clock("statistics"):
             for k, h in enumerate(hidden):
                 hidden[k], new = observe(params, h)
                 moments = new if moments is None else add(moments, new)
             jax.block_until_ready(moments)
-        qparams, found = finish(i, params, moments, inputs[0])
+        qparams = finish(layer, params, moments, inputs[0])
         if feed == "quantized":
             with clock("statistics"):
                 hidden = [again(qparams, h) for h in inputs]
-        reports += found
-    progress("block", model.config.layers, model.config.layers)
-    return tuple(reports)
 
 
-def _backward(
-    model: Decoder, outer: Any, block: Any, traced: Any, hidden: list[Array], recipe: Recipe, finish: Any, clock: Clock,
-    progress: Any,
-) -> tuple[SiteReport, ...]:  # fmt: skip
+def backward(
+    model: Decoder,
+    traced: Traced,
+    recipe: Recipe,
+    hidden: list[Array],
+    outer: Any,
+    finish: Finish,
+    clock: Clock,
+    progress: Callable[[str, int, int], None],
+) -> None:
     """Last block to first, each with its inputs from a forward pass and its outputs' gradients from the block after."""
-    layers = model.config.layers
-    step = jax.jit(block)
-    observe = jax.jit(with_importance(block, traced, block=recipe.gram_block))
+    step = jax.jit(model.block)
+    observe = jax.jit(with_importance(model.block, traced, block=recipe.gram_block))
     gradient = jax.jit(partial(label_gradient, partial(model.module.head, model.config)))
+    count = len(model.layers)
     with tempfile.TemporaryFile() as file:
-        shape = (layers, len(hidden), *hidden[0].shape)
-        kept = np.memmap(file, jnp.bfloat16, "w+", shape=shape)
+        kept = np.memmap(file, jnp.bfloat16, "w+", shape=(count, len(hidden), *hidden[0].shape))
+        sizes = [len(h) for h in hidden]
         with clock("forward"):
-            for i in range(layers):
-                progress("forward", i, layers)
-                params = model.layer(i)
+            for layer in model.layers:
+                progress("forward", layer, count)
+                params = model.layer(layer)
                 for k, h in enumerate(hidden):
-                    kept[i, k, : len(h)] = np.asarray(h.astype(jnp.bfloat16))
+                    kept[layer, k, : sizes[k]] = np.asarray(h.astype(jnp.bfloat16))
                     hidden[k] = step(params, h)
-            sizes = [len(h) for h in hidden]
             keys = jax.random.split(jax.random.key(0), len(hidden))
             cotangents = [gradient(outer, h, key) for h, key in zip(hidden, keys, strict=True)]
             jax.block_until_ready(cotangents)
-        progress("forward", layers, layers)
-        reports: list[SiteReport] = []
-        for i in reversed(range(layers)):
-            progress("block", layers - 1 - i, layers)
+        progress("forward", count, count)
+        for layer in reversed(model.layers):
             with clock("load"):
-                params = model.layer(i)
-            moments = None
+                params = model.layer(layer)
+            h, moments = hidden[0], None
             with clock("statistics"):
                 for k, g in enumerate(cotangents):
-                    h = jnp.asarray(kept[i, k, : sizes[k]]).astype(g.dtype)
+                    h = jnp.asarray(kept[layer, k, : sizes[k]]).astype(g.dtype)
                     new, cotangents[k] = observe(params, h, g)
                     moments = new if moments is None else add(moments, new)
                 jax.block_until_ready(moments)
-            _, found = finish(i, params, moments, h)
-            reports = [*found, *reports]
-        progress("block", layers, layers)
-    return tuple(reports)
+            finish(layer, params, moments, h)
 
 
 def add(a: Any, b: Any) -> Any:
@@ -204,11 +226,3 @@ def label_gradient(
     part = next(n for n in (256, 128, 64, 32, 16, 8, 4, 2, 1) if b * t % n == 0)
     pieces = hidden.reshape(-1, part, width)
     return jax.lax.map(one, (pieces, jax.random.split(key, len(pieces)))).reshape(hidden.shape)
-
-
-def named_errors(where: str, f: Callable[[], Any]) -> Any:
-    """`f()`, its ValueErrors saying which block they are about."""
-    try:
-        return f()
-    except ValueError as e:
-        raise ValueError(f"{where}/{e}") from e

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools as ft
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -96,7 +97,7 @@ def with_moments(fn: Function, traced: Traced, *, block: int | None = DEFAULT_BL
             if weight.name not in leaders:
                 return y, {}
             tokens = x.shape[layout.n_lead : -1]
-            if weights is not None and weights.size != int(jax.numpy.prod(jax.numpy.array(tokens))):
+            if weights is not None and weights.size != math.prod(tokens):
                 raise ValueError(
                     f"{weight.name}: weights have shape {weights.shape}, the site's tokens {tokens}. "
                     "Give one weight a token."

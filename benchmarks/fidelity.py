@@ -95,8 +95,8 @@ def main(a: Arguments) -> None:
             cells = (f"{found.kl:.4f}", f"{removed:.1%}", f"{found.top1:.1%}", f"{found.perplexity:.3f}")
             table.add_row(row, text, *cells)
             print(row, text, *cells, f"{entry['seconds']:.0f} s", file=sys.stderr, flush=True)
+        save(a.name, {"calibration_tokens": int(tokens.size), "rows": result})
     Console().print(table)
-    save(a.name, {"calibration_tokens": int(tokens.size), "rows": result})
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-OUTLIERS = (3, 17, 40)
-"""Channels that the norms enlarge, as those of real models do: without them there is nothing for scales to gain."""
+OUTLIERS = [3, 17, 40]
+"""Channels that the norms enlarge 8 times and the matrices after them take back: what scales are there to mend."""
 
 
 @ft.cache
@@ -64,7 +64,11 @@ def tensors(hf: Mapping[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
     found = {name: np.array(w) for name, w in sorted(named.items())}
     for name, w in found.items():
         if name.endswith("layernorm.weight"):
-            w[list(OUTLIERS)] *= 8
+            w[OUTLIERS] *= 8
+        if "_proj" in name:
+            w /= 2
+        if name.split(".")[-2] in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
+            w[:, OUTLIERS] /= 8
     return found
 
 

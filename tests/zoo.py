@@ -112,7 +112,9 @@ def llama_layer(draw: Draw) -> dict[str, Any]:
     return norms | {"attn": gqa_params(draw), "mlp": gated_params(draw)}
 
 
-def decoder(block: Callable, head: Callable, layer: Callable, draw: Draw, outer: dict[str, Any]) -> Model:
+def decoder(
+    block: Callable, head: Callable, layer: Callable, draw: Draw, outer: dict[str, Any], layers: int = 1
+) -> Model:
     """embed, `block` for each of "layers", `head(params, hidden)`."""
 
     def fn(params, tokens):
@@ -121,7 +123,7 @@ def decoder(block: Callable, head: Callable, layer: Callable, draw: Draw, outer:
             x = block(p, x)
         return head(params, x)
 
-    params = {"embed": draw.matrix(VOCAB, WIDTH, fan_in=1), "layers": [layer(draw) for _ in range(LAYERS)]}
+    params = {"embed": draw.matrix(VOCAB, WIDTH, fan_in=1), "layers": [layer(draw) for _ in range(layers)]}
     return Model(fn, params | outer)
 
 
@@ -150,7 +152,7 @@ def norm_and_head(draw: Draw) -> dict[str, Any]:
 
 def llama() -> Model:
     draw = Draw()
-    return decoder(llama_block, normed_head, llama_layer, draw, norm_and_head(draw))
+    return decoder(llama_block, normed_head, llama_layer, draw, norm_and_head(draw), LAYERS)
 
 
 def llama_jitted() -> Model:
@@ -289,16 +291,16 @@ def moe_block(p, x):
     return x + experts(p["mlp"], rms(x, p["mlp_norm"]))
 
 
-def moe() -> Model:
+def moe(layers: int = 1) -> Model:
     def layer(draw):
         return llama_layer(draw) | {"mlp": experts_params(draw)}
 
     draw = Draw()
-    return decoder(moe_block, normed_head, layer, draw, norm_and_head(draw))
+    return decoder(moe_block, normed_head, layer, draw, norm_and_head(draw), layers)
 
 
 def moe_scanned() -> Model:
-    return scanned(moe_block, normed_head, moe())
+    return scanned(moe_block, normed_head, moe(LAYERS))
 
 
 def shared_expert() -> Model:
@@ -407,3 +409,30 @@ ZOO: dict[str, Callable[[], Model]] = {
         rearranged,
     )
 }
+
+
+@ft.cache
+def compiled(name: str) -> Callable[..., Any]:
+    return jax.jit(ZOO[name]().fn)
+
+
+WAYS = {
+    "x @ w": (lambda w, x: x @ w, (6, 4)),
+    "x @ w.T": (lambda w, x: x @ w.T, (4, 6)),
+    "weight first": (lambda w, x: (w @ x.T).T, (4, 6)),
+    "heads out": (lambda w, x: jnp.einsum("ti,ind->tnd", x, w), (6, 2, 5)),
+    "heads out, input axis last": (lambda w, x: jnp.einsum("ti,ndi->tnd", x, w), (2, 5, 6)),
+    "heads in": (lambda w, x: lax.dot_general(x.reshape(5, 2, 3), w, (((1, 2), (0, 1)), ((), ()))), (2, 3, 4)),
+    "features of a head first": (
+        lambda w, x: lax.dot_general(x.reshape(5, 3, 2), w, (((1, 2), (1, 0)), ((), ()))),
+        (2, 3, 4),
+    ),
+    "merged first": (lambda w, x: x @ w.reshape(6, 4), (2, 3, 4)),
+    "split first": (lambda w, x: jnp.einsum("ti,ind->tnd", x, w.reshape(6, 2, 2)), (6, 4)),
+    "cast": (lambda w, x: x @ w.astype(jnp.float32), (6, 4)),
+    "under vmap": (lambda w, x: jax.vmap(lambda row: row @ w)(x), (6, 4)),
+    "in a jit": (lambda w, x: jax.jit(jnp.dot)(x, w), (6, 4)),
+    "a vector": (lambda w, x: x @ w, (6,)),
+    "an axis of one": (lambda w, x: x @ w[:, 0], (6, 1, 4)),
+}
+"""`(w, x) -> y` and w's shape: x (5, 6) times w as the matrix (6, o), in the ways that programs write it."""

@@ -1,0 +1,272 @@
+"""Every command, from its arguments to what it prints."""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from checkpoints import config, tensors, tiny_folder, tiny_gguf
+from commands import run
+
+import awq_jax as awq
+from awq_jax.convert import Converted
+from awq_jax.demo import evaluation_text
+from awq_jax.evaluate import score, windows
+
+FAST = ("--group-size", "32", "--samples", "4", "--seq-len", "128", "--preset", "rtn")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("commands")
+
+
+@pytest.fixture(scope="module")
+def dense(root):
+    return tiny_folder(root / "dense")
+
+
+@pytest.fixture(scope="module")
+def small(root, dense):
+    """The folder that `awq-jax quantize` wrote, and what it printed."""
+    out = root / "small"
+    done = run("quantize", dense, out, *FAST)
+    assert (done.code, done.err) == (0, "")
+    return out, done
+
+
+@pytest.fixture(scope="module")
+def text(root):
+    file = root / "text.txt"
+    file.write_text(evaluation_text()[:2000], "utf-8")
+    return file
+
+
+def test_help_from_the_shell():
+    command = shutil.which("awq-jax", path=str(Path(sys.executable).parent))
+    if command is None:
+        pytest.skip("awq-jax is not installed beside this Python")
+    done = subprocess.run([command, "--help"], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stderr == ""
+    for name in ("quantize", "eval", "generate", "inspect", "demo"):
+        assert f"• {name}" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["quantize", "eval", "generate", "inspect", "demo"])
+def test_every_argument_has_its_help(command):
+    done = run(command, "--help")
+    assert (done.code, done.err) == (0, "")
+    arguments = re.split(r"\n  (?=[A-Z]|--)", done.out)[1:]
+    assert len(arguments) >= 1
+    for argument in arguments:
+        text = re.sub(r"\((default|required)(.|\n)*|--\S+|\{\S+", "", argument)
+        assert len(re.findall("[a-z]{2,}", text)) >= 2, argument
+
+
+def test_quantize_shows_sites_sizes_and_seconds(small):
+    out, done = small
+    sites = {name: cells for name, cells in done.rows.items() if name.startswith("layers_")}
+    assert len(sites) == 10
+    errors = [float(error.strip("%")) for _, _, error, _, _ in sites.values()]
+    assert errors == sorted(errors, reverse=True)
+    assert all(cells[:2] == ["4", "32"] for cells in sites.values())
+    report = {site["name"]: site for site in json.loads((out / "quantization_report.json").read_text())}
+    assert all(f"{report[name]['error']:.2%}" == cells[2] for name, cells in sites.items())
+    assert all(f"{report[name]['nearest_error']:.2%}" == cells[3] for name, cells in sites.items())
+    assert "worst 10 of 14 sites" in done.out
+    before = 4 * sum(w.size for w in tensors(config()).values())
+    after = sum(f.stat().st_size for f in out.iterdir())
+    assert done.rows[f"{before / 1000:.1f} kB"] == [f"{after / 1000:.1f} kB", f"{before / after:.2f}x"]
+    assert "search" in done.out
+    last = done.out.splitlines()[-1]
+    assert last == f"Wrote {out}. Try: awq-jax generate {out} 'Why is the sky blue?'"
+
+
+def test_the_command_that_quantize_suggests_is_one(dense, root):
+    out = root / "a folder [with] spaces"
+    done = run("quantize", dense, out, *FAST, "--skip", "mlp")
+    assert done.code == 0
+    _, program, command, *args = shlex.split(done.out.splitlines()[-1].replace(f"Wrote {out}. ", ""))
+    assert (program, command) == ("awq-jax", "generate")
+    assert args == [str(out), "Why is the sky blue?"]
+    assert run(command, *args, "--max-new-tokens", 2).code == 0
+    assert str(out) in run("inspect", out).out
+
+
+def test_quantize_to_orbax_with_more_options(dense, root):
+    out = root / "orbax"
+    options = ("--format", "orbax", "--bits", "3", "--symmetric", "--feed", "quantized", "--skip", "down", "mlp/up")
+    done = run("quantize", dense, out, *FAST, *options)
+    assert (done.code, done.err) == (0, "")
+    about = json.loads((out / "awq_jax.json").read_text())
+    assert set(about["tensors"]) == {
+        f"layers_{i}/{site}/kernel" for i in (0, 1) for site in ("attn/q", "attn/k", "attn/v", "attn/o", "mlp/gate")
+    }
+    assert {json.dumps(t["spec"], sort_keys=True) for t in about["tensors"].values()} == {
+        '{"bits": 3, "group_size": 32, "symmetric": true}'
+    }
+    shown = run("inspect", out)
+    assert shown.rows["attn/q/kernel"][1:3] == ["3-bit, g32", "2"]
+    assert shown.rows["mlp/up/kernel"][1:3] == ["float32", "2"]
+
+
+@pytest.mark.parametrize("preset", ["fast", "llm_awq"])
+def test_presets(dense, root, preset):
+    out = root / preset
+    done = run("quantize", dense, out, *FAST[:-1], preset, "--skip", "mlp", "--overwrite")
+    assert (done.code, done.err) == (0, "")
+    assert "worst 8 of 8 sites" in done.out
+    report = json.loads((out / "quantization_report.json").read_text())
+    assert sum(site["error"] for site in report) <= sum(site["nearest_error"] for site in report)
+
+
+def chats(root):
+    file = root / "chats.jsonl"
+    turn = {"messages": [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "It is."}]}
+    file.write_text((json.dumps(turn) + "\n") * 30)
+    return file
+
+
+def test_calibration_texts_make_a_difference(dense, root, text):
+    written = []
+    for k, source in enumerate((text, chats(root), "self")):
+        out = root / f"calib-{k}"
+        done = run("quantize", dense, out, *FAST, "--calib", source)
+        assert (done.code, done.err) == (0, "")
+        written.append((out / "quantization_report.json").read_bytes())
+    assert len(set(written)) == 3
+
+
+class TestArguments:
+    """What `quantize` makes of its flags."""
+
+    @pytest.fixture
+    def asked(self, monkeypatch):
+        asked = {}
+
+        def fake(model, out, recipe, **options):
+            asked.update(model=model, out=out, recipe=recipe, **options)
+            return Converted(out, 4, 1, (), {})
+
+        monkeypatch.setattr("awq_jax.convert.quantize_checkpoint", fake)
+        return asked
+
+    def test_defaults(self, asked):
+        assert run("quantize", "org/model", "out").code == 0
+        del asked["progress"]
+        assert asked == {
+            "model": "org/model",
+            "out": Path("out"),
+            "recipe": awq.PRESETS["default"],
+            "format": "awq",
+            "calib": None,
+            "samples": 32,
+            "seq_len": 512,
+            "feed": "dense",
+            "overwrite": False,
+        }
+
+    @pytest.mark.parametrize("name", awq.PRESETS)
+    def test_every_preset_can_be_named(self, asked, name):
+        assert run("quantize", "m", "out", "--preset", name, "--group-size", "64").code == 0
+        assert asked["recipe"] == replace(awq.PRESETS[name], group_size=64)
+
+    def test_fast_takes_a_quarter_of_the_samples_unless_told(self, asked):
+        run("quantize", "m", "out", "--preset", "fast")
+        assert asked["samples"] == 8
+        run("quantize", "m", "out", "--preset", "fast", "--samples", "9")
+        assert asked["samples"] == 9
+        run("quantize", "m", "out", "--samples", "0")
+        assert asked["samples"] == 0
+
+    def test_the_rest(self, asked):
+        flags = "--skip a b --symmetric --bits 3 --format orbax --feed quantized --overwrite --calib self --seq-len 9"
+        assert run("quantize", "m", "out", *flags.split()).code == 0
+        recipe = asked["recipe"]
+        assert recipe.rules == (awq.Rule("a", skip=True), awq.Rule("b", skip=True))
+        assert (recipe.symmetric, recipe.bits) == (True, 3)
+        assert (asked["format"], asked["feed"], asked["overwrite"]) == ("orbax", "quantized", True)
+        assert (asked["calib"], asked["seq_len"]) == ("self", 9)
+
+
+def test_eval_against_the_dense_model(small, dense, text):
+    out, _ = small
+    done = run("eval", out, text, "--dense", dense, "--windows", "2", "--length", "128")
+    assert (done.code, done.err) == (0, "")
+    models = awq.load(out), awq.load(dense)
+    tokens = windows(text.read_text("utf-8"), models[0].tokenizer, 2, 128)
+    expected, alone = score(*models[:1], tokens, models[1]), score(models[1], tokens)
+    rows = {name: cells for name, cells in done.rows.items() if name.startswith(str(out.parent))}
+    assert rows == {
+        str(out): [f"{expected.perplexity:.2f}", f"{expected.kl:.4f}", f"{expected.top1:.1%}"],
+        str(dense): [f"{alone.perplexity:.2f}", "", ""],
+    }
+    assert expected.kl > 0.001
+
+
+def test_eval_alone(small, text):
+    out, _ = small
+    done = run("eval", out, text, "--length", "64", "--windows", "1")
+    assert done.code == 0
+    perplexity, *rest = done.rows[str(out)]
+    assert 2 < float(perplexity) < 10_000
+    assert rest == ["", ""]
+
+
+def test_generate(small):
+    out, _ = small
+    model = awq.load(out)
+    done = run("generate", out, "hello", "--max-new-tokens", "8")
+    assert (done.code, done.err) == (0, "")
+    assert done.out == model.generate("hello", max_new_tokens=8) + "\n"
+    done = run("generate", out, "hello", "--max-new-tokens", "8", "--raw")
+    assert done.out == model.generate("hello", max_new_tokens=8, chat=False) + "\n"
+    done = run("generate", out, "hello", "--max-new-tokens", "8", "--temperature", "2")
+    assert done.out == model.generate("hello", max_new_tokens=8, temperature=2.0) + "\n"
+
+
+def test_an_answer_is_printed_letter_by_letter(small, monkeypatch):
+    answer = "[bold]no markup[/nor this] :smile: " + "and no line breaks " * 20
+    monkeypatch.setattr(awq.Model, "generate", lambda *args, **options: answer)
+    assert run("generate", small[0], "hello").out == answer + "\n"
+
+
+def test_inspect(small, dense, root):
+    out, _ = small
+    shown = run("inspect", out)
+    assert (shown.code, shown.err) == (0, "")
+    report = {site["name"]: site["error"] for site in json.loads((out / "quantization_report.json").read_text())}
+    up = [report[f"layers_{i}/mlp/up/kernel"] for i in (0, 1)]
+    # 64 x 128 codes of half a byte; a step of two bytes and a zero point of one for each 32 of them.
+    expected = ["64 x 128", "4-bit, g32", "2", f"{2 * 64 * 128 * (1 / 2 + 3 / 32) / 1000:.1f} kB"]
+    assert shown.rows["mlp/up/kernel"] == [*expected, f"{sum(up) / 2:.2%}", f"{max(up):.2%}"]
+    assert shown.rows["embed/embedding"] == ["320 x 64", "float16", "1", "41.0 kB", "", ""]
+    assert len(shown.rows) == 12
+    assert max(map(len, shown.out.splitlines())) <= 100
+    plain = run("inspect", dense)
+    assert plain.rows["mlp/up/kernel"] == ["64 x 128", "float32", "2", "65.5 kB", "", ""]
+    assert "0.50 times smaller" in plain.out
+    assert run("inspect", tiny_gguf(root / "m.gguf")).rows["mlp/up/kernel"][:3] == ["256 x 512", "float32", "2"]
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ((), "quantize, eval, generate, inspect, demo"),
+        (("quantise",), "quantise"),
+        (("quantize", "model"), "OUT"),
+        (("quantize", "model", "out", "--bits", "four"), "--bits"),
+        (("quantize", "model", "out", "--preset", "slow"), "'fast'"),
+        (("quantize", "model", "out", "--format", "gptq"), "'awq', 'orbax'"),
+        (("quantize", "model", "out", "--wat"), "--wat"),
+    ],
+)
+def test_arguments_that_do_not_parse(args, says):
+    done = run(*args)
+    assert (done.code, done.out) == (2, "")
+    assert says in " ".join(done.err.replace("│", " ").split())
