@@ -88,6 +88,9 @@ def as_text(row: Any, tokenizer: Any) -> str:
     if not isinstance(row, dict):
         raise ValueError(f"found {row!r}")
     if messages := row.get("messages") or row.get("conversations"):
+        # A template would turn a message without a role into nothing, in silence.
+        if not all(isinstance(m, dict) and "role" in m for m in messages):
+            raise ValueError('a message is not {"role": ..., "content": ...}')
         return tokenizer.apply_chat_template(messages, tokenize=False)
     if not isinstance(row.get("text"), str):
         raise ValueError(f"found the fields {sorted(row)}")

@@ -74,6 +74,7 @@ def quantize_checkpoint(
         raise InputError(f"{model} is quantized already: start from the dense model.")
     module, config = architecture(checkpoint)
     check_fits(module, config, recipe, format)
+    check_weights(checkpoint, module, config)
     with written_whole(out, overwrite=overwrite) as scratch:
         tokenizer = checkpoint.tokenizer()
         progress("calibration text", 0, 1)
@@ -143,6 +144,18 @@ def named_failure(out: str | Path, f: Callable[..., None]) -> Callable[..., None
 
 def as_json(site: SiteReport) -> dict[str, Any]:
     return asdict(site)
+
+
+def check_weights(checkpoint: Checkpoint, module: Any, config: Any) -> None:
+    """Refuse, before any work, a config that asks for other matrices than there are."""
+    for name, (i, o) in module.matrix_shapes(config).items():
+        layer, *path = name.split("/")
+        stored = f"model.layers.{layer.removeprefix('layers_')}.{module.LAYER_NAMES[tuple(path)]}"
+        if (found := checkpoint.shape(stored)) != (o, i):
+            raise InputError(
+                f"{checkpoint.path}: {stored} has shape {found}, the config asks for {(o, i)}. Is config.json that of "
+                "these weights?"
+            )
 
 
 def check_fits(module: Any, config: Any, recipe: Recipe, format: Format) -> None:

@@ -413,7 +413,7 @@ ZOO: dict[str, Callable[[], Model]] = {
 
 @ft.cache
 def compiled(name: str) -> Callable[..., Any]:
-    return jax.jit(ZOO[name]().fn)
+    return jax.jit(ZOO[name]().fn, compiler_options={"xla_backend_optimization_level": 0})
 
 
 WAYS = {
