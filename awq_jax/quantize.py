@@ -38,14 +38,15 @@ class Plan:
     """Everything about one quantization that shapes alone decide."""
 
     specs: dict[str, QuantSpec]
+    clips: dict[str, Callable[..., Any]]
     folds: tuple[int, ...]
     notes: dict[str, str]
 
 
-def plan(calibration: Calibration, recipe: Recipe) -> Plan:
-    """Which sites are quantized how, which folds are used, and why others are not."""
+def plan(calibration: Calibration, recipe: Recipe, prefix: str = "") -> Plan:
+    """Which sites are quantized how, which folds are used, and why others are not; rules see `prefix + name`."""
     traced = calibration.traced
-    specs = {name: spec for name in traced.sites if (spec := recipe.spec_of(name)) is not None}
+    specs = {name: spec for name in traced.sites if (spec := recipe.spec_of(prefix + name)) is not None}
     usable, notes = [], {}
     for k, candidate in enumerate(traced.folds):
         wanted = [name for name in candidate.sites if name in specs]
@@ -60,18 +61,22 @@ def plan(calibration: Calibration, recipe: Recipe) -> Plan:
     if recipe.fold:
         refused = {n: f"not folded: {traced.sites[n].refused}" for n in specs if traced.sites[n].refused}
         notes = refused | notes
-    return Plan(specs, tuple(usable), notes)
+    clips = {name: recipe.clip_of(prefix + name) for name in specs}
+    return Plan(specs, clips, tuple(usable), notes)
 
 
 # jax's Cholesky on CPU is scipy's OpenBLAS, whose threads spin against XLA's: ten times slower than one thread.
 @threadpool_limits.wrap(limits=1, user_api="blas")
-def quantize(params: Any, calibration: Calibration, recipe: Recipe | None = None) -> tuple[Any, tuple[SiteReport, ...]]:
+def quantize(
+    params: Any, calibration: Calibration, recipe: Recipe | None = None, *, prefix: str = ""
+) -> tuple[Any, tuple[SiteReport, ...]]:
     """Params with a QuantizedTensor at every site, and a report of each site's error.
 
     Args:
       params: the dense params that were calibrated.
       calibration: from `calibrate`.
       recipe: None for 4 bits in groups of 128.
+      prefix: path of `params` in a larger model; the recipe's rules see it before each name.
 
     Raises:
       ValueError: non-finite weights or statistics (names the site); a fold that changed the function.
@@ -80,7 +85,7 @@ def quantize(params: Any, calibration: Calibration, recipe: Recipe | None = None
       >>> qparams, report = awq.quantize(params, awq.calibrate(fn, params, batches), awq.Recipe(group_size=64))
     """
     recipe = recipe or Recipe()
-    todo = plan(calibration, recipe)
+    todo = plan(calibration, recipe, prefix)
     moments = dict(calibration.moments)
     if todo.folds:
         dense = params
@@ -102,7 +107,7 @@ def batches_of_sites(calibration: Calibration, recipe: Recipe, todo: Plan) -> li
     batches: dict[Any, list[str]] = {}
     for name, spec in todo.specs.items():
         site = calibration.traced.sites[name]
-        key = (site.group, spec, recipe.clip_of(name), site.lead, site.stacked) if recipe.fold else name
+        key = (site.group, spec, todo.clips[name], site.lead, site.stacked) if recipe.fold else name
         batches.setdefault(key, []).append(name)
     return list(batches.values())
 
@@ -182,7 +187,7 @@ def quantize_group(
 ) -> dict[str, tuple[QuantizedTensor, SiteReport]]:
     """Clip and round the sites `names`, which share an input, as one matrix; scale them first when unfolded."""
     first = calibration.traced.sites[names[0]]
-    spec, clip = todo.specs[names[0]], recipe.clip_of(names[0])
+    spec, clip = todo.specs[names[0]], todo.clips[names[0]]
     m = flat_moments(moments[first.group], first)
     w = jnp.concatenate([matrices(leaves[n], calibration.traced.sites[n]) for n in names], -1)
     s = None

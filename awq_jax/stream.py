@@ -131,7 +131,7 @@ def stream(
 def quantize_block(name: str, params: Any, calibration: Calibration, recipe: Recipe) -> Any:
     """`quantize`, its errors saying which block they are about."""
     try:
-        return jax.block_until_ready(quantize(params, calibration, recipe))
+        return jax.block_until_ready(quantize(params, calibration, recipe, prefix=f"{name}/"))
     except ValueError as e:
         raise ValueError(f"{name}/{e}") from e
 

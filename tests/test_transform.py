@@ -7,6 +7,7 @@ import pytest
 import zoo
 from compilations import compilations
 from jax import lax
+from quick import quick_jit as jit
 from zoo import WAYS, ZOO, compiled
 
 import awq_jax.tensor
@@ -19,11 +20,6 @@ from awq_jax.transform import with_importance
 
 def normal(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-def jit(f):
-    """Compiled in two thirds of the time."""
-    return jax.jit(f, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def check(found, tokens, block=None, weights=None):

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from quick import quick_jit
 
 WIDTH, HEADS, KV_HEADS, HEAD, MLP, EXPERTS, VOCAB, LAYERS = 32, 4, 2, 8, 48, 3, 40, 2
 TOKENS = np.random.default_rng(7).integers(0, VOCAB, (2, 6), dtype=np.int32)
@@ -413,7 +414,7 @@ ZOO: dict[str, Callable[[], Model]] = {
 
 @ft.cache
 def compiled(name: str) -> Callable[..., Any]:
-    return jax.jit(ZOO[name]().fn, compiler_options={"xla_backend_optimization_level": 0})
+    return quick_jit(ZOO[name]().fn)
 
 
 WAYS = {
