@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -221,6 +222,8 @@ def main() -> None:
     """Run the command; what the user can mend is one line on the error stream and exit code 2."""
     description = "Activation-aware 4-bit weight quantization (AWQ) in JAX."
     command = tyro.cli(Command, prog="awq-jax", description=description)  # type: ignore[arg-type]
+    # transformers says otherwise that it misses torch, which nothing here needs.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     # Orbax logs the traceback of an error before it raises it.
     absl.logging.set_verbosity(absl.logging.FATAL)
     try:
