@@ -45,7 +45,7 @@ def check_fold(fn: Callable[..., Any], params: Any, folded: Any, *inputs: Any, t
     for before, after in zip(jax.tree.leaves(run(params, *inputs)), jax.tree.leaves(run(folded, *inputs)), strict=True):
         if not jnp.issubdtype(before.dtype, jnp.inexact):
             continue
-        allowed = tolerance or 300 * float(jnp.finfo(before.dtype).eps)
+        allowed = tolerance or rounding(params, before)
         before, after = (np.asarray(a, np.float32) for a in (before, after))
         change = float(np.abs(after - before).max() / max(np.abs(before).max(), 1e-30))
         worst = max(worst, change)
@@ -56,3 +56,10 @@ def check_fold(fn: Callable[..., Any], params: Any, folded: Any, *inputs: Any, t
                 "report the model: a consumer of a scaled tensor was missed."
             )
     return worst
+
+
+def rounding(params: Any, output: Array) -> float:
+    """How much of the largest output rounding may change, by the coarsest dtype of the params and the output."""
+    dtypes = [jnp.result_type(leaf) for leaf in (*jax.tree.leaves(params), output)]
+    eps = max(float(jnp.finfo(dtype).eps) for dtype in dtypes if jnp.issubdtype(dtype, jnp.inexact))
+    return (300 if eps < 1e-6 else 16) * eps

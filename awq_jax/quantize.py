@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools as ft
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +57,8 @@ def plan(calibration: Calibration, recipe: Recipe, prefix: str = "") -> Plan:
             notes |= dict.fromkeys(wanted, "not folded: batched experts")
         elif len({specs[name] for name in wanted}) > 1:
             notes |= dict.fromkeys(wanted, "not folded: its sites have different specs")
+        elif any(not np.array_equal(candidate.channels(n), candidate.channels(wanted[0])) for n in wanted):
+            notes |= dict.fromkeys(wanted, "not folded: its sites read different channels")
         else:
             usable.append(k)
     if recipe.fold:
@@ -118,11 +121,16 @@ def matrices(leaf: Array, site: Site) -> Array:
     return w.reshape(-1, site.in_features, site.out_features)
 
 
-def mapped(f: Callable[..., Any], *args: Any) -> Any:
-    """`f` over the first axis, compiled for one element; no loop where there is only one."""
+def mapped(f: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """`f(*args, **options)` over the first axis, compiled for one element; no loop where there is only one."""
     if jax.tree.leaves(args)[0].shape[0] == 1:
-        return jax.tree.map(lambda a: a[None], f(*jax.tree.map(lambda a: a[0], args)))
-    return jax.lax.map(lambda a: f(*a), args)
+        return jax.tree.map(lambda a: a[None], f(*jax.tree.map(lambda a: a[0], args), **options))
+    return looped(f, tuple(sorted(options.items())), args)
+
+
+@ft.partial(jax.jit, static_argnums=(0, 1))
+def looped(f: Callable[..., Any], options: tuple[tuple[str, Any], ...], args: tuple[Any, ...]) -> Any:
+    return jax.lax.map(lambda a: f(*a, **dict(options)), args)
 
 
 def flat_moments(moments: Moments, site: Site) -> Moments:
@@ -144,11 +152,9 @@ def fold_scales(params: Any, calibration: Calibration, recipe: Recipe, todo: Pla
         w = jnp.concatenate([matrices(leaves[n], traced.sites[n]) for n in wanted], -1)
         groups = {traced.sites[n].group: flat_moments(calibration.of(n), traced.sites[n]) for n in wanted}
         pooled = sum_moments(list(groups.values()))
-        channels = jnp.asarray(f.channels(wanted[0]))
-        search = lambda w, m, c=channels, n=f.n, name=wanted[0]: find_scale(
-            w, m, c, n=n, spec=todo.specs[name], strategy=recipe.scale
-        )
-        factor, _, error = mapped(search, w, pooled)
+        channels = jnp.broadcast_to(f.channels(wanted[0]), w.shape[:2])
+        spec = todo.specs[wanted[0]]
+        factor, _, error = mapped(find_scale, w, pooled, channels, n=f.n, spec=spec, strategy=recipe.scale)
         require_finite(error, wanted, leaves)
         factors[k] = factor.reshape(-1, f.n) if first.stacked else factor[0]
         for name in f.sites:
@@ -193,11 +199,11 @@ def quantize_group(
     s = None
     if not recipe.fold:
         i = first.in_features
-        search = lambda w, m: find_scale(w, m, jnp.arange(i), n=i, spec=spec, strategy=recipe.scale)
-        s, _, error = mapped(search, w, m)
+        channels = jnp.broadcast_to(jnp.arange(i), w.shape[:2])
+        s, _, error = mapped(find_scale, w, m, channels, n=i, spec=spec, strategy=recipe.scale)
         require_finite(error, names, leaves)
         w, m = w * s[..., None], m.scaled(1 / s)
-    found = mapped(lambda w, m: solve(w, m, spec=spec, clip=clip, rounding=recipe.rounding), w, m)
+    found = mapped(solve, w, m, spec=spec, clip=clip, rounding=recipe.rounding)
     require_finite(found.error, names, leaves)
     reached = np.asarray(m.count) > 0
     out, column = {}, 0

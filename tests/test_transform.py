@@ -15,7 +15,6 @@ from awq_jax import calibrate, quantized, sites, with_moments
 from awq_jax.sites import named_leaves
 from awq_jax.spec import QuantSpec
 from awq_jax.tensor import QuantizedTensor, is_quantized
-from awq_jax.transform import with_importance
 
 
 def normal(*shape, seed=0):
@@ -186,17 +185,6 @@ def test_with_moments_gives_the_output_too_and_may_be_jitted():
     y, moments = jax.jit(with_moments(mlp, traced, block=None))(P, X)
     np.testing.assert_allclose(y, mlp(P, X), rtol=1e-5, atol=1e-5)
     check(moments["down"], inputs_of_mlp(X)["down"])
-
-
-def test_importance_is_the_squared_gradient_at_the_outputs():
-    x, cotangent = X[0], normal(5, 40, seed=6)
-    hidden = np.tanh(x @ P["up"])
-    at_hidden = (cotangent @ P["down"].T) * (1 - hidden**2)
-    moments, back = jit(with_importance(mlp, sites(mlp, P, x), block=None))(P, x, cotangent)
-    np.testing.assert_allclose(back, at_hidden @ P["up"].T, rtol=1e-4, atol=1e-4)
-    for site, tokens, gradient in (("up", x, at_hidden), ("down", hidden, cotangent)):
-        weights = np.square(gradient).sum(-1)
-        check(moments[site], tokens, weights=weights / weights.mean())
 
 
 def test_calibrate_says_what_is_missing():

@@ -72,8 +72,8 @@ def attend(q, k, v):
     return jnp.einsum("bnts,bsnd->btnd", jax.nn.softmax(jnp.where(seen, scores, -1e9)), v)
 
 
-def heads(x, n):
-    return x.reshape(*x.shape[:-1], n, -1)
+def heads(x):
+    return x.reshape(*x.shape[:-1], -1, HEAD)
 
 
 def merged(x):
@@ -81,7 +81,7 @@ def merged(x):
 
 
 def gqa(p, x):
-    q, k, v = heads(x @ p["q"], HEADS), heads(x @ p["k"], KV_HEADS), heads(x @ p["v"], KV_HEADS)
+    q, k, v = heads(x @ p["q"]), heads(x @ p["k"]), heads(x @ p["v"])
     return merged(attend(rope(q), rope(k), v)) @ p["o"]
 
 
@@ -177,7 +177,7 @@ def gemma() -> Model:
         return rms(x, 1.0 + w)
 
     def attention(p, x):
-        q, k, v = heads(x @ p["q"], HEADS), heads(x @ p["k"], KV_HEADS), heads(x @ p["v"], KV_HEADS)
+        q, k, v = heads(x @ p["q"]), heads(x @ p["k"]), heads(x @ p["v"])
         return merged(attend(rope(norm(q, p["q_norm"])), rope(norm(k, p["k_norm"])), v)) @ p["o"]
 
     def mlp(p, x):
@@ -204,7 +204,7 @@ def gpt2() -> Model:
 
     def block(p, x):
         y = layer_norm(x, **p["ln_1"])
-        q, k, v = (heads(a, HEADS) for a in jnp.split(y @ p["qkv"]["w"] + p["qkv"]["b"], 3, -1))
+        q, k, v = (heads(a) for a in jnp.split(y @ p["qkv"]["w"] + p["qkv"]["b"], 3, -1))
         x = x + merged(attend(q, k, v)) @ p["proj"]["w"] + p["proj"]["b"]
         y = jax.nn.gelu(layer_norm(x, **p["ln_2"]) @ p["fc_in"]["w"] + p["fc_in"]["b"])
         return x + y @ p["fc_out"]["w"] + p["fc_out"]["b"]
@@ -236,7 +236,7 @@ def opt() -> Model:
 
     def block(p, x):
         y = layer_norm(x, **p["ln_1"])
-        q, k, v = (heads(y @ p[name]["w"] + p[name]["b"], HEADS) for name in "qkv")
+        q, k, v = (heads(y @ p[name]["w"] + p[name]["b"]) for name in "qkv")
         x = x + merged(attend(q, k, v)) @ p["o"]["w"] + p["o"]["b"]
         y = jax.nn.relu(layer_norm(x, **p["ln_2"]) @ p["fc1"]["w"] + p["fc1"]["b"])
         return x + y @ p["fc2"]["w"] + p["fc2"]["b"]
@@ -256,7 +256,7 @@ def gptj() -> Model:
 
     def block(p, x):
         y = layer_norm(x, **p["ln"])
-        q, k, v = (heads(y @ p[name], HEADS) for name in "qkv")
+        q, k, v = (heads(y @ p[name]) for name in "qkv")
         mlp = jax.nn.gelu(y @ p["fc_in"] + p["fc_in_bias"]) @ p["fc_out"] + p["fc_out_bias"]
         return x + merged(attend(rope(q), rope(k), v)) @ p["o"] + mlp
 
@@ -368,7 +368,7 @@ def rearranged() -> Model:
 
     def block(p, x):
         y = rms(x, p["norm"])
-        q, k = (heads(y @ p[n].T, HEADS) for n in "qk")
+        q, k = (heads(y @ p[n].T) for n in "qk")
         v = jnp.einsum("bth,hnd->btnd", y, p["v"].astype(jnp.float32).reshape(WIDTH, HEADS, HEAD))
         return x + lax.dot_general(
             p["o"].reshape(WIDTH, WIDTH), merged(attend(q, k, v)), (((1,), (2,)), ((), ()))
