@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import resources
 from itertools import islice
 from pathlib import Path
@@ -25,25 +25,33 @@ def packaged_text() -> str:
 
 
 def calibration_tokens(
-    source: str | None,
+    sources: str | Sequence[str] | None,
     tokenizer: Any,
     *,
     samples: int,
     seq_len: int,
     own: Callable[[int, int], Int[np.ndarray, "n t"]] | None = None,
 ) -> Int[np.ndarray, "n t"]:
-    """At most `samples` sequences of `seq_len` tokens, spread evenly over the source, short texts set end to end.
+    """At most `samples` sequences of `seq_len` tokens, spread evenly over the sources, short texts set end to end.
 
     Args:
-      source: a text file, a .jsonl file of chats or texts, the id of a dataset on the hub, "self", or None for the
-        packaged text.
+      sources: one or several of: a text file, a .jsonl file of chats or texts, the id of a dataset on the hub, "self";
+        none for the packaged text. Several share the samples equally.
       own: `(samples, seq_len) -> tokens` that the model itself writes, for "self".
 
     Raises:
       InputError: a source that cannot be read, or that has too little text; a number that is not positive.
     """
-    if samples < 1 or seq_len < 1:
-        raise InputError(f"--samples {samples} --seq-len {seq_len}: give 1 or more of each.")
+    named = [sources] if isinstance(sources, str) else list(sources or [None])
+    if samples < len(named) or seq_len < 1:
+        raise InputError(f"--samples {samples} --seq-len {seq_len}: give 1 or more of each, and a sample a source.")
+    shares = [len(part) for part in np.array_split(range(samples), len(named))]
+    parts = [_of_source(source, tokenizer, n, seq_len, own) for source, n in zip(named, shares, strict=True)]
+    shortest = min(part.shape[1] for part in parts)
+    return np.concatenate([part[:, :shortest] for part in parts])
+
+
+def _of_source(source: str | None, tokenizer: Any, samples: int, seq_len: int, own: Any) -> Int[np.ndarray, "n t"]:
     if source == "self":
         if own is None:
             raise InputError("--calib self needs the model's own samples: load the model first.")

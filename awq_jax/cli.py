@@ -38,8 +38,9 @@ class Quantize:
     preset: Preset = "default"
     """How the numbers are chosen; fast takes a quarter of the text and smaller statistics, best four
     times the work."""
-    calib: str | None = None
-    """Text file, .jsonl of chats or texts, a dataset's id, or `self`; without it the packaged text."""
+    calib: tuple[str, ...] = ()
+    """Text files, .jsonl of chats or texts, ids of datasets, `self` for what the model writes; the packaged text
+    without it. Several share the samples."""
     samples: int | None = None
     """Calibration sequences (32; fast 8)."""
     seq_len: int = 512

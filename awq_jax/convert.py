@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -45,7 +45,7 @@ def quantize_checkpoint(
     recipe: Recipe | None = None,
     *,
     format: Format = "awq",
-    calib: str | None = None,
+    calib: str | Sequence[str] | None = None,
     samples: int = 32,
     seq_len: int = 512,
     feed: Feed = "dense",
@@ -78,7 +78,7 @@ def quantize_checkpoint(
     with written_whole(out, overwrite=overwrite) as scratch:
         tokenizer = checkpoint.tokenizer()
         progress("calibration text", 0, 1)
-        own = load(model).sample if calib == "self" else None
+        own = lambda samples, seq_len: load(model).sample(samples, seq_len)
         tokens = calibration_tokens(calib, tokenizer, samples=samples, seq_len=seq_len, own=own)
         write, finish = (named_failure(out, f) for f in writer(format, scratch, checkpoint, module, recipe))
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools as ft
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from awq_jax.sites import Fold, named_leaves
 
@@ -24,14 +25,24 @@ def fold(params: Any, factors: Mapping[int, Float[Array, "*stack n"]], folds: tu
     for k, s in factors.items():
         for m in folds[k].members:
             w = scaled[m.param]
-            padded = jnp.concatenate([jnp.asarray(s), jnp.ones((*s.shape[:-1], 1))], -1)[..., m.channels]
-            shape = [n if k in m.axes else 1 for k, n in enumerate(w.shape)]
-            if s.ndim > 1:
-                shape[0] = w.shape[0]
-            padded = padded.reshape(shape)
-            wide = jnp.asarray(w, jnp.float32) + m.offset
-            scaled[m.param] = ((wide / padded if m.inverse else wide * padded) - m.offset).astype(w.dtype)
+            scaled[m.param] = _scaled(w, s, m.channels, axes=m.axes, inverse=m.inverse, offset=m.offset)
     return jax.tree.unflatten(jax.tree.structure(params), [scaled[name] for name in leaves])
+
+
+@jax.jit
+def by_channel(factors: Float[Array, "*stack n"], channels: Int[Array, " c"]) -> Float[Array, "*stack c"]:
+    """The factor of each channel, 1 where its number is -1."""
+    return jnp.concatenate([factors, jnp.ones((*factors.shape[:-1], 1))], -1)[..., channels]
+
+
+@ft.partial(jax.jit, static_argnames=("axes", "inverse", "offset"))
+def _scaled(w: Array, s: Array, channels: Array, *, axes: tuple[int, ...], inverse: bool, offset: float) -> Array:
+    shape = [n if k in axes else 1 for k, n in enumerate(w.shape)]
+    if s.ndim > 1:
+        shape[0] = w.shape[0]
+    factor = by_channel(s, channels).reshape(shape)
+    wide = jnp.asarray(w, jnp.float32) + offset
+    return ((wide / factor if inverse else wide * factor) - offset).astype(w.dtype)
 
 
 def check_fold(fn: Callable[..., Any], params: Any, folded: Any, *inputs: Any, tolerance: float | None = None) -> float:

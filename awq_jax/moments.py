@@ -54,23 +54,24 @@ def of(x: Float[Array, "*lead_and_tokens i"], block: int | None, lead: int = 0, 
     """The moments of activations.
 
     Args:
-      x: activations; the first `lead` axes (experts) are kept, all others but the last are tokens.
+      x: activations; the first `lead` axes (experts) are kept, all others but the last are tokens. Products of
+        unweighted ones are taken in x's dtype, all are summed in float32.
       block: largest size of the diagonal blocks of the Gram matrix; None for the full matrix.
       weights: one weight a token, in the shape of x's token axes, or None.
     """
     i = x.shape[-1]
     block = block_size(i, block)
-    x = x.reshape(*x.shape[:lead], -1, i).astype(jnp.float32)
+    x = x.reshape(*x.shape[:lead], -1, i)
     tokens = jnp.ones(x.shape[:-1], jnp.float32)
     if weights is not None:
         tokens = jnp.broadcast_to(weights.reshape(-1).astype(jnp.float32), x.shape[:-1])
     count = tokens.sum(-1)
-    abs_sum = jnp.einsum("...ti,...t->...i", jnp.abs(x), tokens)
+    abs_sum = jnp.einsum("...ti,...t->...i", jnp.abs(x), tokens, preferred_element_type=jnp.float32)
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -i % block)])
-    # Tokens last: on CPU three times as fast as contracting over a leading axis.
-    x = jnp.moveaxis(x.reshape(*x.shape[:-1], -1, block), -3, -1)
-    weighted = x if weights is None else x * tokens[..., None, None, :]
-    return Moments(count, abs_sum, jnp.einsum("...bit,...bjt->...bij", weighted, x))
+    x = x.reshape(*x.shape[:-1], -1, block)
+    weighted = x if weights is None else x * tokens[..., None, None]
+    gram = jnp.einsum("...tbi,...tbj->...bij", weighted, x, preferred_element_type=jnp.float32)
+    return Moments(count, abs_sum, gram)
 
 
 def block_size(features: int, most: int | None) -> int:

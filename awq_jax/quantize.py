@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import functools as ft
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 from threadpoolctl import threadpool_limits
 
-from awq_jax.fold import check_fold, fold
-from awq_jax.moments import Moments
+from awq_jax.fold import by_channel, check_fold, fold
 from awq_jax.recipe import Recipe
-from awq_jax.search.solve import find_scale, solve
-from awq_jax.sites import Site, named_leaves
+from awq_jax.search.params import scale_of_fold, solve_sites
+from awq_jax.sites import named_leaves
 from awq_jax.spec import QuantSpec
-from awq_jax.tensor import QuantizedTensor, assemble
 from awq_jax.transform import Calibration
 
 
@@ -89,19 +85,34 @@ def quantize(
     """
     recipe = recipe or Recipe()
     todo = plan(calibration, recipe, prefix)
-    moments = dict(calibration.moments)
+    scales: dict[str, Array] = {}
     if todo.folds:
         dense = params
         params, scales = fold_scales(params, calibration, recipe, todo)
         check_fold(calibration.fn, dense, params, *calibration.example)
-        for name, s in scales.items():
-            moments[calibration.traced.sites[name].group] = calibration.of(name).scaled(1 / s)
     leaves = named_leaves(params)
     out, reports = dict(leaves), []
     for names in batches_of_sites(calibration, recipe, todo):
-        found = quantize_group(names, leaves, calibration, moments, recipe, todo)
-        out |= {name: q for name, (q, _) in found.items()}
-        reports += [report for _, report in found.values()]
+        sites = [calibration.traced.sites[name] for name in names]
+        tensors, errors = solve_sites(
+            tuple(leaves[name] for name in names),
+            calibration.of(names[0]),
+            scales.get(names[0]),
+            layouts=tuple(site.layout for site in sites),
+            spec=todo.specs[names[0]],
+            scale=None if recipe.fold else recipe.scale,
+            clip=todo.clips[names[0]],
+            rounding=recipe.rounding,
+        )
+        require_finite(errors, names, leaves)
+        reached = np.asarray(calibration.of(names[0]).count) > 0
+        for name, tensor, (error, nearest, energy) in zip(names, tensors, np.asarray(errors), strict=True):
+            note = todo.notes.get(name, "")
+            if not reached.all():
+                note = f"{(~reached).sum()} of {reached.size} never reached: rounded to nearest"
+            energy = max(float(energy), 1e-30)
+            out[name] = tensor
+            reports.append(SiteReport(name, todo.specs[name], float(error) / energy, float(nearest) / energy, note))
     return jax.tree.unflatten(jax.tree.structure(params), list(out.values())), tuple(reports)
 
 
@@ -115,59 +126,27 @@ def batches_of_sites(calibration: Calibration, recipe: Recipe, todo: Plan) -> li
     return list(batches.values())
 
 
-def matrices(leaf: Array, site: Site) -> Array:
-    """The site's param as float32 (n, i, o), layers and experts merged into n."""
-    w = site.layout.matrix(jnp.asarray(leaf, jnp.float32))
-    return w.reshape(-1, site.in_features, site.out_features)
-
-
-def mapped(f: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """`f(*args, **options)` over the first axis, compiled for one element; no loop where there is only one."""
-    if jax.tree.leaves(args)[0].shape[0] == 1:
-        return jax.tree.map(lambda a: a[None], f(*jax.tree.map(lambda a: a[0], args), **options))
-    return looped(f, tuple(sorted(options.items())), args)
-
-
-@ft.partial(jax.jit, static_argnums=(0, 1))
-def looped(f: Callable[..., Any], options: tuple[tuple[str, Any], ...], args: tuple[Any, ...]) -> Any:
-    return jax.lax.map(lambda a: f(*a, **dict(options)), args)
-
-
-def flat_moments(moments: Moments, site: Site) -> Moments:
-    """Layers and experts as one axis; an axis of one where there are none."""
-    lead = site.stacked + len(site.lead)
-    if moments.count.ndim < lead:
-        raise ValueError(f"{site.name}: moments have {moments.count.ndim} leading axes, the weight {lead}.")
-    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[lead:]), moments)
-
-
 def fold_scales(params: Any, calibration: Calibration, recipe: Recipe, todo: Plan) -> tuple[Any, dict[str, Array]]:
     """Params with the scales of every fold put in, and by site the scale of its input channels."""
     traced, leaves = calibration.traced, named_leaves(params)
     factors, scales = {}, {}
     for k in todo.folds:
         f = traced.folds[k]
-        first = traced.sites[f.sites[0]]
         wanted = [name for name in f.sites if name in todo.specs]
-        w = jnp.concatenate([matrices(leaves[n], traced.sites[n]) for n in wanted], -1)
-        groups = {traced.sites[n].group: flat_moments(calibration.of(n), traced.sites[n]) for n in wanted}
-        pooled = sum_moments(list(groups.values()))
-        channels = jnp.broadcast_to(f.channels(wanted[0]), w.shape[:2])
-        spec = todo.specs[wanted[0]]
-        factor, _, error = mapped(find_scale, w, pooled, channels, n=f.n, spec=spec, strategy=recipe.scale)
+        groups = {traced.sites[n].group: calibration.of(n) for n in wanted}
+        factors[k], error = scale_of_fold(
+            tuple(leaves[n] for n in wanted),
+            tuple(groups.values()),
+            f.channels(wanted[0]),
+            layouts=tuple(traced.sites[n].layout for n in wanted),
+            n=f.n,
+            spec=todo.specs[wanted[0]],
+            strategy=recipe.scale,
+        )
         require_finite(error, wanted, leaves)
-        factors[k] = factor.reshape(-1, f.n) if first.stacked else factor[0]
         for name in f.sites:
-            own = jnp.concatenate([factors[k], jnp.ones((*factors[k].shape[:-1], 1))], -1)
-            scales[name] = own[..., f.channels(name)]
+            scales[name] = by_channel(factors[k], f.channels(name))
     return fold(params, factors, traced.folds), scales
-
-
-def sum_moments(parts: list[Moments]) -> Moments:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
 
 
 def require_finite(error: Array, names: list[str], leaves: dict[str, Array]) -> None:
@@ -181,51 +160,3 @@ def require_finite(error: Array, names: list[str], leaves: dict[str, Array]) -> 
         f"{', '.join(names)}: the search's error is not finite, though the weights are. The activations overflow on "
         "the calibration text, or the strategy divides by zero."
     )
-
-
-def quantize_group(
-    names: list[str],
-    leaves: dict[str, Array],
-    calibration: Calibration,
-    moments: dict[str, Moments],
-    recipe: Recipe,
-    todo: Plan,
-) -> dict[str, tuple[QuantizedTensor, SiteReport]]:
-    """Clip and round the sites `names`, which share an input, as one matrix; scale them first when unfolded."""
-    first = calibration.traced.sites[names[0]]
-    spec, clip = todo.specs[names[0]], todo.clips[names[0]]
-    m = flat_moments(moments[first.group], first)
-    w = jnp.concatenate([matrices(leaves[n], calibration.traced.sites[n]) for n in names], -1)
-    s = None
-    if not recipe.fold:
-        i = first.in_features
-        channels = jnp.broadcast_to(jnp.arange(i), w.shape[:2])
-        s, _, error = mapped(find_scale, w, m, channels, n=i, spec=spec, strategy=recipe.scale)
-        require_finite(error, names, leaves)
-        w, m = w * s[..., None], m.scaled(1 / s)
-    found = mapped(solve, w, m, spec=spec, clip=clip, rounding=recipe.rounding)
-    require_finite(found.error, names, leaves)
-    reached = np.asarray(m.count) > 0
-    out, column = {}, 0
-    for name in names:
-        site = calibration.traced.sites[name]
-        part = slice(column, column := column + site.out_features)
-        shape = leaves[name].shape[: site.stacked] + site.lead
-        own = lambda a, shape=shape: a.reshape(*shape, *a.shape[1:])
-        q = assemble(
-            own(found.codes[..., part]),
-            own(found.steps[..., part]),
-            own(found.zeros[..., part]),
-            spec,
-            in_features=site.in_features,
-            dtype=jnp.dtype(leaves[name].dtype),
-            input_scale=None if s is None else own(1 / s),
-            layout=None if site.layout.is_matrix else site.layout,
-        )
-        energy = np.maximum(float(found.energy[..., part].sum()), 1e-30)
-        note = todo.notes.get(name, "")
-        if not reached.all():
-            note = f"{(~reached).sum()} of {reached.size} never reached: rounded to nearest"
-        error, nearest_error = (float(e[..., part].sum()) / energy for e in (found.error, found.nearest_error))
-        out[name] = (q, SiteReport(name, spec, error, nearest_error, note))
-    return out

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from awq_jax.search import Clip, Feedback, Grid, no_clip
+from awq_jax.search import Clip, Feedback, FeedbackGrid, no_clip
 from awq_jax.spec import QuantSpec, Rule
 
 
@@ -36,7 +36,7 @@ class Recipe:
     gram_block: int | None = 640
     importance: bool = False
     unclipped: str = ""
-    scale: Callable[..., Any] = field(default_factory=Grid)
+    scale: Callable[..., Any] = field(default_factory=FeedbackGrid)
     clip: Callable[..., Any] = field(default_factory=Clip)
     rounding: Callable[..., Any] = field(default_factory=Feedback)
 

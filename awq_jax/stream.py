@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from awq_jax.machine import fast_dtype
 from awq_jax.moments import Moments
 from awq_jax.quantize import SiteReport, quantize
 from awq_jax.recipe import Recipe
@@ -81,6 +82,7 @@ def stream(
     write: Callable[[str, Any], None],
     *,
     feed: Feed = "dense",
+    dtype: Any = None,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Streamed:
     """Quantize every block of a decoder and hand each over as soon as it is done.
@@ -90,6 +92,7 @@ def stream(
       recipe: with `importance`, blocks are done last to first, after one pass that keeps every block's input on disk.
       write: called with ("outer", params) and with ("layers_<i>", params) for each block.
       feed: whether a block is calibrated on what the dense blocks before it give, or the quantized ones.
+      dtype: of the activations at calibration; None for the faster one of float32 and bfloat16 on this machine.
       progress: called with a stage, blocks done and blocks in all.
 
     Raises:
@@ -99,11 +102,12 @@ def stream(
     if recipe.importance and feed == "quantized":
         raise ValueError("feed='quantized' with importance=True: gradients are those of the dense blocks; choose one.")
     clock = Clock()
+    observed = replace(model, config=replace(model.config, dtype=dtype or fast_dtype()))
     with clock("load"):
         outer = model.module.outer_params(model.read, model.config)
         rows = max(1, CHUNK // tokens.shape[1])
         chunks = [jnp.asarray(tokens[k : k + rows]) for k in range(0, len(tokens), rows)]
-        hidden = [model.module.embed(model.config, outer, chunk) for chunk in chunks]
+        hidden = [model.module.embed(observed.config, outer, chunk) for chunk in chunks]
     with clock("write"):
         write("outer", outer)
     traced = sites(model.block, model.layer(0), hidden[0])
@@ -112,7 +116,7 @@ def stream(
     def finish(layer: int, params: Any, moments: Any, example: Array) -> Any:
         name = f"layers_{layer}"
         with clock("search"):
-            calibration = Calibration(model.block, traced, moments, (example[:1, :64],))
+            calibration = Calibration(model.block, traced, moments, (example[:1, :64].astype(model.config.dtype),))
             qparams, found = quantize_block(name, params, calibration, recipe)
         with clock("write"):
             write(name, qparams)
@@ -121,10 +125,10 @@ def stream(
         return qparams
 
     if recipe.importance:
-        backward(model, traced, recipe, hidden, outer, finish, clock, progress)
+        backward(observed, traced, recipe, hidden, outer, finish, clock, progress)
     else:
         del outer
-        forward(model, traced, recipe, hidden, feed, finish, clock)
+        forward(observed, traced, recipe, hidden, feed, finish, clock)
     return Streamed(tuple(r for layer in model.layers for r in reports[layer]), clock.seconds)
 
 

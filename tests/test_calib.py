@@ -200,3 +200,27 @@ def test_the_packaged_text_fills_the_default_for_smollm2(smollm2):
     smol = open_checkpoint(smollm2).tokenizer()
     assert calibration_tokens(None, smol, samples=32, seq_len=512).shape == (32, 512)
     assert len(smol(packaged_text(), verbose=False).input_ids) > 2 * 32 * 512
+
+
+def test_several_sources_share_the_samples(tmp_path):
+    first, second = tmp_path / "a.txt", tmp_path / "b.txt"
+    first.write_text("a" * 5000)
+    second.write_text("b" * 5000)
+    own = lambda samples, seq_len: np.full((samples, seq_len), ord("c"), np.int32)
+    sources = (str(first), "self", str(second))
+    found = calibration_tokens(sources, Letters(), samples=8, seq_len=300, own=own)
+    assert found.shape == (8, 300)
+    assert "".join(chr(row[0]) for row in found) == "aaacccbb"
+    assert (found == found[:, :1]).all()
+
+
+def test_the_shortest_source_sets_the_length(tmp_path):
+    short = tmp_path / "a.txt"
+    short.write_text("a" * 300)
+    own = lambda samples, seq_len: np.zeros((samples, seq_len), np.int32)
+    assert calibration_tokens((str(short), "self"), Letters(), samples=2, seq_len=400, own=own).shape == (2, 300)
+
+
+def test_more_sources_than_samples_are_refused():
+    with pytest.raises(InputError, match="a sample a source"):
+        calibration_tokens(("self", "self"), Letters(), samples=1, seq_len=8)

@@ -164,7 +164,7 @@ class TestArguments:
             "out": Path("out"),
             "recipe": awq.PRESETS["default"],
             "format": "awq",
-            "calib": None,
+            "calib": (),
             "samples": 32,
             "seq_len": 512,
             "feed": "dense",
@@ -185,13 +185,13 @@ class TestArguments:
         assert asked["samples"] == 0
 
     def test_the_rest(self, asked):
-        flags = "--skip a b --symmetric --bits 3 --format orbax --feed quantized --overwrite --calib self --seq-len 9"
-        assert run("quantize", "m", "out", *flags.split()).code == 0
+        flags = "--skip a b --symmetric --bits 3 --format orbax --feed quantized --overwrite --calib self text.txt"
+        assert run("quantize", "m", "out", *flags.split(), "--seq-len", "9").code == 0
         recipe = asked["recipe"]
         assert recipe.rules == (awq.Rule("a", skip=True), awq.Rule("b", skip=True))
         assert (recipe.symmetric, recipe.bits) == (True, 3)
         assert (asked["format"], asked["feed"], asked["overwrite"]) == ("orbax", "quantized", True)
-        assert (asked["calib"], asked["seq_len"]) == ("self", 9)
+        assert (asked["calib"], asked["seq_len"]) == (("self", "text.txt"), 9)
 
 
 def test_eval_against_the_dense_model(small, dense, text):

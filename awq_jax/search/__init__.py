@@ -10,6 +10,7 @@ A recipe names one of each; `solve` runs them in this order on `w * s` and `x / 
 
 from awq_jax.search.clip import Clip as Clip
 from awq_jax.search.clip import no_clip as no_clip
+from awq_jax.search.feedback_grid import FeedbackGrid as FeedbackGrid
 from awq_jax.search.grid import Grid as Grid
 from awq_jax.search.rounding import Feedback as Feedback
 from awq_jax.search.rounding import to_nearest as to_nearest

@@ -32,20 +32,23 @@ class Grid:
     floor: float = 1e-4
 
     def __call__(self, w: Float[Array, "i o"], moments: Moments, spec: QuantSpec) -> Float[Array, " i"]:
-        if 0 < self.columns < w.shape[1]:
-            w = w[:, :: -(-w.shape[1] // self.columns)]
+        w = some_columns(w, self.columns)
+        scales = self.candidates(w, moments, spec)
+        losses = jax.lax.map(lambda s: scale_error(w, s, moments, spec), scales)
+        return scales[jnp.argmin(losses)]
+
+    def candidates(self, w: Float[Array, "i o"], moments: Moments, spec: QuantSpec) -> Float[Array, "n i"]:
+        """The scales that are tried, each normalised by sqrt(max s * min s)."""
         powers = {"never": (0.0,), "always": (1.0,), "both": (0.0, 1.0)}[self.duo]
-        candidates = jnp.array([(r, p) for p in powers for r in self.ratios], jnp.float32)
-        size = relative_size(w, spec)
+        r, p = jnp.array([(r, p) for p in powers for r in self.ratios], jnp.float32).T[..., None]
+        s = jnp.maximum(moments.mean_abs, self.floor) ** r / (relative_size(w, spec) ** (1 - r) + 1e-4) ** p
+        s = jnp.maximum(s, self.floor)
+        return s / jnp.sqrt(s.max(1, keepdims=True) * s.min(1, keepdims=True))
 
-        def scales(candidate: Float[Array, 2]) -> Float[Array, " i"]:
-            r, p = candidate
-            s = jnp.maximum(moments.mean_abs, self.floor) ** r / (size ** (1 - r) + 1e-4) ** p
-            s = jnp.maximum(s, self.floor)
-            return s / jnp.sqrt(s.max() * s.min())
 
-        losses = jax.lax.map(lambda c: scale_error(w, scales(c), moments, spec), candidates)
-        return scales(candidates[jnp.argmin(losses)])
+def some_columns(w: Float[Array, "i o"], most: int) -> Float[Array, "i some"]:
+    """At most so many columns, evenly spread; 0 for all."""
+    return w[:, :: -(-w.shape[1] // most)] if 0 < most < w.shape[1] else w
 
 
 def relative_size(w: Float[Array, "i o"], spec: QuantSpec) -> Float[Array, " i"]:

@@ -43,7 +43,7 @@ class Feedback:
       ordered: rows with the largest inputs first, instead of first to last.
     """
 
-    shrink: float = 0.1
+    shrink: float = 0.3
     refit: bool = True
     ordered: bool = True
 
@@ -56,27 +56,56 @@ class Feedback:
         spec: QuantSpec,
     ) -> Codes:
         steps, zeros = affine(low, high, spec)
-        grouped = group(w, spec)
-        n, g, o = grouped.shape
-        b = -(-moments.gram.shape[-1] // g) * g
-        gram = shrunk(blocks(moments, b), self.shrink)
-        extra = ((0, len(gram) * (b // g) - n), (0, 0))
-        rows = jnp.pad(grouped, (*extra, (0, 0))).reshape(-1, b, o)
-        block_steps = jnp.pad(steps, extra, constant_values=1).reshape(-1, b // g, o)
-        block_zeros = jnp.pad(zeros, extra).reshape(-1, b // g, o)
+        gram = shrunk_blocks(moments, spec, self.shrink)
+        groups, g = len(steps), spec.group(len(w))
+        rows = in_blocks(group(w, spec).reshape(groups * g, -1), gram, 0)
+        row_steps, row_zeros = (in_blocks(jnp.repeat(a, g, 0), gram, fill) for a, fill in ((steps, 1), (zeros, 0)))
+        codes = rounded_rows(rows, row_steps, row_zeros, gram, spec, ordered=self.ordered)
+        if self.refit:
+            fit = lambda block: _refitted(block[0], *(a.reshape(-1, g, a.shape[-1]) for a in block[1:4]), block[4])
+            steps = jax.lax.map(fit, (rows, codes, row_steps, row_zeros, gram))
+        o = w.shape[1]
+        return codes.reshape(-1, g, o)[:groups], steps.reshape(-1, o)[:groups], zeros
 
-        def one_block(
-            block: tuple[Float[Array, "b o"], Float[Array, "k o"], Float[Array, "k o"], Float[Array, "b b"]],
-        ) -> tuple[Float[Array, "k g o"], Float[Array, "k o"]]:
-            w, steps, zeros, gram = block
-            order = jnp.argsort(-jnp.diagonal(gram)) if self.ordered else jnp.arange(b)
-            number = order // g
-            codes = _round_rows(w[order], steps[number], zeros[number], gram[order][:, order], spec)
-            codes = codes[jnp.argsort(order)].reshape(-1, g, o)
-            return codes, _refitted(w, codes, steps, zeros, gram) if self.refit else steps
 
-        codes, steps = jax.lax.map(one_block, (rows, block_steps, block_zeros, gram))
-        return codes.reshape(-1, g, o)[:n], steps.reshape(-1, o)[:n], zeros
+def shrunk_blocks(moments: Moments, spec: QuantSpec, shrink: float) -> Float[Array, "n b b"]:
+    """The Gram matrix's blocks as they were kept, each of whole groups, shrunk towards their diagonals."""
+    g = spec.group(moments.abs_sum.shape[-1])
+    return shrunk(blocks(moments, -(-moments.gram.shape[-1] // g) * g), shrink)
+
+
+def in_blocks(rows: Float[Array, "i o"], gram: Float[Array, "n b b"], fill: float) -> Float[Array, "n b o"]:
+    """Rows as the blocks of the Gram matrix cut them, the last one completed with `fill`."""
+    n, b, _ = gram.shape
+    missing = ((0, n * b - len(rows)), (0, 0))
+    return jnp.pad(rows, missing, constant_values=fill).reshape(n, b, -1)
+
+
+def rounded_rows(
+    rows: Float[Array, "n b o"],
+    steps: Float[Array, "n b o"],
+    zeros: Float[Array, "n b o"],
+    gram: Float[Array, "n b b"],
+    spec: QuantSpec,
+    *,
+    ordered: bool,
+) -> Float[Array, "n b o"]:
+    """The codes of rows rounded one after the other; block by block, columns apart from each other.
+
+    Args:
+      steps, zeros: of every single weight; an input scale s makes a row's steps finer by s.
+      ordered: rows with the largest inputs first.
+    """
+
+    def one_block(block: tuple[Array, ...]) -> Float[Array, "b o"]:
+        w, steps, zeros, gram = block
+        if not ordered:
+            return _round_rows(w, steps, zeros, gram, spec)
+        order = jnp.argsort(-jnp.diagonal(gram))
+        codes = _round_rows(w[order], steps[order], zeros[order], gram[order][:, order], spec)
+        return codes[jnp.argsort(order)]
+
+    return jax.lax.map(one_block, (rows, steps, zeros, gram))
 
 
 def shrunk(gram: Float[Array, "n b b"], shrink: float) -> Float[Array, "n b b"]:
@@ -133,24 +162,23 @@ def _round_rows(
 def _refitted(
     w: Float[Array, "b o"],
     codes: Float[Array, "k g o"],
-    steps: Float[Array, "k o"],
-    zeros: Float[Array, "k o"],
+    steps: Float[Array, "k g o"],
+    zeros: Float[Array, "k g o"],
     gram: Float[Array, "b b"],
 ) -> Float[Array, "k o"]:
     """The steps with the least output error for the codes: one least-squares sweep, group after group."""
     k, g, o = codes.shape
-    levels = codes - zeros[:, None]
+    levels = codes - zeros
 
     def one_group(error: Float[Array, "b o"], i: Array) -> tuple[Float[Array, "b o"], Float[Array, " o"]]:
         rows = jax.lax.dynamic_slice(gram, (i * g, 0), (g, len(w)))
         own = jax.lax.dynamic_slice(rows, (0, i * g), (g, g))
-        level = levels[i]
+        level, before = levels[i], steps[i, 0]
         slope = (level * (rows @ error)).sum(0)
         curve = (level * (own @ level)).sum(0)
-        step = jnp.clip(steps[i] - slope / jnp.maximum(curve, 1e-30), 0.8 * steps[i], 1.2 * steps[i])
-        step = stored_step(step)
-        moved = jax.lax.dynamic_slice(error, (i * g, 0), (g, o)) + level * (step - steps[i])
+        step = stored_step(jnp.clip(before - slope / jnp.maximum(curve, 1e-30), 0.8 * before, 1.2 * before))
+        moved = jax.lax.dynamic_slice(error, (i * g, 0), (g, o)) + level * (step - before)
         return jax.lax.dynamic_update_slice(error, moved, (i * g, 0)), step
 
-    error = (levels * steps[:, None]).reshape(w.shape) - w
+    error = (levels * steps).reshape(w.shape) - w
     return jax.lax.scan(one_group, error, jnp.arange(k))[1]

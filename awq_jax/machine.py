@@ -1,0 +1,32 @@
+"""What this machine is good at."""
+
+from __future__ import annotations
+
+import functools as ft
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@ft.cache
+def fast_dtype() -> Any:
+    """bfloat16 where matmuls in it are faster than in float32, otherwise float32."""
+    try:
+        processor = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        processor = ""
+    return dtype_for(jax.default_backend(), processor)
+
+
+def dtype_for(backend: str, processor: str) -> Any:
+    """bfloat16 on accelerators and on x86 that has instructions for it.
+
+    Args:
+      backend: jax's name of it, "cpu" or other.
+      processor: its description, as in /proc/cpuinfo.
+    """
+    native = backend != "cpu" or re.search(r"\b(avx512_bf16|amx_bf16)\b", processor)
+    return jnp.bfloat16 if native else jnp.float32

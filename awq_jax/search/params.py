@@ -1,0 +1,118 @@
+"""The search on params as they are: sites that share an input become one matrix, layers and experts a loop.
+
+Everything here is one program a shape, so the layers of a model share theirs however they are stored.
+"""
+
+from __future__ import annotations
+
+import functools as ft
+import math
+from collections.abc import Callable
+from itertools import accumulate
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from awq_jax.moments import Moments
+from awq_jax.search.solve import find_scale, solve
+from awq_jax.spec import QuantSpec
+from awq_jax.tensor import Layout, QuantizedTensor, assemble
+
+
+@ft.partial(jax.jit, static_argnames=("layouts", "n", "spec", "strategy"))
+def scale_of_fold(
+    leaves: tuple[Array, ...],
+    moments: tuple[Moments, ...],
+    channels: Int[Array, " i"],
+    *,
+    layouts: tuple[Layout, ...],
+    n: int,
+    spec: QuantSpec,
+    strategy: Any,
+) -> tuple[Float[Array, "*stack n"], Float[Array, "*stack"]]:
+    """The factors of a fold, and the output error with them (to be checked: it must be finite).
+
+    Args:
+      leaves: the params of its sites, and beside them `layouts`.
+      moments: of the sites' inputs, one for each tensor that is read.
+      channels: the number of each input channel's factor.
+      n: how many factors.
+    """
+    w = side_by_side(leaves, layouts)
+    pooled = ft.reduce(Moments.__add__, moments)
+    search = lambda w, m: find_scale(w, m, channels, n=n, spec=spec, strategy=strategy)
+    factors, _, error = looped(search, w.ndim - 2, w, pooled)
+    return factors, error
+
+
+@ft.partial(jax.jit, static_argnames=("layouts", "spec", "scale", "clip", "rounding"))
+def solve_sites(
+    leaves: tuple[Array, ...],
+    moments: Moments,
+    folded: Float[Array, "*stack i"] | None,
+    *,
+    layouts: tuple[Layout, ...],
+    spec: QuantSpec,
+    scale: Any,
+    clip: Any,
+    rounding: Any,
+) -> tuple[tuple[QuantizedTensor, ...], Float[Array, "sites 3"]]:
+    """Scale, clip and round the params of sites that read the same input.
+
+    Args:
+      leaves: params, and beside them `layouts`.
+      moments: of the input, before any scale.
+      folded: the scale that is in the params already, None for none.
+      scale, clip, rounding: strategies; scale is None where the sites get no input scale.
+
+    Returns:
+      the quantized params; for each the error, the error of rounding to nearest, and the energy of its output.
+    """
+    w = side_by_side(leaves, layouts)
+    lead = w.shape[:-2]
+
+    def one(w: Float[Array, "i o"], moments: Moments, folded: Float[Array, " i"] | None) -> Any:
+        s = None
+        if folded is not None:
+            moments = moments.scaled(1 / folded)
+        if scale is not None:
+            _, s, _ = find_scale(w, moments, jnp.arange(len(w)), n=len(w), spec=spec, strategy=scale)
+            w, moments = w * s[:, None], moments.scaled(1 / s)
+        return solve(w, moments, spec=spec, clip=clip, rounding=rounding), s
+
+    found, s = looped(one, len(lead), w, moments, folded)
+    widths = [layout.matrix(leaf).shape[-1] for leaf, layout in zip(leaves, layouts, strict=True)]
+    tensors, errors = [], []
+    for leaf, layout, end, width in zip(leaves, layouts, accumulate(widths), widths, strict=True):
+        part = slice(end - width, end)
+        tensor = assemble(
+            found.codes[..., part],
+            found.steps[..., part],
+            found.zeros[..., part],
+            spec,
+            in_features=w.shape[-2],
+            dtype=leaf.dtype,
+            input_scale=None if s is None else 1 / s,
+            layout=None if layout.is_matrix else layout,
+        )
+        tensors.append(tensor)
+        errors.append(jnp.stack([e[..., part].sum() for e in (found.error, found.nearest_error, found.energy)]))
+    return tuple(tensors), jnp.stack(errors)
+
+
+def side_by_side(leaves: tuple[Array, ...], layouts: tuple[Layout, ...]) -> Float[Array, "*lead i o"]:
+    """Params as one matrix a layer and expert, float32."""
+    matrices = [layout.matrix(jnp.asarray(leaf, jnp.float32)) for leaf, layout in zip(leaves, layouts, strict=True)]
+    return jnp.concatenate(matrices, -1)
+
+
+def looped(f: Callable[..., Any], lead: int, *args: Any) -> Any:
+    """`f` over the first `lead` axes of all arrays in `args`, compiled for one element."""
+    if lead == 0:
+        return f(*args)
+    shape = jax.tree.leaves(args)[0].shape[:lead]
+    flat = jax.tree.map(lambda a: a.reshape(math.prod(shape), *a.shape[lead:]), args)
+    out = jax.lax.map(lambda a: f(*a), flat)
+    return jax.tree.map(lambda a: a.reshape(*shape, *a.shape[1:]), out)
