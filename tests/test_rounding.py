@@ -117,3 +117,23 @@ def test_fewer_tokens_than_channels_are_enough():
     found = run(x, w, Feedback())
     assert all(np.isfinite(a).all() for a in found)
     assert error(x, w, found).sum() < error(x, w, run(x, w, to_nearest)).sum()
+
+
+@settings(max_examples=10)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_a_sweep_of_descent_never_raises_any_columns_error(seed):
+    x, w = problem(64, o=20, seed=seed)
+    once, swept = (run(x, w, Feedback(shrink=0.0, refit=False, sweeps=k)) for k in (0, 1))
+    assert (error(x, w, swept) <= error(x, w, once) * (1 + 1e-3)).all()
+    assert error(x, w, swept).sum() < error(x, w, once).sum()
+
+
+def test_after_many_sweeps_no_single_code_can_be_better():
+    x, w = problem(64, o=6)
+    codes, steps, zeros = run(x, w, Feedback(shrink=0.0, refit=False, sweeps=20))
+    least = error(x, w, (codes, steps, zeros))
+    for row in range(0, 64, 5):
+        for move in (-1, 1):
+            other = codes.copy()
+            other[row] = np.clip(other[row] + move, 0, 15)
+            assert (error(x, w, (other, steps, zeros)) >= least * (1 - 1e-3)).all()

@@ -74,13 +74,14 @@ def solve_sites(
     lead = w.shape[:-2]
 
     def one(w: Float[Array, "i o"], moments: Moments, folded: Float[Array, " i"] | None) -> Any:
-        s = None
         if folded is not None:
             moments = moments.scaled(1 / folded)
-        if scale is not None:
-            _, s, _ = find_scale(w, moments, jnp.arange(len(w)), n=len(w), spec=spec, strategy=scale)
-            w, moments = w * s[:, None], moments.scaled(1 / s)
-        return solve(w, moments, spec=spec, clip=clip, rounding=rounding), s
+        if scale is None:
+            return solve(w, moments, spec=spec, clip=clip, rounding=rounding), None
+        _, s, error = find_scale(w, moments, jnp.arange(len(w)), n=len(w), spec=spec, strategy=scale)
+        found = solve(w * s[:, None], moments.scaled(1 / s), spec=spec, clip=clip, rounding=rounding)
+        # A strategy that found no scale shows only in its own error: there was no scale to round with.
+        return found._replace(error=found.error + 0 * error), s
 
     found, s = looped(one, len(lead), w, moments, folded)
     widths = [layout.matrix(leaf).shape[-1] for leaf, layout in zip(leaves, layouts, strict=True)]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from awq_jax.moments import Moments
+from awq_jax.search.descent import descended_rows
 from awq_jax.search.loss import blocks
 from awq_jax.spec import QuantSpec
 from awq_jax.tensor import affine, group, nearest, stored_step
@@ -41,11 +42,13 @@ class Feedback:
         of one text overfits otherwise: the error on other text falls by a third of what it does on this one.
       refit: least-squares steps for the chosen codes, per group.
       ordered: rows with the largest inputs first, instead of first to last.
+      sweeps: how often to go on with coordinate descent on the codes, each time followed by the refit.
     """
 
     shrink: float = 0.3
     refit: bool = True
     ordered: bool = True
+    sweeps: int = 0
 
     def __call__(
         self,
@@ -61,11 +64,30 @@ class Feedback:
         rows = in_blocks(group(w, spec).reshape(groups * g, -1), gram, 0)
         row_steps, row_zeros = (in_blocks(jnp.repeat(a, g, 0), gram, fill) for a, fill in ((steps, 1), (zeros, 0)))
         codes = rounded_rows(rows, row_steps, row_zeros, gram, spec, ordered=self.ordered)
-        if self.refit:
-            fit = lambda block: _refitted(block[0], *(a.reshape(-1, g, a.shape[-1]) for a in block[1:4]), block[4])
-            steps = jax.lax.map(fit, (rows, codes, row_steps, row_zeros, gram))
-        o = w.shape[1]
-        return codes.reshape(-1, g, o)[:groups], steps.reshape(-1, o)[:groups], zeros
+        row_steps = self._fitted(rows, codes, row_steps, row_zeros, gram, g)
+        for _ in range(self.sweeps):
+            codes = descended_rows(rows, codes, row_steps, row_zeros, gram, spec)
+            row_steps = self._fitted(rows, codes, row_steps, row_zeros, gram, g)
+        grouped = lambda a: a.reshape(-1, g, w.shape[1])[:groups]
+        return grouped(codes), grouped(row_steps)[:, 0], zeros
+
+    def _fitted(
+        self,
+        rows: Float[Array, "n b o"],
+        codes: Float[Array, "n b o"],
+        steps: Float[Array, "n b o"],
+        zeros: Float[Array, "n b o"],
+        gram: Float[Array, "n b b"],
+        g: int,
+    ) -> Float[Array, "n b o"]:
+        if not self.refit:
+            return steps
+
+        def one_block(block: tuple[Array, ...]) -> Float[Array, "b o"]:
+            w, *grouped, gram = block
+            return jnp.repeat(_refitted(w, *(a.reshape(-1, g, a.shape[-1]) for a in grouped), gram), g, 0)
+
+        return jax.lax.map(one_block, (rows, codes, steps, zeros, gram))
 
 
 def shrunk_blocks(moments: Moments, spec: QuantSpec, shrink: float) -> Float[Array, "n b b"]:
