@@ -15,6 +15,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
+GRAM_BLOCK = 2048
+"""Largest size of the Gram matrix's blocks: at this size they cost a quarter of an 8B Llama's forward pass."""
+
+
 @ft.partial(jax.tree_util.register_dataclass, data_fields=["count", "abs_sum", "gram"], meta_fields=[])
 @dataclass(frozen=True)
 class Moments:

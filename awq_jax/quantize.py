@@ -109,7 +109,7 @@ def quantize(
         for name, tensor, (error, nearest, energy) in zip(names, tensors, np.asarray(errors), strict=True):
             note = todo.notes.get(name, "")
             if not reached.all():
-                note = f"{(~reached).sum()} of {reached.size} never reached: rounded to nearest"
+                note = f"{(~reached).sum()} of {reached.size} never reached: rounded by their weights alone"
             energy = max(float(energy), 1e-30)
             out[name] = tensor
             reports.append(SiteReport(name, todo.specs[name], float(error) / energy, float(nearest) / energy, note))

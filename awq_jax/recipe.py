@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from awq_jax.moments import GRAM_BLOCK
 from awq_jax.search import Clip, Feedback, FeedbackGrid, no_clip
 from awq_jax.spec import QuantSpec, Rule
 
@@ -33,7 +34,7 @@ class Recipe:
     symmetric: bool = False
     rules: tuple[Rule, ...] = ()
     fold: bool = False
-    gram_block: int | None = 640
+    gram_block: int | None = GRAM_BLOCK
     importance: bool = False
     unclipped: str = ""
     scale: Callable[..., Any] = field(default_factory=FeedbackGrid)

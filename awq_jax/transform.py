@@ -20,7 +20,6 @@ from awq_jax.tensor import Layout, dot, is_quantized
 from awq_jax.views import View
 
 Function = Callable[..., Any]
-DEFAULT_BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def _multiply(weight: Weight, layout: Layout, x: Array) -> tuple[Array, Records]
     return dot(x, layout.matrix(w.dequantize()).astype(x.dtype)), {}
 
 
-def with_moments(fn: Function, traced: Traced, *, block: int | None = DEFAULT_BLOCK) -> Function:
+def with_moments(fn: Function, traced: Traced, *, block: int | None = mo.GRAM_BLOCK) -> Function:
     """`(params, *inputs, weights=None) -> (fn's output, moments by group)`, pure and jittable.
 
     Args:
@@ -109,7 +108,7 @@ def with_moments(fn: Function, traced: Traced, *, block: int | None = DEFAULT_BL
     return run
 
 
-def with_importance(fn: Function, traced: Traced, *, block: int | None = DEFAULT_BLOCK) -> Function:
+def with_importance(fn: Function, traced: Traced, *, block: int | None = mo.GRAM_BLOCK) -> Function:
     """`(params, x, cotangent) -> (moments by group, cotangent of x)`: each token counts by what its error would cost.
 
     A token's weight is the squared gradient at the outputs of the group's sites. With the gradient of the log
@@ -156,7 +155,7 @@ def calibrate(
     params: Any,
     batches: Iterable[tuple[Any, ...]],
     *,
-    block: int | None = DEFAULT_BLOCK,
+    block: int | None = mo.GRAM_BLOCK,
     mask: Callable[..., Array] | None = None,
 ) -> Calibration:
     """Statistics of every site's input over `batches`; what it keeps does not grow with the number of tokens.

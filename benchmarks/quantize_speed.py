@@ -1,9 +1,9 @@
-"""Seconds by stage, compile time apart, and peak memory of quantizing, against the number of calibration tokens.
+"""Seconds by stage, compile time apart, peak memory and KL of quantizing, against the number of calibration tokens.
 
-  python benchmarks/quantize_speed.py --calib calib.txt --tokens 1024 4096 16384 65536
+  python benchmarks/quantize_speed.py --calib calib.txt --texts news.txt novel.txt --tokens 1024 4096 16384 65536
 
 Each size runs in a process of its own. The floor is the time that the calibration forward passes alone would take at
-the float32 matmul rate measured in the same process.
+the matmul rate measured in the same process, in the dtype that calibration uses on this machine.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 class Arguments:
     calib: str | None = None
     tokens: tuple[int, ...] = (1024, 4096, 16384, 65536)
+    texts: tuple[Path, ...] = ()
+    """Texts to score on; the calibration text must not be one of them."""
     presets: tuple[str, ...] = ("default",)
     model: str | None = None
     seq_len: int = 512
@@ -55,6 +57,8 @@ def work(a: Arguments) -> dict[str, Any]:
     from awq_jax.convert import quantize_checkpoint
     from awq_jax.demo import fetch_smollm2
     from awq_jax.formats.checkpoint import open_checkpoint
+    from awq_jax.load import load
+    from awq_jax.machine import fast_dtype
     from awq_jax.models import for_config
     from awq_jax.presets import PRESETS
 
@@ -71,27 +75,38 @@ def work(a: Arguments) -> dict[str, Any]:
             samples=max(1, a.tokens[0] // a.seq_len),
             seq_len=a.seq_len,
         )
-    seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        seconds = time.perf_counter() - start
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        compiled = tuple(compiling)
+        kl = scores(a.texts, load(model), load(Path(scratch, "out")))
     found = open_checkpoint(model).config
     module = for_config(found)
     weights = sum(i * o for i, o in module.matrix_shapes(module.Config.from_hf(found)).values())
-    rate = matmul_rate(jax, jnp)
+    rate = matmul_rate(jax, jnp, fast_dtype())
     return {
         "seconds": seconds,
         "stages": done.seconds,
-        "compile": compiling[0],
-        "compilations": compiling[1],
+        "compile": compiled[0],
+        "compilations": compiled[1],
         "peak_gb": peak,
         "matmul_gflops": rate / 1e9,
         "floor": 2 * weights * a.tokens[0] / rate,
+        "kl": kl,
     }
 
 
-def matmul_rate(jax: Any, jnp: Any) -> float:
-    """Float32 multiply-adds a second, times two."""
-    x, w = jnp.ones((2048, 1536)), jnp.ones((1536, 1536))
-    f = jax.jit(lambda x, w: x @ w)
+def scores(texts: tuple[Path, ...], dense: Any, small: Any) -> dict[str, float]:
+    """KL by text, on 8 windows of 1024 tokens."""
+    from awq_jax.evaluate import score, windows
+
+    tokens = {text.stem: windows(text.read_text("utf-8"), dense.tokenizer, 8, 1024) for text in texts}
+    return {name: score(small, ids, dense).kl or 0.0 for name, ids in tokens.items()}
+
+
+def matmul_rate(jax: Any, jnp: Any, dtype: Any) -> float:
+    """Multiply-adds a second, times two, summed in float32."""
+    x, w = jnp.ones((2048, 1536), dtype), jnp.ones((1536, 1536), dtype)
+    f = jax.jit(lambda x, w: jnp.dot(x, w, preferred_element_type=jnp.float32))
     f(x, w).block_until_ready()
     start = time.perf_counter()
     for _ in range(10):
@@ -106,20 +121,27 @@ def main(a: Arguments) -> None:
     from common import save
 
     columns = ("preset", "tokens", "seconds", "compile", "statistics", "search", "load+write", "floor", "peak GB")
-    table = Table(*columns, title="Quantizing, seconds")
+    table = Table(*columns, *(f"KL {text.stem}" for text in a.texts), title="Quantizing, seconds")
     result = []
     for preset in a.presets:
         for n in a.tokens:
             command = [sys.executable, __file__, "--worker", "--tokens", str(n), "--presets", preset]
             command += ["--seq-len", str(a.seq_len), "--group-size", str(a.group_size), "--format", a.format]
             command += [x for k, v in (("--calib", a.calib), ("--model", a.model)) if v for x in (k, v)]
+            command += ["--texts", *map(str, a.texts)] if a.texts else []
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             r = json.loads(done.stdout.splitlines()[-1])
             result.append({"preset": preset, "tokens": n, **r})
             s = r["stages"]
             statistics = s["statistics"] + s.get("forward", 0)
             cells = (r["seconds"], r["compile"], statistics, s["search"], s["load"] + s["write"], r["floor"])
-            table.add_row(preset, str(n), *(f"{c:.1f}" for c in cells), f"{r['peak_gb']:.2f}")
+            table.add_row(
+                preset,
+                str(n),
+                *(f"{c:.1f}" for c in cells),
+                f"{r['peak_gb']:.2f}",
+                *(f"{kl:.4f}" for kl in r["kl"].values()),
+            )
             print(preset, n, r, file=sys.stderr, flush=True)
     Console().print(table)
     save(a.name, result)

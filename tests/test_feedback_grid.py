@@ -17,7 +17,7 @@ def error_of(x, w, s, spec, shrink):
     """The output error on the shrunk Gram matrix when x / s meets w * s, rounded with feedback."""
     m = of(x / s, None)
     scaled = w * s[:, None]
-    rounding = Feedback(shrink=shrink, refit=False)
+    rounding = Feedback(shrink=shrink, refit=False, sweeps=0)
     codes, steps, zeros = quick_jit(lambda w, m: rounding(w, *no_clip(w, m, spec), m, spec))(scaled, m)
     rows = lambda a: np.repeat(np.asarray(a), spec.group(len(w)), 0)[: len(w)]
     codes = np.asarray(codes).reshape(-1, w.shape[1])[: len(w)]

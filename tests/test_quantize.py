@@ -372,7 +372,7 @@ def test_an_expert_that_no_token_reached_is_rounded_to_nearest():
     counts = np.where(np.arange(3) == 1, 0, m.count)
     calibration = dataclasses.replace(calibration, moments={"": Moments(counts, m.abs_sum, m.gram)})
     q, (report,) = quantize(w, calibration, CHEAP)
-    assert report.note == "1 of 3 never reached: rounded to nearest"
+    assert report.note == "1 of 3 never reached: rounded by their weights alone"
     np.testing.assert_allclose(stored(q)[1], reference.nearest(w[1], QuantSpec(4, 32)), rtol=1e-5, atol=1e-7)
     np.testing.assert_array_equal(q.input_scale[1], 1)
     assert (np.asarray(q.input_scale)[[0, 2]] != 1).any()

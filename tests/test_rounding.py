@@ -54,7 +54,7 @@ CASES = {
 @pytest.mark.parametrize(("features", "spec", "ordered"), list(CASES.values()), ids=list(CASES))
 def test_codes_are_those_of_gptq(features, spec, ordered):
     x, w = problem(features, o=20)
-    found, steps, zeros = run(x, w, Feedback(shrink=0.1, refit=False, ordered=ordered), spec)
+    found, steps, zeros = run(x, w, Feedback(shrink=0.1, refit=False, ordered=ordered, sweeps=0), spec)
     size = features + spec.padding(features)
     gram = shrunk(x, 0.1, size)
     pad = lambda a, value: np.pad(a, ((0, size - features), (0, 0)), constant_values=value)
@@ -81,7 +81,7 @@ def test_the_error_is_below_that_of_rounding_to_nearest(seed):
 
 def test_refitted_steps_keep_the_codes_and_lower_the_error():
     x, w = problem(64, o=20)
-    plain, refitted = (run(x, w, Feedback(shrink=0.0, refit=refit)) for refit in (False, True))
+    plain, refitted = (run(x, w, Feedback(shrink=0.0, refit=refit, sweeps=0)) for refit in (False, True))
     np.testing.assert_array_equal(plain[0], refitted[0])
     np.testing.assert_array_equal(refitted[1], refitted[1].astype(np.float16))
     assert (error(x, w, refitted) <= error(x, w, plain) * (1 + 1e-3)).all()
@@ -96,7 +96,7 @@ def test_to_nearest_is_to_nearest():
 
 def test_where_no_token_came_codes_are_the_nearest():
     x, w = problem(64, o=20)
-    np.testing.assert_array_equal(run(0 * x, w, Feedback())[0], run(x, w, to_nearest)[0])
+    np.testing.assert_array_equal(run(0 * x, w, Feedback(sweeps=0))[0], run(x, w, to_nearest)[0])
 
 
 def test_a_dead_channel_does_no_harm():

@@ -30,7 +30,7 @@ class FeedbackGrid:
       shrink: how far the Gram matrix is shrunk towards its diagonal, for rounding and for the error; as in Feedback.
     """
 
-    grid: Grid = field(default_factory=lambda: Grid(tuple(i / 10 for i in range(8)), columns=128))
+    grid: Grid = field(default_factory=lambda: Grid(tuple(i / 10 for i in range(8)), columns=64))
     shrink: float = 0.3
 
     def __call__(self, w: Float[Array, "i o"], moments: Moments, spec: QuantSpec) -> Float[Array, " i"]:

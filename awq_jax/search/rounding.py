@@ -48,7 +48,7 @@ class Feedback:
     shrink: float = 0.3
     refit: bool = True
     ordered: bool = True
-    sweeps: int = 0
+    sweeps: int = 1
 
     def __call__(
         self,
