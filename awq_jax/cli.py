@@ -16,6 +16,7 @@ import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tyro.conf import Positional, arg
 
+from awq_jax.cache import keep_compiled_programs
 from awq_jax.report import console, scores_table, sites_table, summary
 
 Preset = Literal["default", "fast", "best", "rtn", "llm_awq", "autoawq", "llmcompressor"]
@@ -227,6 +228,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     # Orbax logs the traceback of an error before it raises it.
     absl.logging.set_verbosity(absl.logging.FATAL)
+    keep_compiled_programs()
     try:
         command.run()
     except (ValueError, OSError) as e:

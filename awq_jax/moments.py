@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-
 GRAM_BLOCK = 2048
 """Largest size of the Gram matrix's blocks: at this size they cost a quarter of an 8B Llama's forward pass."""
 

@@ -35,6 +35,8 @@ def run(*args: object) -> Done:
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(sys, "argv", ["awq-jax", *map(str, args)])
         patch.setenv("COLUMNS", "100")
+        # It would stay on for the tests that count compilations.
+        patch.setattr(cli, "keep_compiled_programs", lambda: None)
         try:
             cli.main()
         except SystemExit as e:
