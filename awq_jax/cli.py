@@ -19,7 +19,7 @@ from tyro.conf import Positional, arg
 from awq_jax.cache import keep_compiled_programs
 from awq_jax.report import console, scores_table, sites_table, summary
 
-Preset = Literal["default", "fast", "best", "rtn", "llm_awq", "autoawq", "llmcompressor"]
+Preset = Literal["default", "fast", "rtn", "llm_awq", "autoawq", "llmcompressor"]
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Quantize:
     format: Literal["awq", "orbax"] = "awq"
     """awq: AutoAWQ safetensors for vLLM, SGLang, transformers. orbax: ours, a scale for each site."""
     preset: Preset = "default"
-    """How the numbers are chosen; fast takes a quarter of the text and smaller statistics, best four
-    times the work."""
+    """How the numbers are chosen; fast takes a quarter of the text and smaller statistics, the last three
+    do as others do."""
     calib: tuple[str, ...] = ()
     """Text files, .jsonl of chats or texts, ids of datasets, `self` for what the model writes; the packaged text
     without it. Several share the samples."""

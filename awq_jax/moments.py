@@ -21,7 +21,7 @@ GRAM_BLOCK = 2048
 @ft.partial(jax.tree_util.register_dataclass, data_fields=["count", "abs_sum", "gram"], meta_fields=[])
 @dataclass(frozen=True)
 class Moments:
-    """Sums over tokens, each token counted with its weight (1 unless a mask or importance is given).
+    """Sums over tokens, each token counted with its weight (1 unless a mask is given).
 
     Args:
       count: number of tokens.

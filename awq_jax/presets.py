@@ -16,7 +16,6 @@ _QUERY_KEY = r"(^|/)(q|k|q_proj|k_proj|query|key|qkv)(/|$)"
 PRESETS: dict[str, Recipe] = {
     "default": Recipe(),
     "fast": Recipe(gram_block=128),
-    "best": Recipe(importance=True),
     "rtn": Recipe(scale=Grid(ratios=(0.0,)), clip=no_clip, rounding=to_nearest, gram_block=128),
     "llm_awq": Recipe(scale=Grid(_TWENTY), clip=_MIRRORED, unclipped=_QUERY_KEY, rounding=to_nearest, gram_block=128),
     "autoawq": Recipe(

@@ -21,7 +21,6 @@ class Recipe:
       rules: by path of the param; the last one that matches counts.
       fold: put the scales into the op before (as AutoAWQ files need) instead of into each site's input scale.
       gram_block: largest size of the diagonal blocks of the Gram matrices that streaming keeps; None for all.
-      importance: weight tokens by the squared gradient at each site's output; streaming only, four times the work.
       unclipped: regular expression; groups of matching sites keep their whole range.
       scale, clip, rounding: the strategies, see awq_jax.search. Any function of the same signature will do.
 
@@ -35,7 +34,6 @@ class Recipe:
     rules: tuple[Rule, ...] = ()
     fold: bool = False
     gram_block: int | None = GRAM_BLOCK
-    importance: bool = False
     unclipped: str = ""
     scale: Callable[..., Any] = field(default_factory=FeedbackGrid)
     clip: Callable[..., Any] = field(default_factory=Clip)

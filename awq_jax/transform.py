@@ -84,7 +84,7 @@ def with_moments(fn: Function, traced: Traced, *, block: int | None = mo.GRAM_BL
       traced: `sites(fn, params, *inputs)`.
       block: size of the Gram matrix's diagonal blocks; None for the full matrix. Memory is i * block a group.
 
-    `weights` is one weight a token, in the shape of the token axes of every site's input (a mask, or importance).
+    `weights` is one weight a token, in the shape of the token axes of every site's input (a mask).
     """
     leaders = {site.group for site in traced.sites.values()}
 
@@ -104,44 +104,6 @@ def with_moments(fn: Function, traced: Traced, *, block: int | None = mo.GRAM_BL
             return y, {weight.name: mo.of(x, block, layout.n_lead, weights)}
 
         return _interpreted(fn, params, inputs, on_dot)
-
-    return run
-
-
-def with_importance(fn: Function, traced: Traced, *, block: int | None = mo.GRAM_BLOCK) -> Function:
-    """`(params, x, cotangent) -> (moments by group, cotangent of x)`: each token counts by what its error would cost.
-
-    A token's weight is the squared gradient at the outputs of the group's sites. With the gradient of the log
-    likelihood of labels that the model itself samples, x x' so weighted is the Fisher information's input factor.
-    Weights are relative to their mean over the call.
-    """
-
-    def run(params: Any, x: Any, cotangent: Any) -> tuple[dict[str, Moments], Any]:
-        def outputs(weight: Weight, layout: Layout, x: Array) -> tuple[Array, Records]:
-            y, _ = _multiply(weight, layout, x)
-            return y, {weight.name: y}
-
-        shapes = jax.eval_shape(lambda x: _interpreted(fn, params, (x,), outputs)[1], x)
-        probes = {name: jax.numpy.zeros(shapes[name].shape, shapes[name].dtype) for name in traced.sites}
-
-        def probed(x: Any, probes: dict[str, Array]) -> tuple[Any, Records]:
-            def on_dot(weight: Weight, layout: Layout, x: Array) -> tuple[Array, Records]:
-                y, _ = _multiply(weight, layout, x)
-                site = traced.sites.get(weight.name)
-                if site is None:
-                    return y, {}
-                return y + probes[weight.name], {weight.name: x} if site.group == weight.name else {}
-
-            return _interpreted(fn, params, (x,), on_dot)
-
-        _, pull, inputs = jax.vjp(probed, x, probes, has_aux=True)
-        back, gradients = pull(cotangent)
-        moments = {}
-        for group, seen in inputs.items():
-            members = [site for site in traced.sites.values() if site.group == group]
-            weight = jax.numpy.stack([jax.numpy.square(gradients[s.name]).sum(-1) for s in members]).sum(0)
-            moments[group] = mo.of(seen, block, len(members[0].lead), weight / weight.mean())
-        return moments, back
 
     return run
 

@@ -55,9 +55,9 @@ def recipes() -> dict[str, tuple[str, str, Recipe]]:
         rows[name] = (nearest, preset, replace(PRESETS[preset], fold=fold, **k))
 
     add("g64", "rtn", fold=False, group_size=64)
-    for preset in ("llm_awq", "autoawq", "llmcompressor", "fast", "default", "best"):
+    for preset in ("llm_awq", "autoawq", "llmcompressor", "fast", "default"):
         add("g64", preset, fold=True, group_size=64)
-    for preset in ("llm_awq", "default", "best"):
+    for preset in ("llm_awq", "default"):
         add("g64", preset, fold=False, group_size=64)
     for kind, bits in (("g128", 4), ("W3 g128", 3)):
         add(kind, "rtn", fold=False, bits=bits, group_size=128)

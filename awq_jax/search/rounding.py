@@ -84,8 +84,9 @@ class Feedback:
             return steps
 
         def one_block(block: tuple[Array, ...]) -> Float[Array, "b o"]:
-            w, *grouped, gram = block
-            return jnp.repeat(_refitted(w, *(a.reshape(-1, g, a.shape[-1]) for a in grouped), gram), g, 0)
+            w, gram = block[0], block[-1]
+            codes, steps, zeros = (a.reshape(-1, g, a.shape[-1]) for a in block[1:-1])
+            return jnp.repeat(_refitted(w, codes, steps, zeros, gram), g, 0)
 
         return jax.lax.map(one_block, (rows, codes, steps, zeros, gram))
 
