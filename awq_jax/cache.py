@@ -15,6 +15,6 @@ def cache() -> Path:
 
 def keep_compiled_programs() -> None:
     """Let the next process start with what this one compiles, unless the user keeps such programs elsewhere."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(cache() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
