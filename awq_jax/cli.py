@@ -37,8 +37,8 @@ class Quantize:
     format: Literal["awq", "orbax"] = "awq"
     """awq: AutoAWQ safetensors for vLLM, SGLang, transformers. orbax: ours, a scale for each site."""
     preset: Preset = "default"
-    """How the numbers are chosen; fast takes a quarter of the text and smaller statistics, the last three
-    do as others do."""
+    """How the numbers are chosen; fast takes a quarter of the text, smaller statistics and a coarser search;
+    the last three do as others do."""
     calib: tuple[str, ...] = ()
     """Text files, .jsonl of chats or texts, ids of datasets, `self` for what the model writes; the packaged text
     without it. Several share the samples."""

@@ -7,7 +7,7 @@ site's own, from moments (llm-awq and AutoAWQ replay the whole attention or MLP 
 from __future__ import annotations
 
 from awq_jax.recipe import Recipe
-from awq_jax.search import Clip, Grid, no_clip, to_nearest
+from awq_jax.search import Clip, Feedback, FeedbackGrid, Grid, no_clip, to_nearest
 
 _TWENTY = tuple(i / 20 for i in range(20))
 _MIRRORED = Clip(mirrored=True)
@@ -15,7 +15,12 @@ _QUERY_KEY = r"(^|/)(q|k|q_proj|k_proj|query|key|qkv)(/|$)"
 
 PRESETS: dict[str, Recipe] = {
     "default": Recipe(),
-    "fast": Recipe(gram_block=128),
+    "fast": Recipe(
+        scale=FeedbackGrid(Grid((0.0, 0.2, 0.4, 0.6), columns=32)),
+        clip=Clip((1.0, 0.9, 0.8, 0.7)),
+        rounding=Feedback(sweeps=0),
+        gram_block=640,
+    ),
     "rtn": Recipe(scale=Grid(ratios=(0.0,)), clip=no_clip, rounding=to_nearest, gram_block=128),
     "llm_awq": Recipe(scale=Grid(_TWENTY), clip=_MIRRORED, unclipped=_QUERY_KEY, rounding=to_nearest, gram_block=128),
     "autoawq": Recipe(
