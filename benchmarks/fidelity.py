@@ -26,6 +26,7 @@ from awq_jax.formats.checkpoint import open_checkpoint
 from awq_jax.load import load
 from awq_jax.presets import PRESETS
 from awq_jax.recipe import Recipe
+from awq_jax.stream import Feed
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Arguments:
     texts: tuple[Path, ...] = ()
     """Texts to score on."""
     model: str | None = None
+    feed: Feed = "dense"
+    """What a block is calibrated on, as in `awq-jax quantize`."""
     samples: int = 32
     seq_len: int = 512
     windows: int = 8
@@ -86,7 +89,7 @@ def main(a: Arguments) -> None:
         if a.rows and not any(part in row for part in a.rows):
             continue
         # What the command line gives `fast`: a quarter of the sequences.
-        params, _ = quantized_in_memory(checkpoint, tokens[:: 4 if preset == "fast" else 1], recipe)
+        params, _ = quantized_in_memory(checkpoint, tokens[:: 4 if preset == "fast" else 1], recipe, feed=a.feed)
         model = with_params(dense, params)
         for text, ids in texts.items():
             found = score(model, ids, reference)
