@@ -104,14 +104,16 @@ def scores(texts: tuple[Path, ...], dense: Any, small: Any) -> dict[str, float]:
 
 
 def matmul_rate(jax: Any, jnp: Any, dtype: Any) -> float:
-    """Multiply-adds a second, times two, summed in float32."""
+    """Multiply-adds a second, times two, summed in float32; the best of ten tries."""
     x, w = jnp.ones((2048, 1536), dtype), jnp.ones((1536, 1536), dtype)
     f = jax.jit(lambda x, w: jnp.dot(x, w, preferred_element_type=jnp.float32))
-    f(x, w).block_until_ready()
-    start = time.perf_counter()
+    best = 0.0
     for _ in range(10):
-        f(x, w).block_until_ready()
-    return 10 * 2 * 2048 * 1536 * 1536 / (time.perf_counter() - start)
+        start = time.perf_counter()
+        for _ in range(5):
+            f(x, w).block_until_ready()
+        best = max(best, 5 * 2 * 2048 * 1536 * 1536 / (time.perf_counter() - start))
+    return best
 
 
 def main(a: Arguments) -> None:
