@@ -36,7 +36,7 @@ def calibration_tokens(
 
     Args:
       sources: one or several of: a text file, a .jsonl file of chats or texts, the id of a dataset on the hub, "self";
-        none for the packaged text. Several share the samples equally.
+        none for the packaged text. Several share the samples equally; the shortest decides the length of them all.
       own: `(samples, seq_len) -> tokens` that the model itself writes, for "self".
 
     Raises:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -56,18 +56,25 @@ def quantize_checkpoint(
 
     Args:
       model: Hugging Face folder or hub id, or a GGUF file.
+      out: a new or empty folder.
       recipe: None for 4 bits in groups of 128; `fold` follows from the format.
       format: "awq" (AutoAWQ, for vLLM, SGLang, transformers) or "orbax" (ours: a scale for each site).
       calib: see `calibration_tokens`.
       samples, seq_len: calibration sequences and their tokens.
+      feed: whether a block is calibrated on the output of the dense blocks before it, or of the quantized ones.
+      overwrite: replace what is at `out`.
+      progress: called with a stage, steps done and steps in all.
 
     Raises:
+      FileExistsError: `out` holds something and `overwrite` is not set.
       InputError: anything about the input that cannot be used, before any work where that can be told before.
       ValueError: non-finite weights, or a fold that changed the function; names the site.
 
     Example:
       >>> awq.quantize_checkpoint("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2-awq", awq.Recipe(group_size=64))
     """
+    if format not in get_args(Format):
+        raise InputError(f"format={format!r}: choose one of {', '.join(get_args(Format))}.")
     recipe = replace(recipe or Recipe(), fold=format == "awq")
     checkpoint = open_checkpoint(model)
     if checkpoint.kind in ("autoawq", "orbax"):
@@ -80,12 +87,13 @@ def quantize_checkpoint(
         progress("calibration text", 0, 1)
         own = lambda samples, seq_len: load(model).sample(samples, seq_len)
         tokens = calibration_tokens(calib, tokenizer, samples=samples, seq_len=seq_len, own=own)
+        progress("calibration text", 1, 1)
         write, finish = (named_failure(out, f) for f in writer(format, scratch, checkpoint, module, recipe))
 
         decoder = Decoder(module, config, widened(checkpoint.read) if recipe.fold else checkpoint.read)
         done = stream(decoder, tokens, recipe, write, feed=feed, progress=progress)
         finish()
-        (scratch / REPORT).write_text(json.dumps([as_json(site) for site in done.reports], indent=1))
+        (scratch / REPORT).write_text(json.dumps([asdict(site) for site in done.reports], indent=1))
         after = sum(f.stat().st_size for f in scratch.rglob("*") if f.is_file())
     return Converted(Path(out), checkpoint.nbytes, after, done.reports, done.seconds)
 
@@ -140,10 +148,6 @@ def named_failure(out: str | Path, f: Callable[..., None]) -> Callable[..., None
             raise OSError(f"{out} could not be written ({reason}): free space or choose another disk.") from e
 
     return run
-
-
-def as_json(site: SiteReport) -> dict[str, Any]:
-    return asdict(site)
 
 
 def check_weights(checkpoint: Checkpoint, module: Any, config: Any) -> None:

@@ -54,7 +54,7 @@ def fetch_smollm2() -> Path:
 def demo(
     model: str | None, prompt: str, progress: Callable[[str, int, int], None] = lambda stage, done, total: None
 ) -> list[Any]:
-    """Quantize `model` (or SmolLM2) in memory of a temporary folder; tables and answers for the terminal."""
+    """Quantize `model` (or SmolLM2) into a temporary folder; tables and answers for the terminal."""
     path = str(fetch_smollm2()) if model is None else model
     dense = load(path)
     recipe = Recipe(group_size=largest_group(dense))

@@ -78,7 +78,7 @@ def of(x: Float[Array, "*lead_and_tokens i"], block: int | None, lead: int = 0, 
 
 
 def block_size(features: int, most: int | None) -> int:
-    """The size of equal blocks of at most `most` (None: no limit) that cover `features`, each a multiple of 128."""
+    """The size of equal blocks of at most `most` (None: no limit) covering `features`; multiples of 128 if possible."""
     if most is None or features <= most:
         return features
     even = -(-features // -(-features // most))

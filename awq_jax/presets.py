@@ -1,7 +1,8 @@
 """Recipes by name: our own, and what other implementations do as a known point to start from.
 
 The others' choices of statistic, grid, weight term and clip are theirs; the error that all of them minimise is the
-site's own, from moments (llm-awq and AutoAWQ replay the whole attention or MLP for q, k, v and for gate, up).
+site's own, from moments (llm-awq and AutoAWQ replay the whole attention or MLP for q, k, v and for gate, up), on at
+most 512 columns of a weight.
 """
 
 from __future__ import annotations

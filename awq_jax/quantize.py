@@ -83,7 +83,12 @@ def quantize(
     Example:
       >>> qparams, report = awq.quantize(params, awq.calibrate(fn, params, batches), awq.Recipe(group_size=64))
     """
-    recipe = recipe or Recipe()
+    # Accelerators would multiply float32 in fewer bits.
+    with jax.default_matmul_precision("highest"):
+        return _quantize(params, calibration, recipe or Recipe(), prefix)
+
+
+def _quantize(params: Any, calibration: Calibration, recipe: Recipe, prefix: str) -> tuple[Any, tuple[SiteReport, ...]]:
     todo = plan(calibration, recipe, prefix)
     scales: dict[str, Array] = {}
     if todo.folds:
@@ -107,12 +112,12 @@ def quantize(
         require_finite(errors, names, leaves)
         reached = np.asarray(calibration.of(names[0]).count) > 0
         for name, tensor, (error, nearest, energy) in zip(names, tensors, np.asarray(errors), strict=True):
-            note = todo.notes.get(name, "")
+            notes = [todo.notes[name]] if name in todo.notes else []
             if not reached.all():
-                note = f"{(~reached).sum()} of {reached.size} never reached: rounded by their weights alone"
-            energy = max(float(energy), 1e-30)
+                notes.append(f"{(~reached).sum()} of {reached.size} never reached: rounded by their weights alone")
+            error, nearest = (float(e) / max(float(energy), 1e-30) for e in (error, nearest))
             out[name] = tensor
-            reports.append(SiteReport(name, todo.specs[name], float(error) / energy, float(nearest) / energy, note))
+            reports.append(SiteReport(name, todo.specs[name], error, nearest, "; ".join(notes)))
     return jax.tree.unflatten(jax.tree.structure(params), list(out.values())), tuple(reports)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -41,9 +41,16 @@ class Recipe:
 
     def __post_init__(self) -> None:
         QuantSpec(self.bits, self.group_size, self.symmetric)
+        if self.gram_block is not None and self.gram_block < 1:
+            raise ValueError(f"gram_block={self.gram_block}: give 1 or more, or None for whole Gram matrices.")
+        try:
+            re.compile(self.unclipped)
+        except re.error as e:
+            raise ValueError(f"unclipped={self.unclipped!r} is not a regular expression: {e}") from e
         for name in ("scale", "clip", "rounding"):
-            if not callable(getattr(self, name)):
-                raise ValueError(f"Recipe.{name}={getattr(self, name)!r} is not a function; see awq_jax.search.")
+            strategy = getattr(self, name)
+            if not callable(strategy) or not isinstance(strategy, Hashable):
+                raise ValueError(f"Recipe.{name}={strategy!r} is not a hashable function; see awq_jax.search.")
 
     def clip_of(self, name: str) -> Callable[..., Any]:
         """The clip strategy of the param at path `name`."""

@@ -1,4 +1,4 @@
-"""What to do with which weight: QuantSpec (one weight) and Recipe (a whole model)."""
+"""How one weight is stored (QuantSpec), and which weights are stored otherwise (Rule)."""
 
 from __future__ import annotations
 

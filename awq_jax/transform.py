@@ -82,7 +82,7 @@ def with_moments(fn: Function, traced: Traced, *, block: int | None = mo.GRAM_BL
 
     Args:
       traced: `sites(fn, params, *inputs)`.
-      block: size of the Gram matrix's diagonal blocks; None for the full matrix. Memory is i * block a group.
+      block: largest size of the Gram matrix's diagonal blocks; None for the full matrix. Memory is i * block a group.
 
     `weights` is one weight a token, in the shape of the token axes of every site's input (a mask).
     """
@@ -126,7 +126,7 @@ def calibrate(
       fn: pure function of (params, *inputs).
       params: dense params pytree.
       batches: tuples of inputs. Each new shape compiles once.
-      block: size of the Gram matrix's diagonal blocks; None for the full matrix.
+      block: largest size of the Gram matrix's diagonal blocks; None for the full matrix.
       mask: `mask(*inputs)` gives one weight a token: 0 for padding or for what the model will not say.
 
     Raises:

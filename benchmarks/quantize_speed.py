@@ -135,7 +135,7 @@ def main(a: Arguments) -> None:
             r = json.loads(done.stdout.splitlines()[-1])
             result.append({"preset": preset, "tokens": n, **r})
             s = r["stages"]
-            statistics = s["statistics"] + s.get("forward", 0)
+            statistics = s["statistics"]
             cells = (r["seconds"], r["compile"], statistics, s["search"], s["load"] + s["write"], r["floor"])
             table.add_row(
                 preset,

@@ -17,6 +17,7 @@ from checkpoints import config, tensors, tiny_folder, tiny_gguf
 from commands import run
 from safetensors import SafetensorError
 
+import awq_jax as awq
 from awq_jax.formats import autoawq
 
 FAST = ("--group-size", "32", "--samples", "4", "--seq-len", "128", "--preset", "rtn")
@@ -481,6 +482,12 @@ def test_eval(whole, tmp_path, content, more, says):
 )
 def test_generate(whole, more, says):
     assert_says(refused("generate", whole, *more), says)
+
+
+def test_a_format_that_there_is_not(tmp_path):
+    with pytest.raises(ValueError, match=r"format='AWQ': choose one of awq, orbax"):
+        awq.quantize_checkpoint(tmp_path, tmp_path / "out", format="AWQ")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_demo_model_that_cannot_be_fetched(tmp_path, monkeypatch):

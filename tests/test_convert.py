@@ -18,11 +18,11 @@ from tiny import random_tokens
 import awq_jax as awq
 from awq_jax import Recipe, Rule
 from awq_jax.models.llama import Config, Llama
-from awq_jax.search import no_clip, to_nearest
+from awq_jax.search import Grid, no_clip, to_nearest
 from awq_jax.sites import named_leaves
 from awq_jax.tensor import is_quantized
 
-QUICK = Recipe(group_size=32, clip=no_clip, rounding=to_nearest, gram_block=32)
+QUICK = Recipe(group_size=32, scale=Grid(), clip=no_clip, rounding=to_nearest, gram_block=32)
 """Scales are searched for; nothing else takes time."""
 
 TEXT = {"samples": 4, "seq_len": 128}
@@ -129,7 +129,7 @@ def test_the_report_stands_in_the_folder(made, name):
         spec = site.pop("spec")
         assert spec == {"bits": recipe.bits, "group_size": recipe.group_size, "symmetric": recipe.symmetric}
         assert site == {k: v for k, v in vars(told).items() if k != "spec"}
-        assert 0 < site["error"] <= site["nearest_error"] < 0.1
+        assert 0 < site["error"] <= site["nearest_error"] * (1 + 1e-5) < 0.1
 
 
 def test_seconds_are_told_by_stage(made):

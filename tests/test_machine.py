@@ -1,7 +1,7 @@
 import jax.numpy as jnp
 import pytest
 
-from awq_jax.machine import dtype_for, fast_dtype
+from awq_jax.machine import dtype_for
 
 
 @pytest.mark.parametrize(
@@ -17,7 +17,3 @@ from awq_jax.machine import dtype_for, fast_dtype
 )
 def test_bfloat16_where_the_processor_multiplies_it(backend, processor, dtype):
     assert dtype_for(backend, processor) is dtype
-
-
-def test_this_machine_has_one():
-    assert fast_dtype() in (jnp.float32, jnp.bfloat16)

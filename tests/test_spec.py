@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 
+from awq_jax.recipe import Recipe
 from awq_jax.spec import QuantSpec, Rule
 
 
@@ -68,3 +69,21 @@ def test_a_rule_names_only_what_it_changes():
 def test_rules_that_cannot_be_meant_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         Rule(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("gram_block", 0, "gram_block=0"),
+        ("unclipped", "(", "unclipped='\\(' is not a regular expression"),
+        ("scale", lambda: None, None),
+        ("clip", 3, "Recipe.clip=3 is not a hashable function"),
+        ("rounding", type("Unhashable", (), {"__call__": lambda self: None, "__hash__": None})(), "not a hashable"),
+    ],
+)
+def test_a_recipe_is_checked_when_it_is_made(field, value, message):
+    if message is None:
+        assert getattr(Recipe(**{field: value}), field) is value
+        return
+    with pytest.raises(ValueError, match=message):
+        Recipe(**{field: value})

@@ -16,8 +16,8 @@ from awq_jax.formats.errors import InputError
 
 @dataclass(frozen=True)
 class Score:
-    """Means over all predicted tokens: perplexity; against a reference KL(reference || model) in nats, and the share
-    of positions with the same likeliest token."""
+    """Perplexity of the predicted tokens; against a reference, over all positions, the mean KL(reference || model) in
+    nats and the share with the same likeliest token."""
 
     perplexity: float
     kl: float | None = None

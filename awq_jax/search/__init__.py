@@ -5,7 +5,8 @@
   rounding  (w, low, high, moments, spec) -> (q, step, zero)   which code each weight gets
 
 w is (i, o), moments are those of its input, s is (i,); low, high, step, zero are (groups, o); q is (groups, g, o).
-A recipe names one of each; `solve` runs them in this order on `w * s` and `x / s`.
+A recipe names one of each. `find_scale` runs the first, and falls back to no scale where rounding to nearest is better
+off without it; `solve` runs the others on `w * s` and the moments of `x / s`.
 """
 
 from awq_jax.search.clip import Clip as Clip

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from awq_jax.spec import QuantSpec
 
 CHUNK = 32
-"""Rows that are changed one by one before their changes go to all later rows at once; divides every group size."""
+"""Rows that go one by one before what they did reaches all later rows at once; divides every group size."""
 
 
 def descended_rows(

@@ -20,7 +20,7 @@ class Grid:
     """s = mean|x| ** r, or mean|x| ** r / w ** (1 - r), over `ratios`, the one with the least output error.
 
     Args:
-      ratios: the exponents r that are tried. With `duo` none of them is the identity, which `solve` tries anyway.
+      ratios: the exponents r that are tried. With `duo` none of them is the identity, which `find_scale` tries anyway.
       duo: divide by the mean relative size of the channel's weights to the power 1 - r.
       columns: at most so many columns of the weight, evenly spread, vote on the ratio; 0 for all.
       floor: the smallest statistic.

@@ -9,13 +9,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from awq_jax.moments import Moments
-from awq_jax.search.descent import descended_rows
+from awq_jax.search.descent import CHUNK, descended_rows
 from awq_jax.search.loss import blocks
 from awq_jax.spec import QuantSpec
 from awq_jax.tensor import affine, group, nearest, stored_step
-
-CHUNK = 32
-"""Rows that are rounded one by one before their errors go to all later rows at once; divides every group size."""
 
 Codes = tuple[Float[Array, "groups g o"], Float[Array, "groups o"], Float[Array, "groups o"]]
 
