@@ -5,6 +5,8 @@ qparams, report = awq.quantize(params, calibration)       # pure, jitted scale s
 qfn = awq.quantized(fn)                                   # the same function, low-bit matmuls inside
 """
 
+from importlib.metadata import version
+
 from awq_jax.convert import quantize_checkpoint as quantize_checkpoint
 from awq_jax.load import Model as Model
 from awq_jax.load import load as load
@@ -22,3 +24,5 @@ from awq_jax.transform import Calibration as Calibration
 from awq_jax.transform import calibrate as calibrate
 from awq_jax.transform import quantized as quantized
 from awq_jax.transform import with_moments as with_moments
+
+__version__ = version("awq-jax")

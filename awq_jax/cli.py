@@ -71,7 +71,7 @@ class Quantize:
                 overwrite=self.overwrite,
                 progress=progress,
             )
-        console().print(sites_table(done.sites), summary(done.before, done.after, done.seconds))
+        console().print(sites_table(done.sites), summary(done.before, done.half, done.after, done.seconds))
         where = shlex.quote(str(done.path))
         say(f"Wrote {done.path}. Try: awq-jax generate {where} 'Why is the sky blue?'")
 

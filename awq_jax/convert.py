@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,10 +31,14 @@ REPORT = "quantization_report.json"
 
 @dataclass(frozen=True)
 class Converted:
-    """Where the quantized model is, its size before and after in bytes, each site's error, seconds by stage."""
+    """Where the quantized model is, its size in bytes, each site's error, seconds by stage.
+
+    Sizes are those of the source as stored, of its tensors in 16 bits, and of all files of the quantized model.
+    """
 
     path: Path
     before: int
+    half: int
     after: int
     sites: tuple[SiteReport, ...]
     seconds: dict[str, float]
@@ -95,7 +100,8 @@ def quantize_checkpoint(
         finish()
         (scratch / REPORT).write_text(json.dumps([asdict(site) for site in done.reports], indent=1))
         after = sum(f.stat().st_size for f in scratch.rglob("*") if f.is_file())
-    return Converted(Path(out), checkpoint.nbytes, after, done.reports, done.seconds)
+    half = sum(2 * math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+    return Converted(Path(out), checkpoint.nbytes, half, after, done.reports, done.seconds)
 
 
 def widened(read: Callable[[str], Any]) -> Callable[[str], Any]:

@@ -62,7 +62,7 @@ def demo(
         out, nearest = Path(scratch, "awq"), Path(scratch, "nearest")
         done = quantize_checkpoint(path, out, recipe, progress=progress)
         rtn = replace(PRESETS["rtn"], group_size=recipe.group_size)
-        quantize_checkpoint(path, nearest, rtn, samples=2, progress=lambda *_: None)
+        quantize_checkpoint(path, nearest, rtn, samples=2, progress=lambda s, k, n: progress(f"{s}, nearest", k, n))
         small = load(out)
         tokens = windows(evaluation_text(), dense.tokenizer, 4, 512)
         moving = lambda stage: lambda k, n: progress(stage, k, n)
@@ -77,7 +77,7 @@ def demo(
         }
     return [
         sites_table(done.sites, 5),
-        summary(done.before, done.after, done.seconds),
+        summary(done.before, done.half, done.after, done.seconds),
         scores_table(rows),
         *(Panel(Text(text), title=Text(f"{name}: {prompt}")) for name, text in answers.items()),
     ]

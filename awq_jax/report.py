@@ -23,7 +23,8 @@ def size(n: float) -> str:
 def sites_table(sites: Iterable[SiteReport], worst: int = 10) -> Table:
     """The sites with the largest relative error first."""
     ordered = sorted(sites, key=lambda s: -s.error)
-    table = Table(title=f"Output error of the worst {min(worst, len(ordered))} of {len(ordered)} sites")
+    shown = min(worst, len(ordered))
+    table = Table(title=f"Output error on the calibration text: worst {shown} of {len(ordered)} sites")
     table.add_column("site")
     table.add_column("bits", justify="right")
     table.add_column("group", justify="right")
@@ -36,12 +37,12 @@ def sites_table(sites: Iterable[SiteReport], worst: int = 10) -> Table:
     return table
 
 
-def summary(before: int, after: int, seconds: Mapping[str, float]) -> Group:
-    """Sizes, and seconds by stage."""
-    sizes = Table(title="Size on disk")
-    for column in ("before", "after", "ratio"):
+def summary(before: int, half: int, after: int, seconds: Mapping[str, float]) -> Group:
+    """Sizes (the source as stored, in 16 bits, quantized), and seconds by stage."""
+    sizes = Table(title="Size")
+    for column in ("source", "in 16 bits", "quantized", "times smaller than in 16 bits"):
         sizes.add_column(column, justify="right")
-    sizes.add_row(size(before), size(after), f"{before / max(after, 1):.2f}x")
+    sizes.add_row(size(before), size(half), size(after), f"{half / max(after, 1):.2f}")
     times = Table(title="Seconds")
     for stage in (*seconds, "all"):
         times.add_column(stage, justify="right")
@@ -51,7 +52,8 @@ def summary(before: int, after: int, seconds: Mapping[str, float]) -> Group:
 
 def scores_table(rows: Mapping[str, Any]) -> Table:
     """Scores by the model's name."""
-    table = Table(title="How close to the dense model")
+    compared = any(s.kl is not None for s in rows.values())
+    table = Table(title="How close to the dense model" if compared else "Perplexity")
     table.add_column("model")
     for column in ("perplexity", "KL to dense", "same top-1"):
         table.add_column(column, justify="right")

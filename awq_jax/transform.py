@@ -135,6 +135,8 @@ def calibrate(
     total: dict[str, Moments] | None = None
     traced, example, step = None, None, None
     for batch in batches:
+        if not isinstance(batch, tuple | list):
+            raise ValueError(f"A batch is a tuple of inputs, found {type(batch).__name__}: give [(tokens,)], say.")
         if traced is None or step is None:
             traced, example = sites(fn, params, *batch), tuple(batch)
             if not traced.sites:

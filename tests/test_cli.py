@@ -81,7 +81,8 @@ def test_quantize_shows_sites_sizes_and_seconds(small):
     assert "worst 10 of 14 sites" in done.out
     before = 4 * sum(w.size for w in tensors(config()).values())
     after = sum(f.stat().st_size for f in out.iterdir())
-    assert done.rows[f"{before / 1000:.1f} kB"] == [f"{after / 1000:.1f} kB", f"{before / after:.2f}x"]
+    sizes = [f"{n / 1000:.1f} kB" for n in (before / 2, after)]
+    assert done.rows[f"{before / 1000:.1f} kB"] == [*sizes, f"{before / 2 / after:.2f}"]
     assert "search" in done.out
     last = done.out.splitlines()[-1]
     assert last == f"Wrote {out}. Try: awq-jax generate {out} 'Why is the sky blue?'"

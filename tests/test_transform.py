@@ -434,3 +434,8 @@ def test_the_second_call_compiles_nothing(wrap):
         run(q, DIRECTION)
     assert first
     assert not second
+
+
+def test_a_batch_that_is_no_tuple_is_refused():
+    with pytest.raises(ValueError, match=r"A batch is a tuple of inputs, found ndarray: give \[\(tokens,\)\]"):
+        calibrate(lambda p, x: x @ p, np.ones((32, 4), np.float32), [np.ones((3, 32), np.float32)])

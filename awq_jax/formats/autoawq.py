@@ -215,6 +215,8 @@ class Writer:
         self.nbytes += sum(a.nbytes for a in arrays.values())
         # Readers refuse files whose metadata does not say "pt".
         save_file(arrays, self._shard(len(self.shards)), metadata={"format": "pt"})
+        # safetensors lets nobody else read it, such as the account of a server.
+        self._shard(len(self.shards)).chmod(0o644)
 
     def finish(self) -> None:
         """Writes the index, config.json and what comes from the source; without them the folder is no model."""
