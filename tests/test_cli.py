@@ -152,7 +152,7 @@ class TestArguments:
 
         def fake(model, out, recipe, **options):
             asked.update(model=model, out=out, recipe=recipe, **options)
-            return Converted(out, 4, 1, (), {})
+            return Converted(out, 4, 2, 1, (), {})
 
         monkeypatch.setattr("awq_jax.convert.quantize_checkpoint", fake)
         return asked
