@@ -208,7 +208,7 @@ def test_strategies_may_be_anyones_functions():
 
 
 def test_a_recipe_takes_functions_only():
-    with pytest.raises(ValueError, match=r"Recipe\.scale='grid' is not a function"):
+    with pytest.raises(ValueError, match=r"Recipe\.scale='grid' is not a hashable function"):
         Recipe(scale="grid")
 
 
