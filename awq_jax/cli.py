@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -229,6 +230,8 @@ def main() -> None:
     # Orbax logs the traceback of an error before it raises it.
     absl.logging.set_verbosity(absl.logging.FATAL)
     keep_compiled_programs()
+    # So that scratch folders go as they do at Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         command.run()
     except (ValueError, OSError) as e:

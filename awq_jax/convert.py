@@ -85,6 +85,7 @@ def quantize_checkpoint(
     if checkpoint.kind in ("autoawq", "orbax"):
         raise InputError(f"{model} is quantized already: start from the dense model.")
     module, config = architecture(checkpoint)
+    recipe.check_rules(module.matrix_shapes(config))
     check_fits(module, config, recipe, format)
     check_weights(checkpoint, module, config)
     with written_whole(out, overwrite=overwrite) as scratch:
@@ -151,19 +152,18 @@ def named_failure(out: str | Path, f: Callable[..., None]) -> Callable[..., None
             raise
         except (OSError, ValueError, SafetensorError) as e:
             reason = " ".join(str(e).split())
-            raise OSError(f"{out} could not be written ({reason}): free space or choose another disk.") from e
+            advice = ": free space or choose another disk" if "no space" in reason.lower() else ""
+            raise OSError(f"{out} could not be written ({reason}){advice}.") from e
 
     return run
 
 
 def check_weights(checkpoint: Checkpoint, module: Any, config: Any) -> None:
-    """Refuse, before any work, a config that asks for other matrices than there are."""
-    for name, (i, o) in module.matrix_shapes(config).items():
-        layer, *path = name.split("/")
-        stored = f"model.layers.{layer.removeprefix('layers_')}.{module.LAYER_NAMES[tuple(path)]}"
-        if (found := checkpoint.shape(stored)) != (o, i):
+    """Refuse, before any work, a config that asks for other tensors than there are."""
+    for name, shape in module.stored_shapes(config).items():
+        if (found := checkpoint.shape(name)) != shape:
             raise InputError(
-                f"{checkpoint.path}: {stored} has shape {found}, the config asks for {(o, i)}. Is config.json that of "
+                f"{checkpoint.path}: {name} has shape {found}, the config asks for {shape}. Is config.json that of "
                 "these weights?"
             )
 

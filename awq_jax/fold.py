@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from awq_jax.sites import Fold, named_leaves
+from awq_jax.tensor import stack_places
 
 
 def fold(params: Any, factors: Mapping[int, Float[Array, "*stack n"]], folds: tuple[Fold, ...]) -> Any:
@@ -25,7 +26,8 @@ def fold(params: Any, factors: Mapping[int, Float[Array, "*stack n"]], folds: tu
     for k, s in factors.items():
         for m in folds[k].members:
             w = scaled[m.param]
-            scaled[m.param] = _scaled(w, s, m.channels, axes=m.axes, inverse=m.inverse, offset=m.offset)
+            options = {"axes": m.axes, "stack": m.stack, "inverse": m.inverse, "offset": m.offset}
+            scaled[m.param] = _scaled(w, s, m.channels, **options)
     return jax.tree.unflatten(jax.tree.structure(params), [scaled[name] for name in leaves])
 
 
@@ -35,12 +37,14 @@ def by_channel(factors: Float[Array, "*stack n"], channels: Int[Array, " c"]) ->
     return jnp.concatenate([factors, jnp.ones((*factors.shape[:-1], 1))], -1)[..., channels]
 
 
-@ft.partial(jax.jit, static_argnames=("axes", "inverse", "offset"))
-def _scaled(w: Array, s: Array, channels: Array, *, axes: tuple[int, ...], inverse: bool, offset: float) -> Array:
-    shape = [n if k in axes else 1 for k, n in enumerate(w.shape)]
-    if s.ndim > 1:
-        shape[0] = w.shape[0]
-    factor = by_channel(s, channels).reshape(shape)
+@ft.partial(jax.jit, static_argnames=("axes", "stack", "inverse", "offset"))
+def _scaled(
+    w: Array, s: Array, channels: Array, *, axes: tuple[int, ...], stack: tuple[int, ...], inverse: bool, offset: float
+) -> Array:
+    layers = stack_places(stack)
+    order = [*layers, *(k for k in range(w.ndim) if k not in layers)]
+    shape = [w.shape[k] if k in axes or k in layers else 1 for k in order]
+    factor = by_channel(s, channels).reshape(shape).transpose([order.index(k) for k in range(w.ndim)])
     wide = jnp.asarray(w, jnp.float32) + offset
     return ((wide / factor if inverse else wide * factor) - offset).astype(w.dtype)
 

@@ -38,7 +38,7 @@ CALLS = (
     "custom_jvp_call",
     "custom_vjp_call",
 )
-CARRIES_PARAMS = {*STRUCTURAL, *CALLS, "scan"}
+CARRIES_PARAMS = {*STRUCTURAL, *CALLS, "scan", "while", "cond"}
 
 
 @rule(*CALLS)
@@ -54,19 +54,49 @@ def _scan(walk: Walk, out: tuple, *xs: Value, jaxpr: Any, **p: Any) -> list[Valu
     inside = list(xs[:n])
     for carried in xs[n : n + k]:
         walk.freeze(carried.terms, "carried through a scan")
+        walk.use(carried, "scan")
         inside.append(Value(carried.shape))
     for x in xs[n + k :]:
-        if x.param is not None and x.view == View.of(x.shape):
+        if x.param is not None and x.view is not None and x.view.layers is not None:
             first = walk.scans.setdefault(x.param, walk.n_scans)
             walk.found.setdefault(x.param, ())
-            inside.append(param_value(walk, x.param, x.shape[1:], walk.ndims[x.param] - len(x.shape) + 1))
+            inside.append(param_value(walk, x.param, x.shape[1:], x.view.slice.stack))
             if first != walk.n_scans:
                 walk.freeze(inside[-1].terms, "sliced by two scans")
         else:
             walk.freeze(x.terms, "sliced by a scan")
+            walk.use(x, "scan")
             inside.append(Value(x.shape[1:]))
     for y in evaluate(walk, jaxpr, inside):
         walk.freeze(y.terms, "carried through a scan")
+    return [Value(shape) for shape in out]
+
+
+@rule("while")
+def _while(walk: Walk, out: tuple, *xs: Value, **p: Any) -> list[Value]:
+    n, m = p["cond_nconsts"], p["body_nconsts"]
+    for carried in xs[n + m :]:
+        walk.freeze(carried.terms, "carried through a loop")
+        walk.use(carried, "while")
+    carry = [Value(x.shape) for x in xs[n + m :]]
+    with walk.inside("while"):
+        results = evaluate(walk, p["cond_jaxpr"], [*xs[:n], *carry])
+        results += evaluate(walk, p["body_jaxpr"], [*xs[n : n + m], *carry])
+    for y in results:
+        walk.freeze(y.terms, "carried through a loop")
+    return [Value(shape) for shape in out]
+
+
+@rule("cond")
+def _cond(walk: Walk, out: tuple, which: Value, *xs: Value, branches: Any, **p: Any) -> list[Value]:
+    walk.freeze(which.terms, "cond")
+    results = []
+    for branch in branches:
+        with walk.inside("cond"):
+            results.append(evaluate(walk, branch, xs))
+    for y in (y for ys in results for y in ys):
+        walk.freeze(y.terms, "comes from a branch of a cond")
+        walk.use(y, "cond")
     return [Value(shape) for shape in out]
 
 
@@ -89,6 +119,7 @@ def evaluate(walk: Walk, jaxpr: Any, args: Iterable[Value]) -> list[Value]:
         ins = [known(v.val) if isinstance(v, core.Literal) else env[v] for v in eqn.invars]
         name = eqn.primitive.name
         shapes = tuple(v.aval.shape for v in eqn.outvars)
+        before = len(walk.dots)
         if name not in CARRIES_PARAMS:
             for v in ins:
                 if v.param is not None and v.view is not None:
@@ -103,6 +134,9 @@ def evaluate(walk: Walk, jaxpr: Any, args: Iterable[Value]) -> list[Value]:
             for v in ins:
                 walk.freeze(v.terms, name)
             outs = [Value(shape) for shape in shapes]
+        if name not in CARRIES_PARAMS and len(walk.dots) == before:
+            for v in ins:
+                walk.use(v, name)
         for var, value in zip(eqn.outvars, outs, strict=True):
             write(var, value)
     return [known(v.val) if isinstance(v, core.Literal) else env[v] for v in jaxpr.outvars]
@@ -163,6 +197,7 @@ def components(jaxpr: Any, params: dict[int, tuple[str, tuple[int, ...]]]) -> Co
         args = [param_value(walk, *params[k]) if k in params else Value(s) for k, s in enumerate(shapes)]
         for out in evaluate(walk, jaxpr, args):
             walk.freeze(out.terms, "an output of the function")
+            walk.use(out, "return")
         for (name, _), ids in walk.ids.items():
             if len(walk.ranks.get(name, ())) > 1:
                 walk.freeze([ids], "used both inside a scan over its layers and outside")

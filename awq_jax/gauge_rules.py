@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from awq_jax.gauge_values import Dot, Ids, Value, Walk, reshape_ids, varies
-from awq_jax.views import STRUCTURAL, View
+from awq_jax.tensor import in_param
+from awq_jax.views import STRUCTURAL, View, is_grouped_by_rows, is_pointwise, pointwise_slices
 
 Rule = Callable[..., list[Value]]
 RULES: dict[str, Rule] = {}
@@ -35,6 +36,7 @@ def map_terms(value: Value, shape: tuple[int, ...], f: Callable[[Ids], Ids]) -> 
     "convert_element_type",
     "copy",
     "copy_p",
+    "pvary",
     "stop_gradient",
 )
 def _structural(walk: Walk, out: tuple, x: Value, *_: Value, primitive: str, **p: Any) -> list[Value]:
@@ -48,6 +50,7 @@ def _structural(walk: Walk, out: tuple, x: Value, *_: Value, primitive: str, **p
     view = STRUCTURAL.get(primitive, lambda v, _: v)(x.view, p) if x.view is not None else None
     terms = tuple(move.get(primitive, lambda t: t)(t) for t in x.terms)
     if view is None:
+        walk.use(x, primitive)
         return [Value(shape, terms, constant=x.constant)]
     return [Value(shape, terms, x.root, view, x.param, x.constant)]
 
@@ -175,7 +178,7 @@ def _reduce(walk: Walk, out: tuple, x: Value, axes: Any, **p: Any) -> list[Value
 def _dot(walk: Walk, out: tuple, x: Value, y: Value, dimension_numbers: Any, **_: Any) -> list[Value]:
     (cx, cy), (bx, by) = dimension_numbers
     for w, other, contracted, batch, theirs, their_batch in ((y, x, cy, by, cx, bx), (x, y, cx, bx, cy, by)):
-        if w.param is not None and other.param is None and w.view is not None and contracted:
+        if w.param is not None and other.param is None and None not in (w.view, other.view) and contracted:
             _record(walk, w, other, contracted, batch, theirs, their_batch)
             break
     frees = [[k for k in range(len(v.shape)) if k not in (*c, *b)] for v, c, b in ((x, cx, bx), (y, cy, by))]
@@ -202,13 +205,13 @@ def _record(walk: Walk, w: Value, x: Value, contracted: Any, batch: Any, theirs:
     assert w.view is not None
     assert w.param is not None
     assert x.view is not None
-    stacked = walk.ndims[w.param] - len(w.view.base)
     layout, seen = w.view.layout(batch, contracted), x.view.layout(their_batch, theirs)
     tokens = [k for k in range(len(x.shape)) if k not in (*theirs, *their_batch)]
     free = [k for k in range(len(w.shape)) if k not in (*contracted, *batch)]
     origin = np.repeat(np.arange(len(w.view.base)), [_atoms(w.view, k) for k in range(len(w.view.base))])
     inputs, outputs = (
-        tuple(sorted({int(origin[a]) + stacked for k in axes for a in w.view.axes[k]})) for axes in (contracted, free)
+        tuple(sorted({in_param(w.view.stack, int(origin[a])) for k in axes for a in w.view.axes[k]}))
+        for axes in (contracted, free)
     )
     if not set(inputs) & set(outputs):
         walk.found[w.param] = tuple(axes for axes in (inputs, outputs) if len(axes) > 1)
@@ -219,8 +222,45 @@ def _record(walk: Walk, w: Value, x: Value, contracted: Any, batch: Any, theirs:
         moved = along[0].transpose([*contracted, *batch, *free]).reshape([along[0].shape[k] for k in contracted])
         in_ids = np.broadcast_to(moved, sizes)
     shape = tuple(x.shape[k] for k in (*their_batch, *tokens, *theirs))
-    reads = (x.root, seen.sizes, seen.order[: seen.n_lead + seen.n_in])
-    walk.dots.append(Dot(w.param, layout, stacked, reads, shape, len(their_batch), in_ids.ravel()))
+    reads = (x.root, seen.sizes, seen.order[: seen.n_lead + seen.n_in], walk.scope)
+    walk.dots.append(Dot(w.param, layout, w.view.stack, reads, shape, len(their_batch), in_ids.ravel()))
+
+
+@rule("ragged_dot_general")
+def _ragged_dot(walk: Walk, out: tuple, x: Value, w: Value, sizes: Value, **p: Any) -> list[Value]:
+    numbers = p["ragged_dot_dimension_numbers"]
+    if w.param is None or w.view is None or x.param is not None or not is_grouped_by_rows(numbers):
+        walk.freeze((*x.terms, *w.terms), "ragged_dot_general")
+        return [Value(out[0])]
+    (cx, cw), _ = numbers.dot_dimension_numbers
+    groups = tuple(numbers.rhs_group_dimensions)
+    _record(walk, w, x, cw, groups, cx, ())
+    walk.freeze([t for t in w.terms if varies(t, groups)], "experts read sorted rows")
+    (free,) = (k for k in range(3) if k not in (*cw, *groups))
+    alike = Value(w.shape, tuple(t for t in w.terms if not varies(t, groups)))
+    matrix = map_terms(alike, (w.shape[cw[0]], w.shape[free]), lambda t: t.transpose(*cw, free, *groups)[..., 0])
+    return _dot(walk, out, x, matrix, dimension_numbers=((cx, (0,)), ((), ())))
+
+
+@rule("conv_general_dilated")
+def _convolution(walk: Walk, out: tuple, x: Value, w: Value, **p: Any) -> list[Value]:
+    of_x, of_w, of_out = p["dimension_numbers"]
+    if w.param is None or w.view is None or x.param is not None or not is_pointwise(p, w.shape):
+        walk.freeze((*x.terms, *w.terms), "conv_general_dilated")
+        return [Value(out[0])]
+    _record(walk, w, x, (of_w[1],), (), (of_x[1],), ())
+    cut, order, n = pointwise_slices(p), [of_x[0], *of_x[2:], of_x[1]], len(of_x)
+
+    def rows(t: Ids) -> Ids:
+        return t[tuple(c if n > 1 else slice(None) for c, n in zip(cut, t.shape, strict=True))].transpose(order)
+
+    places = [out[0][of_out[0]], *(out[0][k] for k in of_out[2:])]
+    flat = lambda t: t.transpose(of_w[1], of_w[0], *of_w[2:]).squeeze(tuple(range(2, n)))
+    x = map_terms(x, (*places, x.shape[of_x[1]]), rows)
+    w = map_terms(w, (w.shape[of_w[1]], w.shape[of_w[0]]), flat)
+    (y,) = _dot(walk, ((*places, w.shape[1]),), x, w, dimension_numbers=(((n - 1,), (0,)), ((), ())))
+    back = [(0, n - 1, *range(1, n - 1))[of_out.index(k)] for k in range(n)]
+    return [map_terms(y, out[0], lambda t: t.transpose(back))]
 
 
 def _atoms(view: View, axis: int) -> int:

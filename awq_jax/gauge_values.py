@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from awq_jax.tensor import Layout
+from awq_jax.tensor import Layout, in_param
 from awq_jax.views import View
 
 Ids = np.ndarray
@@ -34,7 +35,7 @@ class Dot:
 
     param: str
     layout: Layout
-    stacked: int
+    stack: tuple[int, ...]
     reads: Any
     input_shape: tuple[int, ...]
     n_batch: int
@@ -49,7 +50,7 @@ class Walk:
     offsets: dict[str, float]
     joint: dict[str, tuple[tuple[int, ...], ...]]
     ids: dict[tuple[str, tuple[int, ...]], Ids] = field(default_factory=dict)
-    ndims: dict[str, int] = field(default_factory=dict)
+    stacks: dict[str, tuple[int, ...]] = field(default_factory=dict)
     scans: dict[str, int] = field(default_factory=dict)
     dots: list[Dot] = field(default_factory=list)
     found: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
@@ -57,6 +58,8 @@ class Walk:
     edges: list[tuple[Ids, Ids]] = field(default_factory=list)
     frozen: list[tuple[Ids, str]] = field(default_factory=list)
     unclear: list[tuple[Ids, str]] = field(default_factory=list)
+    uses: dict[str, set[str]] = field(default_factory=dict)
+    scope: tuple[Any, ...] = ()
     count: int = 0
     n_scans: int = 0
 
@@ -65,6 +68,18 @@ class Walk:
             self.ids[param, axes] = np.arange(self.count + 1, self.count + 1 + size, dtype=np.int32)
             self.count += size
         return self.ids[param, axes]
+
+    def use(self, value: Value, by: str) -> None:
+        """Note that a param, or a slice of its layers, is used by something else than a matmul."""
+        if value.param is not None:
+            self.uses.setdefault(value.param, set()).add(by)
+
+    @contextmanager
+    def inside(self, what: str) -> Iterator[None]:
+        """What is walked in the block runs a number of times of its own."""
+        outer, self.scope = self.scope, (*self.scope, (what, object()))
+        yield
+        self.scope = outer
 
     def freeze(self, terms: Iterable[Ids], reason: str) -> None:
         self.frozen += [(t.ravel(), reason) for t in terms]
@@ -104,17 +119,18 @@ class Walk:
         self.frozen += [(a[b == 0], reason), (b[a == 0], reason)]
 
 
-def param_value(walk: Walk, name: str, shape: tuple[int, ...], stacked: int = 0) -> Value:
+def param_value(walk: Walk, name: str, shape: tuple[int, ...], stack: tuple[int, ...] = ()) -> Value:
     """A param as it enters: one unknown for each position of each axis, or of each set of joint axes."""
-    walk.ndims[name] = len(shape) + stacked
-    together = [tuple(a - stacked for a in axes) for axes in walk.joint.get(name, ()) if min(axes) >= stacked]
+    walk.stacks[name] = stack
+    full = [in_param(stack, k) for k in range(len(shape))]
+    together = [tuple(map(full.index, axes)) for axes in walk.joint.get(name, ()) if set(axes) <= set(full)]
     alone = [(k,) for k in range(len(shape)) if not any(k in axes for axes in together)]
     terms = []
     for axes in (*together, *alone):
         sizes = [n if k in axes else 1 for k, n in enumerate(shape)]
         if math.prod(sizes) > 1:
-            terms.append(walk.axes_ids(name, tuple(a + stacked for a in axes), math.prod(sizes)).reshape(sizes))
-    return Value(shape, tuple(terms), name, View.of(shape), name)
+            terms.append(walk.axes_ids(name, tuple(full[a] for a in axes), math.prod(sizes)).reshape(sizes))
+    return Value(shape, tuple(terms), name, View.of(shape, stack), name)
 
 
 def reshape_ids(ids: Ids, old: tuple[int, ...], new: tuple[int, ...]) -> Ids:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools as ft
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from jaxtyping import Array
 from awq_jax.compat import scan_split
 from awq_jax.gauge import CALLS
 from awq_jax.tensor import Layout, is_quantized
-from awq_jax.views import STRUCTURAL, View
+from awq_jax.views import STRUCTURAL, View, is_grouped_by_rows, is_pointwise, pointwise_slices
 
 Records = dict[str, Any]
 
@@ -39,8 +39,11 @@ class Weight:
         return self.view.apply(base).astype(self.dtype)
 
 
-OnDot = Callable[[Weight, Layout, Array], tuple[Array, Records]]
-"""`(weight, layout, x) -> (y, records)`: x (*lead, *tokens, i), y (*lead, *tokens, o); records are summed pytrees."""
+OnDot = Callable[[Weight, Layout, Array, Array | None], tuple[Array, Records]]
+"""`(weight, layout, x, None) -> (y, records)`: x (*lead, *tokens, i), y (*lead, *tokens, o); records add up.
+
+`(weight, layout, x, sizes)` multiplies sorted rows: of x (rows, i), the first sizes[0] belong to the first expert.
+"""
 
 
 def dense(x: Any) -> Any:
@@ -96,11 +99,22 @@ def _dot_general(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Re
     lead = [layout.sizes[a] for a in layout.order[: layout.n_lead]]
     token_shape = [x.shape[k] for k in tokens]
     flat = x.transpose(*b, *tokens, *c).reshape(*lead, *token_shape, -1)
-    out, records = on_dot(w, layout, flat)
+    out, records = on_dot(w, layout, flat, None)
     n_b, n_t, n_f = len(b), len(tokens), len(free)
     out = out.reshape([*(x.shape[k] for k in b), *token_shape, *(w.view.shape[k] for k in free)])
     if weight_first:
         out = out.transpose(*range(n_b), *range(n_b + n_t, n_b + n_t + n_f), *range(n_b, n_b + n_t))
+    return [out.astype(eqn.outvars[0].aval.dtype)], records
+
+
+def _convolution(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Records]:
+    x, w = ins
+    if isinstance(x, Weight) or not is_pointwise(eqn.params, w.view.shape):
+        return _bind(eqn, ins, on_dot)
+    of_x, of_w, of_out = eqn.params["dimension_numbers"]
+    x = x[pointwise_slices(eqn.params)].transpose(of_x[0], *of_x[2:], of_x[1])
+    out, records = on_dot(w, w.view.layout((), (of_w[1],)), x, None)
+    out = out.transpose([(0, x.ndim - 1, *range(1, x.ndim - 1))[of_out.index(k)] for k in range(x.ndim)])
     return [out.astype(eqn.outvars[0].aval.dtype)], records
 
 
@@ -122,26 +136,101 @@ def _remat(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Records]
 
 
 def _scan(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Records]:
-    n, k = scan_split(eqn.params)
-    consts, carry, xs = ins[:n], [dense(x) for x in ins[n : n + k]], ins[n + k :]
-    whole = [isinstance(x, Weight) and x.view == View.of(x.view.base) for x in xs]
-    slices = [x.base if w else dense(x) for x, w in zip(xs, whole, strict=True)]
-    sliced_names = {x.name for x, w in zip(xs, whole, strict=True) if w}
-
-    def step(carry: list[Any], x: list[Any]) -> tuple[list[Any], tuple[list[Any], Records]]:
-        inside = [
-            Weight(full.name, part, View.of(full.view.base[1:]), full.dtype) if w else part
-            for full, part, w in zip(xs, x, whole, strict=True)
-        ]
-        outs, records = evaluate(eqn.params["jaxpr"], [*consts, *carry, *inside], on_dot)
-        outs = list(map(dense, outs))
-        return outs[:k], (outs[k:], records)
-
     p = eqn.params
-    carry, (ys, records) = lax.scan(step, carry, slices, p["length"], p["reverse"], p["unroll"])
-    shared = {name: jax.tree.map(lambda r: r.sum(0), r) for name, r in records.items() if name not in sliced_names}
-    return [*carry, *ys], records | shared
+    n, k = scan_split(p)
+    consts, carry, xs = ins[:n], [dense(x) for x in ins[n : n + k]], ins[n + k :]
+    xs = [x if isinstance(x, Weight) and _layers_first(x) is not None else dense(x) for x in xs]
+    slices = [_layers_first(x) if isinstance(x, Weight) else x for x in xs]
+    stacked = {x.name for x in xs if isinstance(x, Weight)}
+
+    def body(carry: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any], Records, Records]:
+        inside = [
+            replace(x, base=part, view=x.view.slice) if isinstance(x, Weight) else part
+            for x, part in zip(xs, slices, strict=True)
+        ]
+        outs, records = evaluate(p["jaxpr"], [*consts, *carry, *inside], on_dot)
+        own = {name: r for name, r in records.items() if name in stacked}
+        outs = list(map(dense, outs))
+        return outs[:k], outs[k:], own, {name: r for name, r in records.items() if name not in stacked}
+
+    shared = (
+        _none_recorded(lambda: body(carry, jax.tree.map(lambda a: a[0], slices))[-1], consts) if p["length"] else {}
+    )
+
+    def step(state: tuple[list[Any], Records], slices: list[Any]) -> tuple[Any, tuple[list[Any], Records]]:
+        carry, ys, own, new = body(state[0], slices)
+        return (carry, merge(state[1], new)), (ys, own)
+
+    (carry, shared), (ys, own) = lax.scan(step, (carry, shared), slices, p["length"], p["reverse"], p["unroll"])
+    return [*carry, *ys], own | shared
+
+
+def _layers_first(x: Weight) -> Any:
+    """The param with the axis that a scan slices in front; None where it is not one axis of the param."""
+    k, depth = x.view.layers, len(x.view.stack)
+    if k is None or not is_quantized(x.base):
+        return None if k is None else jnp.moveaxis(x.base, k, 0)
+    layout = x.base.layout
+    stack = (layout.stack if layout else ()) or (0,) * (depth + 1)
+    is_stacked = x.base.codes.ndim > 2 + (layout.n_lead if layout else 0)
+    return x.base if is_stacked and stack[depth : depth + 1] == (k,) else None
+
+
+def _while(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Records]:
+    p = eqn.params
+    n, m = p["cond_nconsts"], p["body_nconsts"]
+    of_cond, of_body, carry = ins[:n], ins[n : n + m], list(map(dense, ins[n + m :]))
+
+    def body(carry: list[Any]) -> tuple[list[Any], Records]:
+        outs, records = evaluate(p["body_jaxpr"], [*of_body, *carry], on_dot)
+        return list(map(dense, outs)), records
+
+    def goes_on(state: tuple[list[Any], Records]) -> Array:
+        return evaluate(p["cond_jaxpr"], [*of_cond, *state[0]], on_dot)[0][0]
+
+    def step(state: tuple[list[Any], Records]) -> tuple[list[Any], Records]:
+        outs, new = body(state[0])
+        return outs, merge(state[1], new)
+
+    return lax.while_loop(goes_on, step, (carry, _none_recorded(lambda: body(carry)[1], of_body)))
+
+
+def _cond(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Records]:
+    which, operands = ins[0], ins[1:]
+
+    def taken(branch: Any) -> tuple[list[Any], Records]:
+        outs, records = evaluate(branch, operands, on_dot)
+        return list(map(dense, outs)), records
+
+    branches = [ft.partial(taken, branch) for branch in eqn.params["branches"]]
+    none: Records = {}
+    for branch in branches:
+        none |= _none_recorded(lambda branch=branch: branch()[1], operands)
+
+    def padded(branch: Callable[[], Any]) -> tuple[list[Any], Records]:
+        outs, records = branch()
+        return outs, none | records
+
+    return lax.switch(dense(which), [ft.partial(padded, branch) for branch in branches])
+
+
+def _none_recorded(recorded: Callable[[], Records], operands: list[Any]) -> Records:
+    """Zeros like what is recorded where `operands` go: what loops and branches start from."""
+    if not any(isinstance(x, Weight) for x in operands):
+        return {}
+    return jax.tree.map(lambda r: jnp.zeros(r.shape, r.dtype), jax.eval_shape(recorded))
+
+
+def _ragged_dot(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Records]:
+    x, w, sizes = ins
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    if isinstance(x, Weight) or not is_grouped_by_rows(numbers):
+        return _bind(eqn, ins, on_dot)
+    ((_, cw), _) = numbers.dot_dimension_numbers
+    out, records = on_dot(w, w.view.layout(numbers.rhs_group_dimensions, cw), x, sizes)
+    return [out.astype(eqn.outvars[0].aval.dtype)], records
 
 
 RULES = dict.fromkeys(STRUCTURAL, _structural) | dict.fromkeys(CALLS, _call)
-RULES |= {"remat2": _remat, "checkpoint": _remat, "remat": _remat, "scan": _scan, "dot_general": _dot_general}
+RULES |= {"remat2": _remat, "checkpoint": _remat, "remat": _remat, "scan": _scan, "while": _while, "cond": _cond}
+RULES |= {"dot_general": _dot_general, "ragged_dot_general": _ragged_dot, "conv_general_dilated": _convolution}

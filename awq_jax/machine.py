@@ -18,15 +18,18 @@ def fast_dtype() -> Any:
         processor = Path("/proc/cpuinfo").read_text()
     except OSError:
         processor = ""
-    return dtype_for(jax.default_backend(), processor)
+    capability = getattr(jax.devices()[0], "compute_capability", "")
+    return dtype_for(jax.default_backend(), processor, str(capability))
 
 
-def dtype_for(backend: str, processor: str) -> Any:
-    """bfloat16 on accelerators and on x86 that has instructions for it.
+def dtype_for(backend: str, processor: str, capability: str = "") -> Any:
+    """bfloat16 on accelerators and on x86 that has instructions for it; NVIDIA's have from 8.0 on.
 
     Args:
       backend: jax's name of it, "cpu" or other.
       processor: its description, as in /proc/cpuinfo.
+      capability: of an NVIDIA GPU, "7.5".
     """
-    native = backend != "cpu" or re.search(r"\b(avx512_bf16|amx_bf16)\b", processor)
+    on_cpu = re.search(r"\b(avx512_bf16|amx_bf16)\b", processor)
+    native = on_cpu if backend == "cpu" else not re.match(r"[1-7]\.", capability)
     return jnp.bfloat16 if native else jnp.float32

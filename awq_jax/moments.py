@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 GRAM_BLOCK = 2048
 """Largest size of the Gram matrix's blocks: at this size they cost a quarter of an 8B Llama's forward pass."""
@@ -56,6 +56,8 @@ class Moments:
 def of(x: Float[Array, "*lead_and_tokens i"], block: int | None, lead: int = 0, weights: Any = None) -> Moments:
     """The moments of activations.
 
+    Rows of zeros are no tokens where there are experts.
+
     Args:
       x: activations; the first `lead` axes (experts) are kept, all others but the last are tokens. Products of
         unweighted ones are taken in x's dtype, all are summed in float32.
@@ -68,13 +70,43 @@ def of(x: Float[Array, "*lead_and_tokens i"], block: int | None, lead: int = 0, 
     tokens = jnp.ones(x.shape[:-1], jnp.float32)
     if weights is not None:
         tokens = jnp.broadcast_to(weights.reshape(-1).astype(jnp.float32), x.shape[:-1])
-    count = tokens.sum(-1)
+    # Experts get rows of zeros where fewer tokens reach them than they have room for.
+    count = (tokens * (x != 0).any(-1) if lead else tokens).sum(-1)
     abs_sum = jnp.einsum("...ti,...t->...i", jnp.abs(x), tokens, preferred_element_type=jnp.float32)
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -i % block)])
     x = x.reshape(*x.shape[:-1], -1, block)
     weighted = x if weights is None else x * tokens[..., None, None]
     gram = jnp.einsum("...tbi,...tbj->...bij", weighted, x, preferred_element_type=jnp.float32)
     return Moments(count, abs_sum, gram)
+
+
+TILE = 256
+"""Rows of one expert that are multiplied at once."""
+
+
+def of_sorted(x: Float[Array, "m i"], sizes: Int[Array, " e"], block: int | None) -> Moments:
+    """The moments of each expert's rows: the first sizes[0] rows are those of the first, and so on.
+
+    Tile after tile of one expert's rows: costs what the moments of m + e * TILE rows cost.
+    """
+    m, experts, sizes = len(x), len(sizes), jnp.asarray(sizes)
+    ends = jnp.cumsum(sizes)
+    tiles = -(-sizes // TILE)
+    last = jnp.cumsum(tiles)
+    padded = jnp.pad(x, ((0, TILE), (0, 0)))
+
+    def one_tile(k: Array, total: Moments) -> Moments:
+        expert = jnp.minimum(jnp.searchsorted(last, k, side="right"), experts - 1)
+        start = ends[expert] - sizes[expert] + (k - last[expert] + tiles[expert]) * TILE
+        rows = jax.lax.dynamic_slice(padded, (start, 0), (TILE, x.shape[1]))
+        own = (start + jnp.arange(TILE) < ends[expert]) & (k < last[-1])
+        found = of(jnp.where(own[:, None], rows, 0), block)
+        found = Moments(own.sum().astype(jnp.float32), found.abs_sum, found.gram)
+        return jax.tree.map(lambda all, new: all.at[expert].add(new), total, found)
+
+    like = jax.eval_shape(lambda: of(x[:1], block))
+    none = jax.tree.map(lambda a: jnp.zeros((experts, *a.shape), a.dtype), like)
+    return jax.lax.fori_loop(0, m // TILE + experts, one_tile, none)
 
 
 def block_size(features: int, most: int | None) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 from threadpoolctl import threadpool_limits
@@ -21,7 +22,10 @@ from awq_jax.transform import Calibration
 
 @dataclass(frozen=True)
 class SiteReport:
-    """What became of one site: output errors are relative to the output's energy, on the calibration's moments."""
+    """What became of one param: output errors are relative to the output's energy, on the calibration's moments.
+
+    `spec` is None, and the errors are 0, where it stays dense though it is a matrix; `note` says why.
+    """
 
     name: str
     spec: QuantSpec | None
@@ -44,7 +48,10 @@ def plan(calibration: Calibration, recipe: Recipe, prefix: str = "") -> Plan:
     """Which sites are quantized how, which folds are used, and why others are not; rules see `prefix + name`."""
     traced = calibration.traced
     specs = {name: spec for name in traced.sites if (spec := recipe.spec_of(prefix + name)) is not None}
-    usable, notes = [], {}
+    tied = [n for n in specs if traced.sites[n].shared and recipe.rule_of(prefix + n) is None]
+    specs = {name: spec for name, spec in specs.items() if name not in tied}
+    usable, notes = [], {n: f"not a matmul's: {why}" for n, why in traced.skipped.items()}
+    notes |= {n: f"also used by {traced.sites[n].shared}: name it in a rule to quantize it" for n in tied}
     for k, candidate in enumerate(traced.folds):
         wanted = [name for name in candidate.sites if name in specs]
         if not recipe.fold or not wanted:
@@ -78,7 +85,8 @@ def quantize(
       prefix: path of `params` in a larger model; the recipe's rules see it before each name.
 
     Raises:
-      ValueError: non-finite weights or statistics (names the site); a fold that changed the function.
+      ValueError: non-finite weights or statistics (names the site); a fold that changed the function; a rule that
+        matches no site.
 
     Example:
       >>> qparams, report = awq.quantize(params, awq.calibrate(fn, params, batches), awq.Recipe(group_size=64))
@@ -89,6 +97,8 @@ def quantize(
 
 
 def _quantize(params: Any, calibration: Calibration, recipe: Recipe, prefix: str) -> tuple[Any, tuple[SiteReport, ...]]:
+    if not prefix:
+        recipe.check_rules(calibration.traced.sites)
     todo = plan(calibration, recipe, prefix)
     scales: dict[str, Array] = {}
     if todo.folds:
@@ -98,12 +108,12 @@ def _quantize(params: Any, calibration: Calibration, recipe: Recipe, prefix: str
     leaves = named_leaves(params)
     out, reports = dict(leaves), []
     for names in batches_of_sites(calibration, recipe, todo):
-        sites = [calibration.traced.sites[name] for name in names]
+        layout = calibration.traced.sites[names[0]].layout
         tensors, errors = solve_sites(
             tuple(leaves[name] for name in names),
             calibration.of(names[0]),
             scales.get(names[0]),
-            layouts=tuple(site.layout for site in sites),
+            layouts=tuple(calibration.traced.sites[name].layout for name in names),
             spec=todo.specs[names[0]],
             scale=None if recipe.fold else recipe.scale,
             clip=todo.clips[names[0]],
@@ -114,10 +124,14 @@ def _quantize(params: Any, calibration: Calibration, recipe: Recipe, prefix: str
         for name, tensor, (error, nearest, energy) in zip(names, tensors, np.asarray(errors), strict=True):
             notes = [todo.notes[name]] if name in todo.notes else []
             if not reached.all():
-                notes.append(f"{(~reached).sum()} of {reached.size} never reached: rounded by their weights alone")
+                by = "the statistics of all experts" if layout.n_lead and reached.any() else "their weights alone"
+                notes.append(f"{(~reached).sum()} of {reached.size} reached by no token: rounded by {by}")
             error, nearest = (float(e) / max(float(energy), 1e-30) for e in (error, nearest))
             out[name] = tensor
             reports.append(SiteReport(name, todo.specs[name], error, nearest, "; ".join(notes)))
+    reports += [
+        SiteReport(n, None, 0.0, 0.0, f"left dense: {why}") for n, why in todo.notes.items() if n not in todo.specs
+    ]
     return jax.tree.unflatten(jax.tree.structure(params), list(out.values())), tuple(reports)
 
 
@@ -157,8 +171,12 @@ def fold_scales(params: Any, calibration: Calibration, recipe: Recipe, todo: Pla
 def require_finite(error: Array, names: list[str], leaves: dict[str, Array]) -> None:
     if np.isfinite(np.asarray(error)).all():
         return
-    for name in names:
-        bad = ~np.isfinite(np.asarray(leaves[name], np.float32))
+    for name, leaf in leaves.items():
+        bad = (
+            ~np.isfinite(np.asarray(leaf, np.float32))
+            if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+            else np.zeros(1)
+        )
         if bad.any():
             raise ValueError(f"{name}: {int(bad.sum())} of {bad.size} weights are NaN or infinite. Repair the model.")
     raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ class Recipe:
       scale, clip, rounding: the strategies, see awq_jax.search. Any function of the same signature will do.
 
     Raises:
-      ValueError: a value outside its range; a rule that does not compile.
+      ValueError: a value outside its range; two rules that say different things of one pattern.
     """
 
     bits: int = 4
@@ -47,6 +47,9 @@ class Recipe:
             re.compile(self.unclipped)
         except re.error as e:
             raise ValueError(f"unclipped={self.unclipped!r} is not a regular expression: {e}") from e
+        for k, rule in enumerate(self.rules):
+            if any(rule.pattern == other.pattern and rule != other for other in self.rules[:k]):
+                raise ValueError(f"two rules contradict each other on {rule.pattern!r}: keep one.")
         for name in ("scale", "clip", "rounding"):
             strategy = getattr(self, name)
             if not callable(strategy) or not isinstance(strategy, Hashable):
@@ -59,7 +62,25 @@ class Recipe:
     def spec_of(self, name: str) -> QuantSpec | None:
         """The spec of the param at path `name`, None where it stays dense."""
         spec = QuantSpec(self.bits, self.group_size, self.symmetric)
-        last = next((rule for rule in reversed(self.rules) if re.search(rule.pattern, name)), None)
+        last = self.rule_of(name)
         if last is None:
             return spec
         return None if last.skip else replace(spec, **last.changes)
+
+    def check_rules(self, names: Iterable[str]) -> None:
+        """Refuse a rule that matches none of a model's sites."""
+        names = list(names)
+        for rule in self.rules:
+            if not any(re.search(rule.pattern, name) for name in names):
+                raise ValueError(
+                    f"rule {rule.pattern!r} matches none of the {len(names)} sites: {_some(names)}. Rules are regular "
+                    "expressions, searched anywhere in these names."
+                )
+
+    def rule_of(self, name: str) -> Rule | None:
+        """The last rule that matches the param at path `name`."""
+        return next((rule for rule in reversed(self.rules) if re.search(rule.pattern, name)), None)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")

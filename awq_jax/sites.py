@@ -20,10 +20,11 @@ class Site:
     Args:
       name: the param's path, "layers_0/attn/q/kernel".
       layout: how the param is read as matrices (*lead, in_features, out_features).
-      stacked: leading axes of the param that a scan slices away (layers).
+      stacked: how many axes of the param scans slice away (layers).
       lead: sizes of its batch axes (experts).
       group: name of the first site that reads the same input; its own name if none does before.
       refused: why its input channels cannot be rescaled by a fold; None if they can.
+      shared: what else than matmuls uses the param ("gather" for a tied embedding); None if nothing does.
     """
 
     name: str
@@ -34,18 +35,29 @@ class Site:
     out_features: int
     group: str
     refused: str | None
+    shared: str | None = None
+
+    def __str__(self) -> str:
+        sizes = " x ".join(map(str, (*self.lead, self.in_features, self.out_features)))
+        parts = [f"layers of {sizes}" if self.stacked else sizes]
+        parts += [f"same input as {self.group}"] * (self.group != self.name)
+        parts += [f"cannot fold: {self.refused}"] * bool(self.refused)
+        parts += [f"also used by {self.shared}"] * bool(self.shared)
+        return "; ".join(parts)
 
 
 @dataclass(frozen=True)
 class Member:
     """A param that takes part in a fold: along `axes` (merged), position k is scaled by `channels[k]`'s factor.
 
-    `channels` is -1 where the param stays as it is; `inverse` members (a norm's weight, the outputs of the linear
-    before) are divided, the others multiplied. `offset` is 1 for a norm that multiplies by 1 + w.
+    `stack` tells where its axes of layers are, as in Layout. `channels` is -1 where the param stays as it is;
+    `inverse` members (a norm's weight, the outputs of the linear before) are divided, the others multiplied. `offset`
+    is 1 for a norm that multiplies by 1 + w.
     """
 
     param: str
     axes: tuple[int, ...]
+    stack: tuple[int, ...]
     channels: np.ndarray
     inverse: bool
     offset: float
@@ -67,10 +79,20 @@ class Fold:
 
 @dataclass(frozen=True)
 class Traced:
-    """What tracing found: sites by name, in the order in which they run, and the folds."""
+    """What tracing found: sites by name, in the order in which they run, the folds, and why other params are none.
+
+    `skipped` has the params of two or more axes that no matmul reads as a whole.
+    """
 
     sites: dict[str, Site]
     folds: tuple[Fold, ...]
+    skipped: dict[str, str]
+
+    def __str__(self) -> str:
+        """A line a site, then a line for each param that is none."""
+        width = max(map(len, (*self.sites, *self.skipped)), default=0)
+        lines = [f"{name:{width}}  {site}" for name, site in self.sites.items()]
+        return "\n".join([*lines, *(f"{name:{width}}  no site: {why}" for name, why in self.skipped.items())])
 
 
 def named_leaves(params: Any) -> dict[str, Any]:
@@ -97,7 +119,7 @@ def sites(fn: Callable[..., Any], params: Any, *inputs: Any) -> Traced:
       inputs: arrays or ShapeDtypeStructs.
 
     Example:
-      >>> for site in awq.sites(model.apply, params, tokens).sites.values(): print(site.name, site.group)
+      >>> print(awq.sites(model.apply, params, tokens))
     """
     jaxpr = jax.make_jaxpr(fn)(params, *inputs)
     leaves = named_leaves(params)
@@ -116,14 +138,20 @@ def sites(fn: Callable[..., Any], params: Any, *inputs: Any) -> Traced:
         out[name] = Site(
             name=name,
             layout=first.layout,
-            stacked=first.stacked,
+            stacked=len(first.stack),
             lead=tuple(ordered[:lead]),
             in_features=int(np.prod(ordered[lead : lead + n])),
             out_features=int(np.prod(ordered[lead + n :])),
-            group=groups.setdefault((first.stacked, first.layout.n_lead, *(use.reads for use in uses)), name),
+            group=groups.setdefault((first.stack, first.layout.n_lead, *(use.reads for use in uses)), name),
             refused=_refusal(found, [use.in_ids for use in uses]),
+            shared=", ".join(sorted(found.walk.uses.get(name, ()))) or None,
         )
-    return Traced(out, _folds(found, {n: dots[n][0] for n in out}))
+    skipped = {
+        name: "read in two ways" if name in dots else ", ".join(sorted(found.walk.uses.get(name, ()))) or "not used"
+        for name, leaf in leaves.items()
+        if name not in out and np.ndim(leaf) - len(found.walk.stacks[name]) > 1
+    }
+    return Traced(out, _folds(found, {n: dots[n][0] for n in out}), skipped)
 
 
 def _refusal(found: Components, in_ids: list[np.ndarray]) -> str | None:
@@ -167,6 +195,7 @@ def _fold(found: Components, dots: dict[str, Any], names: list[str], comps: set[
             if mine.any():
                 kept = np.full(len(channels), -1)
                 kept[np.flatnonzero(channels >= 0)[mine]] = channels[channels >= 0][mine]
-                members.append(Member(param, axes, kept, inverse, found.walk.offsets.get(param, 0.0)))
+                offset = found.walk.offsets.get(param, 0.0)
+                members.append(Member(param, axes, found.walk.stacks[param], kept, inverse, offset))
     inputs = tuple(number[found.component[np.abs(dots[name].in_ids)]] for name in names)
     return Fold(len(comps), tuple(members), tuple(names), inputs)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools as ft
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8, UInt32
+from jaxtyping import Array, Float, Int, UInt8, UInt32
 
 import awq_jax.kernels as kernels
-from awq_jax.kernels.reference import dense_matmul
+from awq_jax.kernels.reference import dense_grouped_matmul, dense_matmul
 from awq_jax.spec import QuantSpec
 
 SCALE_DTYPE = jnp.float16
@@ -22,12 +21,25 @@ SMALLEST_STEP = float(np.finfo(np.float16).smallest_normal)
 LARGEST_STEP = float(np.finfo(np.float16).max)
 
 
+def in_param(stack: tuple[int, ...], axis: int) -> int:
+    """Which axis of a param is `axis` of what scans slice from it; `stack` as in Layout."""
+    for k in reversed(stack):
+        axis += axis >= k
+    return axis
+
+
+def stack_places(stack: tuple[int, ...]) -> tuple[int, ...]:
+    """Which axes of a param are its axes of layers, first the one that is sliced first."""
+    return tuple(in_param(stack[:depth], k) for depth, k in enumerate(stack))
+
+
 @dataclass(frozen=True)
 class Layout:
     """How a param of any shape is read as matrices (*lead, i, o): split its axes, reorder, merge.
 
     The last `len(sizes)` axes that the split gives have `sizes`; `order` puts the `n_lead` batch axes first,
-    then the `n_in` contracted ones, then the rest. Axes before them (stacked layers) stay in front.
+    then the `n_in` contracted ones, then the rest. Axes of stacked layers go in front: they are in front in the param
+    too, or, with a `stack`, its k-th number is the place of the k-th of them in the param without those before it.
     """
 
     shape: tuple[int, ...]
@@ -35,9 +47,11 @@ class Layout:
     order: tuple[int, ...]
     n_lead: int
     n_in: int
+    stack: tuple[int, ...] = ()
 
     def matrix(self, w: Array) -> Array:
-        """`w` (*stack, *shape) as (*stack, *lead, i, o)."""
+        """`w` (*stack, *shape), or with its `stack` axes anywhere, as (*stack, *lead, i, o)."""
+        w = jnp.moveaxis(w, self._places(w.ndim - len(self.shape)), range(w.ndim - len(self.shape)))
         stack = w.shape[: w.ndim - len(self.shape)]
         ordered = [self.sizes[a] for a in self.order]
         lead, rest = ordered[: self.n_lead], ordered[self.n_lead :]
@@ -51,13 +65,27 @@ class Layout:
         k = len(stack)
         w = matrix.reshape(*stack, *(self.sizes[a] for a in self.order))
         back = np.argsort(self.order)
-        return w.transpose(*range(k), *(k + int(a) for a in back)).reshape(*stack, *self.shape)
+        w = w.transpose(*range(k), *(k + int(a) for a in back)).reshape(*stack, *self.shape)
+        return jnp.moveaxis(w, range(k), self._places(k))
+
+    def param_shape(self, stack: tuple[int, ...]) -> tuple[int, ...]:
+        """The param's shape, given the sizes of its axes of layers."""
+        full = np.empty((len(stack) + len(self.shape),), int)
+        places = self._places(len(stack))
+        full[list(places)] = stack
+        full[[k for k in range(len(full)) if k not in places]] = self.shape
+        return tuple(full.tolist())
+
+    def _places(self, n: int) -> tuple[int, ...]:
+        """Where the `n` axes of layers are in the param; what is sliced from it by a scan lacks the first."""
+        more = max(0, n - len(self.stack))
+        return (*range(more), *(more + k for k in stack_places(self.stack[len(self.stack) + more - n :])))
 
     @property
     def is_matrix(self) -> bool:
         """Whether the param already is (*lead, i, o)."""
-        return self.sizes == self.shape and self.order == tuple(range(len(self.shape))) and self.n_in == 1 \
-            and len(self.shape) == self.n_lead + 2  # fmt: skip
+        in_order = self.sizes == self.shape and self.order == tuple(range(len(self.shape))) and not self.stack
+        return in_order and self.n_in == 1 and len(self.shape) == self.n_lead + 2
 
 
 @ft.partial(
@@ -105,7 +133,7 @@ class QuantizedTensor:
         """The shape of the dense param."""
         if self.layout is None:
             return self.matrix_shape
-        return (*self.codes.shape[: self.codes.ndim - self.layout.n_lead - 2], *self.layout.shape)
+        return self.layout.param_shape(self.codes.shape[: self.codes.ndim - self.layout.n_lead - 2])
 
     @property
     def ndim(self) -> int:
@@ -225,15 +253,21 @@ def dequantize(w: QuantizedTensor) -> Array:
     return dense.astype(w.dtype)
 
 
-def dot(x: Float[Array, "*b i"], w: Float[Array, "*lead i o"] | QuantizedTensor) -> Float[Array, "*b o"]:
+def dot(
+    x: Float[Array, "*b i"], w: Float[Array, "*lead i o"] | QuantizedTensor, group_sizes: Int[Array, " e"] | None = None
+) -> Float[Array, "*b o"]:
     """`x @ w`, dense or quantized, in x's dtype; the leading axes of w, if any, are leading axes of x too.
+
+    Args:
+      group_sizes: x is (rows, i), w (e, i, o), and of the rows the first group_sizes[0] are multiplied with w[0], and
+        so on, as in jax.lax.ragged_dot.
 
     Example:
       >>> y = dot(x, params["kernel"])  # the only matmul a quantizable layer needs
     """
     if isinstance(w, QuantizedTensor):
-        return kernels.int4_matmul(x, w)
-    return dense_matmul(x, w)
+        return kernels.int4_matmul(x, w) if group_sizes is None else kernels.grouped_int4_matmul(x, w, group_sizes)
+    return dense_matmul(x, w) if group_sizes is None else dense_grouped_matmul(x, w, group_sizes)
 
 
 def is_quantized(leaf: Any) -> bool:
@@ -241,4 +275,4 @@ def is_quantized(leaf: Any) -> bool:
 
 
 def with_input_scale(w: QuantizedTensor, input_scale: Float[Array, "*lead i"]) -> QuantizedTensor:
-    return dataclasses.replace(w, input_scale=input_scale)
+    return replace(w, input_scale=input_scale)

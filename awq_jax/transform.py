@@ -68,13 +68,13 @@ def quantized(fn: Function) -> Function:
     return run
 
 
-def _multiply(weight: Weight, layout: Layout, x: Array) -> tuple[Array, Records]:
+def _multiply(weight: Weight, layout: Layout, x: Array, sizes: Array | None) -> tuple[Array, Records]:
     w = weight.base
     if not is_quantized(w):
-        return dot(x, layout.matrix(w).astype(x.dtype)), {}
+        return dot(x, layout.matrix(w).astype(x.dtype), sizes), {}
     if w.layout == (None if layout.is_matrix else layout):
-        return dot(x, w), {}
-    return dot(x, layout.matrix(w.dequantize()).astype(x.dtype)), {}
+        return dot(x, w, sizes), {}
+    return dot(x, layout.matrix(w.dequantize()).astype(x.dtype), sizes), {}
 
 
 def with_moments(fn: Function, traced: Traced, *, block: int | None = mo.GRAM_BLOCK) -> Function:
@@ -89,12 +89,18 @@ def with_moments(fn: Function, traced: Traced, *, block: int | None = mo.GRAM_BL
     leaders = {site.group for site in traced.sites.values()}
 
     def run(params: Any, *inputs: Any, weights: Array | None = None) -> tuple[Any, dict[str, Moments]]:
-        def on_dot(weight: Weight, layout: Layout, x: Array) -> tuple[Array, Records]:
+        def on_dot(weight: Weight, layout: Layout, x: Array, sizes: Array | None) -> tuple[Array, Records]:
             # Else XLA computes what leads to x twice, for the matmul and for the moments.
             x = jax.lax.optimization_barrier(x)
-            y, _ = _multiply(weight, layout, x)
+            y, _ = _multiply(weight, layout, x, sizes)
             if weight.name not in leaders:
                 return y, {}
+            if sizes is not None:
+                if weights is not None:
+                    raise ValueError(
+                        f"{weight.name}: a mask cannot follow tokens that are sorted by expert: leave it out."
+                    )
+                return y, {weight.name: mo.of_sorted(x, sizes, block)}
             tokens = x.shape[layout.n_lead : -1]
             if weights is not None and weights.size != math.prod(tokens):
                 raise ValueError(

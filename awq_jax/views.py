@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from jaxtyping import Array
 
@@ -13,32 +14,36 @@ from awq_jax.tensor import Layout
 
 @dataclass(frozen=True)
 class View:
-    """An array of `shape` cut into atoms of `sizes` (none is 1), of which each axis of the view merges `axes[k]`."""
+    """An array of shape `base` cut into atoms of `sizes` (none is 1), of which each axis merges `axes[k]`.
+
+    Where scans slice a param, `base` is one slice; `stack` says where its axes of layers were, as in Layout.
+    """
 
     base: tuple[int, ...]
     sizes: tuple[int, ...]
     axes: tuple[tuple[int, ...], ...]
+    stack: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, shape: Sequence[int]) -> View:
+    def of(cls, shape: Sequence[int], stack: tuple[int, ...] = ()) -> View:
         atoms = iter(range(len(shape)))
         axes = tuple((next(atoms),) if n != 1 else () for n in shape)
-        return cls(tuple(shape), tuple(n for n in shape if n != 1), axes)
+        return cls(tuple(shape), tuple(n for n in shape if n != 1), axes, stack)
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(math.prod(self.sizes[a] for a in axis) for axis in self.axes)
 
     def transpose(self, permutation: Sequence[int]) -> View:
-        return View(self.base, self.sizes, tuple(self.axes[p] for p in permutation))
+        return replace(self, axes=tuple(self.axes[p] for p in permutation))
 
     def squeeze(self, dimensions: Sequence[int]) -> View:
-        return View(self.base, self.sizes, tuple(a for k, a in enumerate(self.axes) if k not in dimensions))
+        return replace(self, axes=tuple(a for k, a in enumerate(self.axes) if k not in dimensions))
 
     def broadcast(self, shape: Sequence[int], dimensions: Sequence[int]) -> View | None:
         """`lax.broadcast_in_dim` where it only adds axes of size 1; otherwise None."""
         axes = dict(zip(dimensions, self.axes, strict=True))
-        new = View(self.base, self.sizes, tuple(axes.get(k, ()) for k in range(len(shape))))
+        new = replace(self, axes=tuple(axes.get(k, ()) for k in range(len(shape))))
         return new if new.shape == tuple(shape) else None
 
     def reshape(self, shape: Sequence[int]) -> View | None:
@@ -66,13 +71,29 @@ class View:
             for k, part in enumerate(pieces.get(atom, [whole])):
                 number[atom, k] = len(sizes)
                 sizes.append(part)
-        return View(self.base, tuple(sizes), tuple(tuple(number[p] for p in axis) for axis in axes))
+        return replace(self, sizes=tuple(sizes), axes=tuple(tuple(number[p] for p in axis) for axis in axes))
+
+    @property
+    def layers(self) -> int | None:
+        """Which axis of the base is the view's first, if all others are as they are in the base; else None."""
+        return next((k for k in range(len(self.base)) if self == View.of(self.base, self.stack)._first(k)), None)
+
+    def _first(self, axis: int) -> View:
+        return self.transpose([axis, *(k for k in range(len(self.axes)) if k != axis)])
+
+    @property
+    def slice(self) -> View:
+        """What a scan sees of the view, one layer after the other; `layers` must not be None."""
+        assert self.layers is not None
+        k = self.layers
+        return View.of(self.base[:k] + self.base[k + 1 :], (*self.stack, k))
 
     def layout(self, batch: Sequence[int], contracted: Sequence[int]) -> Layout:
         """How a matmul over `contracted` axes, batched over `batch`, reads the base array."""
         free = [k for k in range(len(self.axes)) if k not in batch and k not in contracted]
         lead, inputs, outputs = ([a for k in ks for a in self.axes[k]] for ks in (batch, contracted, free))
-        return Layout(self.base, self.sizes, (*lead, *inputs, *outputs), len(lead), len(inputs))
+        stack = self.stack if any(self.stack) else ()
+        return Layout(self.base, self.sizes, (*lead, *inputs, *outputs), len(lead), len(inputs), stack)
 
     def apply(self, base: Array) -> Array:
         """`base` (*stack, *shape) as this view shows it."""
@@ -91,5 +112,26 @@ STRUCTURAL = {
     "convert_element_type": lambda view, p: view,
     "copy": lambda view, p: view,
     "copy_p": lambda view, p: view,
+    "pvary": lambda view, p: view,
 }
 """What each primitive that only rearranges does to a view: `(view, params) -> View`, None where it does more."""
+
+
+def is_grouped_by_rows(numbers: Any) -> bool:
+    """Whether a ragged_dot_general is `lax.ragged_dot`: sorted rows (m, k), each times its group's matrix."""
+    (cx, cw), batch = numbers.dot_dimension_numbers
+    of_rows = (tuple(cx), tuple(numbers.lhs_ragged_dimensions)) == ((1,), (0,))
+    return of_rows and len(cw) == len(numbers.rhs_group_dimensions) == 1 and not any(batch)
+
+
+def is_pointwise(p: Mapping[str, Any], kernel: Sequence[int]) -> bool:
+    """Whether a conv_general_dilated with these params is a matmul at every place: 1 x 1, no padding, one group."""
+    spatial = [kernel[k] for k in p["dimension_numbers"].rhs_spec[2:]]
+    spread = any(n != 1 for n in (*spatial, *p["lhs_dilation"], p["feature_group_count"], p["batch_group_count"]))
+    return not spread and not any(n for pads in p["padding"] for n in pads)
+
+
+def pointwise_slices(p: Mapping[str, Any]) -> tuple[slice, ...]:
+    """Which places of the input such a convolution reads."""
+    spatial = dict(zip(p["dimension_numbers"].lhs_spec[2:], p["window_strides"], strict=True))
+    return tuple(slice(None, None, spatial.get(k, 1)) for k in range(len(spatial) + 2))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from awq_jax.kernels import reference
 
@@ -40,11 +40,29 @@ def int4_matmul(x: Float[Array, "*b i"], w: PackedWeight, *, implementation: str
     Raises:
       ValueError: the last axis of x is not w's input axis, or there is no such implementation.
     """
+    check_features(x, w)
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r}: choose one of {sorted(IMPLEMENTATIONS)} or None.")
+    return IMPLEMENTATIONS[implementation or "xla"](x, w)
+
+
+def grouped_int4_matmul(x: Float[Array, "m i"], w: PackedWeight, group_sizes: Int[Array, " e"]) -> Float[Array, "m o"]:
+    """Sorted rows, each times the matrix of its group (expert), as jax.lax.ragged_dot; rows beyond all groups give 0.
+
+    Args:
+      x: float16, bfloat16 or float32; the first group_sizes[0] rows belong to the first group, and so on.
+      w: packed weight of logical shape (e, i, o), 2 to 8 bits.
+
+    Raises:
+      ValueError: the last axis of x is not w's input axis.
+    """
+    check_features(x, w)
+    return reference.grouped_matmul(x, w, group_sizes)
+
+
+def check_features(x: Float[Array, "*b i"], w: PackedWeight) -> None:
     if x.shape[-1] != w.in_features:
         raise ValueError(
             f"x has {x.shape[-1]} features in its last axis, the weight takes {w.in_features}. "
             "Move the contracted axis of x to the end."
         )
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={implementation!r}: choose one of {sorted(IMPLEMENTATIONS)} or None.")
-    return IMPLEMENTATIONS[implementation or "xla"](x, w)

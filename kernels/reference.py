@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from awq_jax.kernels.packing import unpack
 
@@ -34,8 +34,23 @@ def matmul(x: Float[Array, "*b i"], w: PackedWeight) -> Float[Array, "*b o"]:
     return dense_matmul(x, dequantize(w).astype(x.dtype))
 
 
+def grouped_matmul(x: Float[Array, "m i"], w: PackedWeight, group_sizes: Int[Array, " e"]) -> Float[Array, "m o"]:
+    """Sorted rows, each times its group's matrix; accumulates in float32."""
+    dense = dequantize(w)
+    if w.input_scale is not None:
+        dense = dense * w.input_scale[..., None]
+    return dense_grouped_matmul(x, dense.astype(x.dtype), group_sizes)
+
+
 def dense_matmul(x: Float[Array, "*b i"], w: Float[Array, "*lead i o"]) -> Float[Array, "*b o"]:
     """`x @ w` where the leading axes of w, if any, are the leading axes of x too (experts)."""
     lead = tuple(range(w.ndim - 2))
     numbers = (((x.ndim - 1,), (w.ndim - 2,)), (lead, lead))
     return lax.dot_general(x, w, numbers, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def dense_grouped_matmul(
+    x: Float[Array, "m i"], w: Float[Array, "e i o"], group_sizes: Int[Array, " e"]
+) -> Float[Array, "m o"]:
+    """`jax.lax.ragged_dot`, accumulated in float32."""
+    return lax.ragged_dot(x, w, group_sizes, preferred_element_type=jnp.float32).astype(x.dtype)

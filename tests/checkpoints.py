@@ -73,17 +73,17 @@ def tensors(hf: Mapping[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def tiny_folder(
-    folder: Path, *, shards: int = 1, weights: Mapping[str, np.ndarray] | None = None, **changes: Any
+    folder: Path, *, shards: int = 1, weights: Mapping[str, np.ndarray | None] | None = None, **changes: Any
 ) -> Path:
     """A Hugging Face folder.
 
     Args:
       shards: safetensors files.
-      weights: replace those of the same name.
+      weights: replace those of the same name; None drops one.
       changes: of config.json.
     """
     hf = config(**changes)
-    named = tensors(hf) | dict(weights or {})
+    named = {k: w for k, w in (tensors(hf) | dict(weights or {})).items() if w is not None}
     if shards == 1:
         files = {"model.safetensors": named}
     else:

@@ -17,3 +17,11 @@ from awq_jax.machine import dtype_for
 )
 def test_bfloat16_where_the_processor_multiplies_it(backend, processor, dtype):
     assert dtype_for(backend, processor) is dtype
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [("7.5", jnp.float32), ("8.0", jnp.bfloat16), ("10.0", jnp.bfloat16), ("gfx942", jnp.bfloat16), ("", jnp.bfloat16)],
+)
+def test_old_gpus_have_no_bfloat16(capability, dtype):
+    assert dtype_for("gpu", "", capability) is dtype

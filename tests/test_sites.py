@@ -131,7 +131,11 @@ NO_SITES = {
     "nothing added": lambda p, x: x @ (p["w"] + 0.0),
     "negated": lambda p, x: x @ (0.0 - p["w"]),
     "read as it is and turned": lambda p, x: x @ p["w"] @ p["w"].T,
-    "one branch of a cond": lambda p, x: lax.cond(x.sum() > 0, lambda: x @ p["w"], lambda: x),
+    "read as it is and turned in two branches": lambda p, x: lax.cond(
+        x.sum() > 0, lambda: x @ p["w"], lambda: x @ p["w"].T
+    ),
+    "chosen by a branch": lambda p, x: x @ lax.cond(x.sum() > 0, lambda: p["w"], lambda: p["v"]),
+    "a 3 x 3 convolution": lambda p, x: lax.conv(x[None, None], p["w"][None, None], (1, 1), "SAME"),
 }
 
 
@@ -139,6 +143,31 @@ NO_SITES = {
 def test_these_are_no_sites(name):
     params = {"w": normal(6, 6), "v": normal(6, 6)}
     assert not sites(NO_SITES[name], params, normal(5, 6)).sites
+
+
+@pytest.mark.parametrize(
+    ("fn", "why"),
+    [
+        (lambda p, x: x + p["w"][0], {"w": "slice", "v": "not used"}),
+        (lambda p, x: x @ p["w"] @ p["w"].T, {"w": "read in two ways", "v": "not used"}),
+        (lambda p, x: jnp.tanh(p["w"])[x[0, 0].astype(int)] * p["v"], {"w": "tanh", "v": "mul"}),
+        (lambda p, x: (x @ p["w"], p["v"]), {"v": "return"}),
+    ],
+)
+def test_a_matrix_that_is_no_site_says_why(fn, why):
+    assert sites(fn, {"w": normal(6, 6), "v": normal(6, 6)}, normal(5, 6)).skipped == why
+
+
+def test_a_stack_of_vectors_is_no_matrix():
+    fn = lambda p, x: lax.scan(lambda x, s: (x * s, None), x, p)[0]
+    assert sites(fn, normal(3, 6), normal(5, 6)).skipped == {}
+
+
+def test_what_else_uses_a_tied_embedding():
+    found = traced("llama_tied")
+    assert found.sites["embed"].shared == "gather"
+    assert all(site.shared is None for name, site in found.sites.items() if name != "embed")
+    assert "embed              32 x 40; cannot fold: gather; also used by gather" in str(found).splitlines()
 
 
 def test_a_param_that_is_used_twice_alike_is_one_site():

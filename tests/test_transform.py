@@ -214,7 +214,7 @@ def test_a_batch_of_a_known_shape_compiles_nothing():
 def random_codes(site, leaf, rng):
     """A QuantizedTensor of random codes, steps and zero points that fits `site`."""
     spec = QuantSpec(4, 32)
-    lead = (*leaf.shape[: site.stacked], *site.lead)
+    lead = site.layout.matrix(jnp.asarray(leaf)).shape[:-2]
     padded = site.in_features + spec.padding(site.in_features)
     groups = (*lead, padded // 32, site.out_features)
     return QuantizedTensor(
@@ -388,8 +388,10 @@ ELSEWHERE = {
     "added": lambda p, x: x + p["w"][:1],
     "two params": lambda p, x: x @ (p["w"] @ p["v"]),
     "read both ways": lambda p, x: x @ p["w"] @ p["w"].T,
-    "a loop": lambda p, x: lax.while_loop(lambda x: jnp.abs(x).sum() > 1, lambda x: jnp.tanh(x @ p["w"]) / 4, x),
-    "a branch": lambda p, x: lax.cond(x.sum() > 0, lambda x: x @ p["w"], lambda x: -x @ p["w"], x),
+    "carried through a loop": lambda p, x: lax.while_loop(
+        lambda c: jnp.abs(c[1]).sum() > 1, lambda c: (c[0] / 2, jnp.tanh(c[1] @ c[0]) / 4), (p["w"], x)
+    )[1],
+    "one of two": lambda p, x: x @ lax.cond(x.sum() > 0, lambda: p["w"], lambda: p["w"].T),
     "carried": lambda p, x: lax.scan(lambda c, _: ((c[0] / 2, c[1] @ c[0]), None), (p["w"], x), None, length=2)[0][1],
     "sliced across": lambda p, x: lax.scan(lambda x, row: (x * row, None), x, p["w"].T)[0],
     "returned": lambda p, x: p["w"].T,

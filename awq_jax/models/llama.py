@@ -27,7 +27,7 @@ Params = Mapping[str, Any]
 Cache = dict[str, dict[str, Float[Array, "b kv length d"]]]
 Read = Callable[[str], np.ndarray | QuantizedTensor]
 
-LAYER_NAMES = {
+LAYER_NAMES: dict[tuple[str, ...], str] = {
     ("attn_norm", "scale"): "input_layernorm.weight",
     ("attn", "q", "kernel"): "self_attn.q_proj.weight",
     ("attn", "q", "bias"): "self_attn.q_proj.bias",
@@ -47,7 +47,7 @@ LAYER_NAMES = {
 }
 """Path in a layer's params -> Hugging Face name after `model.layers.{i}.`"""
 
-OUTER_NAMES = {
+OUTER_NAMES: dict[tuple[str, ...], str] = {
     ("embed", "embedding"): "model.embed_tokens.weight",
     ("norm", "scale"): "model.norm.weight",
     ("head", "kernel"): "lm_head.weight",
@@ -415,6 +415,15 @@ def to_names(part: str, params: Params) -> dict[str, Any]:
     flat = flatten_dict(dict(params), is_leaf=lambda _, v: is_quantized(v))
     turn = lambda path, w: w.T if path[-1] == "kernel" and not is_quantized(w) else w
     return {prefix + names[path]: turn(path, w) for path, w in flat.items()}
+
+
+def stored_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor that `load` reads, by Hugging Face name; of matrices [out, in]."""
+    named = [(OUTER_NAMES[path], path, shape) for path, shape in _outer_shapes(config).items()]
+    for i in range(config.layers):
+        layer = _layer_shapes(config).items()
+        named += [(f"model.layers.{i}.{LAYER_NAMES[path]}", path, shape) for path, shape in layer]
+    return {name: shape[::-1] if path[-1] == "kernel" else shape for name, path, shape in named}
 
 
 def matrix_shapes(config: Config) -> dict[str, tuple[int, ...]]:

@@ -72,6 +72,7 @@ def solve_sites(
     """
     w = side_by_side(leaves, layouts)
     lead = w.shape[:-2]
+    moments = lent_by_others(moments, layouts[0].n_lead)
 
     def one(w: Float[Array, "i o"], moments: Moments, folded: Float[Array, " i"] | None) -> Any:
         if folded is not None:
@@ -107,6 +108,20 @@ def side_by_side(leaves: tuple[Array, ...], layouts: tuple[Layout, ...]) -> Floa
     """Params as one matrix a layer and expert, float32."""
     matrices = [layout.matrix(jnp.asarray(leaf, jnp.float32)) for leaf, layout in zip(leaves, layouts, strict=True)]
     return jnp.concatenate(matrices, -1)
+
+
+def lent_by_others(moments: Moments, n_lead: int) -> Moments:
+    """An expert that no token reached gets the moments of all experts of its layer."""
+    if n_lead == 0:
+        return moments
+    experts = range(moments.count.ndim - n_lead, moments.count.ndim)
+    unreached = moments.count == 0
+
+    def lent(a: Array) -> Array:
+        rest = (1,) * (a.ndim - unreached.ndim)
+        return jnp.where(unreached.reshape(*unreached.shape, *rest), a.sum(tuple(experts), keepdims=True), a)
+
+    return jax.tree.map(lent, moments)
 
 
 def looped(f: Callable[..., Any], lead: int, *args: Any) -> Any:
