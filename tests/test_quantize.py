@@ -100,7 +100,9 @@ def test_a_decoder_is_nearer_than_rounded_to_nearest(build, recipe):
     found = quick_jit(quantized(model.fn))(qparams, TOKENS)
     assert np.square(found - dense).mean() < 0.8 * np.square(nearest - dense).mean()
 
+    report, left = [r for r in report if r.spec], [r for r in report if not r.spec]
     assert {r.name for r in report} == set(calibration.traced.sites) - {"head"}
+    assert [(r.name, r.note) for r in left] == [("embed", "left dense: not a matmul's: gather")]
     leaves, before = named_leaves(qparams), named_leaves(model.params)
     assert all((leaves[r.name].input_scale is None) == recipe.fold for r in report)
     moved = {name for name in leaves if name.endswith("norm") and (leaves[name] != before[name]).any()}
@@ -363,19 +365,15 @@ def test_a_dead_channel_is_none():
     assert change.max() < np.abs(params["w"]).max()
 
 
-def test_an_expert_that_no_token_reached_is_rounded_to_nearest():
+def test_experts_that_no_token_reached_are_rounded_to_nearest():
     w = np.stack([problem(64, 6, seed=k)[1] for k in range(3)])
-    x = np.stack([problem(64, seed=k)[0] * (k != 1) for k in range(3)])
     fn = lambda p, x: jnp.einsum("eti,eio->eto", x, p)
-    calibration = calibrate(fn, w, [(x,)], block=None)
-    m = calibration.of("")
-    counts = np.where(np.arange(3) == 1, 0, m.count)
-    calibration = dataclasses.replace(calibration, moments={"": Moments(counts, m.abs_sum, m.gram)})
+    calibration = calibrate(fn, w, [(np.zeros((3, 5, 64), np.float32),)], block=None)
     q, (report,) = quantize(w, calibration, CHEAP)
-    assert report.note == "1 of 3 never reached: rounded by their weights alone"
-    np.testing.assert_allclose(stored(q)[1], reference.nearest(w[1], QuantSpec(4, 32)), rtol=1e-5, atol=1e-7)
-    np.testing.assert_array_equal(q.input_scale[1], 1)
-    assert (np.asarray(q.input_scale)[[0, 2]] != 1).any()
+    assert report.note == "3 of 3 reached by no token: rounded by their weights alone"
+    expected = np.stack([reference.nearest(m, QuantSpec(4, 32)) for m in w])
+    np.testing.assert_allclose(stored(q), expected, rtol=1e-5, atol=1e-7)
+    np.testing.assert_array_equal(q.input_scale, 1)
 
 
 def test_layouts_and_dtypes_are_kept():
@@ -402,3 +400,24 @@ def test_a_weight_in_a_scan_of_a_scan():
     expected = [[reference.nearest(m, QuantSpec(4, 32)) for m in row] for row in w]
     np.testing.assert_allclose(q.dequantize(), expected, rtol=1e-4, atol=1e-6)
     assert report.note == ""
+
+
+def test_a_tied_embedding_stays_dense_unless_a_rule_names_it():
+    fn = lambda p, tokens: jnp.tanh(p["embed"][tokens]) @ p["embed"].T
+    params = {"embed": zoo.Draw().matrix(64, 32)}
+    calibration = calibrate(fn, params, [(np.arange(64),)], block=None)
+    q, (report,) = quantize(params, calibration, PLAIN)
+    assert q["embed"] is params["embed"]
+    assert report.spec is None
+    assert report.note == "left dense: also used by gather: name it in a rule to quantize it"
+    recipe = dataclasses.replace(PLAIN, rules=(Rule("embed", bits=8),))
+    q, (report,) = quantize(params, calibration, recipe)
+    assert q["embed"].spec.bits == 8
+    same = np.abs(quantized(fn)(q, np.arange(64)) - fn(params, np.arange(64)))
+    assert same.max() < 0.05
+
+
+def test_a_rule_that_matches_nothing_is_refused():
+    recipe = dataclasses.replace(CHEAP, rules=(Rule("dwon", skip=True),))
+    with pytest.raises(ValueError, match="rule 'dwon' matches none of the 2 sites: up, down. Rules are regular"):
+        quantize(MLP, mlp_calibration(), recipe)
