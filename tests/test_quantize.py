@@ -17,7 +17,6 @@ from reference import problem
 
 from awq_jax import PRESETS, QuantSpec, Recipe, Rule, calibrate, quantize, quantized, sites
 from awq_jax.kernels import unpack
-from awq_jax.moments import Moments
 from awq_jax.quantize import plan
 from awq_jax.search import Grid, no_clip, to_nearest
 from awq_jax.sites import named_leaves
@@ -419,5 +418,5 @@ def test_a_tied_embedding_stays_dense_unless_a_rule_names_it():
 
 def test_a_rule_that_matches_nothing_is_refused():
     recipe = dataclasses.replace(CHEAP, rules=(Rule("dwon", skip=True),))
-    with pytest.raises(ValueError, match="rule 'dwon' matches none of the 2 sites: up, down. Rules are regular"):
+    with pytest.raises(ValueError, match=r"rule 'dwon' matches none of the 2 sites: up, down\. Rules are regular"):
         quantize(MLP, mlp_calibration(), recipe)
