@@ -6,8 +6,10 @@ qfn = awq.quantized(fn)                                   # the same function, l
 """
 
 from importlib.metadata import version
+from typing import Any
 
 from awq_jax.convert import quantize_checkpoint as quantize_checkpoint
+from awq_jax.linen import QuantizedDense as QuantizedDense
 from awq_jax.load import Model as Model
 from awq_jax.load import load as load
 from awq_jax.presets import PRESETS as PRESETS
@@ -26,3 +28,12 @@ from awq_jax.transform import quantized as quantized
 from awq_jax.transform import with_moments as with_moments
 
 __version__ = version("awq-jax")
+
+
+def __getattr__(name: str) -> Any:
+    """What needs flax.nnx, which some pairs of flax and jax versions cannot import, is imported on first use."""
+    if name not in ("quantize_module", "QuantizedLinear"):
+        raise AttributeError(f"module 'awq_jax' has no attribute {name!r}")
+    import awq_jax.nnx
+
+    return getattr(awq_jax.nnx, name)

@@ -51,8 +51,8 @@ def _structural(walk: Walk, out: tuple, x: Value, *_: Value, primitive: str, **p
     terms = tuple(move.get(primitive, lambda t: t)(t) for t in x.terms)
     if view is None:
         walk.use(x, primitive)
-        return [Value(shape, terms, constant=x.constant)]
-    return [Value(shape, terms, x.root, view, x.param, x.constant)]
+        return [Value(shape, terms, constant=x.constant, product_of=x.product_of)]
+    return [Value(shape, terms, x.root, view, x.param, x.constant, x.product_of)]
 
 
 def _broadcast_ids(t: Ids, shape: tuple[int, ...], dimensions: tuple[int, ...]) -> Ids:
@@ -64,7 +64,8 @@ def _broadcast_ids(t: Ids, shape: tuple[int, ...], dimensions: tuple[int, ...]) 
 
 @rule("mul")
 def _mul(walk: Walk, out: tuple, x: Value, y: Value, **_: Any) -> list[Value]:
-    return [Value(out[0], walk.alive(x.terms + y.terms))]
+    product_of = x.product_of if y.constant is not None else y.product_of if x.constant is not None else None
+    return [Value(out[0], walk.alive(x.terms + y.terms), product_of=product_of)]
 
 
 @rule("div")
@@ -177,9 +178,11 @@ def _reduce(walk: Walk, out: tuple, x: Value, axes: Any, **p: Any) -> list[Value
 @rule("dot_general")
 def _dot(walk: Walk, out: tuple, x: Value, y: Value, dimension_numbers: Any, **_: Any) -> list[Value]:
     (cx, cy), (bx, by) = dimension_numbers
+    product_of = None
     for w, other, contracted, batch, theirs, their_batch in ((y, x, cy, by, cx, bx), (x, y, cx, bx, cy, by)):
         if w.param is not None and other.param is None and None not in (w.view, other.view) and contracted:
             _record(walk, w, other, contracted, batch, theirs, their_batch)
+            product_of = w.param
             break
     frees = [[k for k in range(len(v.shape)) if k not in (*c, *b)] for v, c, b in ((x, cx, bx), (y, cy, by))]
     aligned: list[list[Ids]] = [[], []]
@@ -198,7 +201,7 @@ def _dot(walk: Walk, out: tuple, x: Value, y: Value, dimension_numbers: Any, **_
                 before, after = (0, len(frees[1])) if side == 0 else (len(frees[0]), 0)
                 outgoing.append(moved.reshape(*head, *[1] * before, *tail, *[1] * after))
     walk.equal(tuple(aligned[0]), tuple(-t for t in aligned[1]), "a matmul sums over its channels")
-    return [Value(out[0], tuple(outgoing))]
+    return [Value(out[0], tuple(outgoing), product_of=product_of)]
 
 
 def _record(walk: Walk, w: Value, x: Value, contracted: Any, batch: Any, theirs: Any, their_batch: Any) -> None:
@@ -223,7 +226,7 @@ def _record(walk: Walk, w: Value, x: Value, contracted: Any, batch: Any, theirs:
         in_ids = np.broadcast_to(moved, sizes)
     shape = tuple(x.shape[k] for k in (*their_batch, *tokens, *theirs))
     reads = (x.root, seen.sizes, seen.order[: seen.n_lead + seen.n_in], walk.scope)
-    walk.dots.append(Dot(w.param, layout, w.view.stack, reads, shape, len(their_batch), in_ids.ravel()))
+    walk.dots.append(Dot(w.param, layout, w.view.stack, reads, shape, len(their_batch), in_ids.ravel(), x.product_of))
 
 
 @rule("ragged_dot_general")

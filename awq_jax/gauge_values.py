@@ -19,7 +19,10 @@ Ids = np.ndarray
 
 @dataclass(frozen=True)
 class Value:
-    """What is known of one array: its unknown scales, where it came from, and its value if it is one number."""
+    """What is known of one array: its unknown scales, where it came from, and its value if it is one number.
+
+    `product_of` names the param whose matmul it is the output of, scaled and rearranged at most.
+    """
 
     shape: tuple[int, ...]
     terms: tuple[Ids, ...] = ()
@@ -27,6 +30,7 @@ class Value:
     view: View | None = None
     param: str | None = None
     constant: float | None = None
+    product_of: str | None = None
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Dot:
     input_shape: tuple[int, ...]
     n_batch: int
     in_ids: Ids
+    after: str | None
 
 
 @dataclass

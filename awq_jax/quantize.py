@@ -48,10 +48,10 @@ def plan(calibration: Calibration, recipe: Recipe, prefix: str = "") -> Plan:
     """Which sites are quantized how, which folds are used, and why others are not; rules see `prefix + name`."""
     traced = calibration.traced
     specs = {name: spec for name in traced.sites if (spec := recipe.spec_of(prefix + name)) is not None}
-    tied = [n for n in specs if traced.sites[n].shared and recipe.rule_of(prefix + n) is None]
-    specs = {name: spec for name, spec in specs.items() if name not in tied}
+    kept = [n for n in specs if traced.sites[n].kept and recipe.rule_of(prefix + n) is None]
+    specs = {name: spec for name, spec in specs.items() if name not in kept}
     usable, notes = [], {n: f"not a matmul's: {why}" for n, why in traced.skipped.items()}
-    notes |= {n: f"also used by {traced.sites[n].shared}: name it in a rule to quantize it" for n in tied}
+    notes |= {n: f"{traced.sites[n].kept}; a rule that names it quantizes it" for n in kept}
     for k, candidate in enumerate(traced.folds):
         wanted = [name for name in candidate.sites if name in specs]
         if not recipe.fold or not wanted:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ class Site:
       lead: sizes of its batch axes (experts).
       group: name of the first site that reads the same input; its own name if none does before.
       refused: why its input channels cannot be rescaled by a fold; None if they can.
-      shared: what else than matmuls uses the param ("gather" for a tied embedding); None if nothing does.
+      kept: why it stays dense unless a rule names it (a tied embedding, an adapter); None for most.
     """
 
     name: str
@@ -35,14 +35,14 @@ class Site:
     out_features: int
     group: str
     refused: str | None
-    shared: str | None = None
+    kept: str | None = None
 
     def __str__(self) -> str:
         sizes = " x ".join(map(str, (*self.lead, self.in_features, self.out_features)))
         parts = [f"layers of {sizes}" if self.stacked else sizes]
         parts += [f"same input as {self.group}"] * (self.group != self.name)
         parts += [f"cannot fold: {self.refused}"] * bool(self.refused)
-        parts += [f"also used by {self.shared}"] * bool(self.shared)
+        parts += [f"stays dense: {self.kept}"] * bool(self.kept)
         return "; ".join(parts)
 
 
@@ -96,9 +96,16 @@ class Traced:
 
 
 def named_leaves(params: Any) -> dict[str, Any]:
-    """The leaves of a params pytree by path, QuantizedTensors as one leaf each."""
+    """The leaves of a params pytree by path, QuantizedTensors as one leaf each.
+
+    What flax boxes (nn.Partitioned, nnx.Param) is named like what it is in, without "/value" at the end.
+    """
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_quantized)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    return {jax.tree_util.keystr(_unboxed(path), simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _unboxed(path: tuple[Any, ...]) -> tuple[Any, ...]:
+    return path[:-1] if path and path[-1] == jax.tree_util.GetAttrKey("value") else path
 
 
 def abstract(params: Any) -> Any:
@@ -144,14 +151,37 @@ def sites(fn: Callable[..., Any], params: Any, *inputs: Any) -> Traced:
             out_features=int(np.prod(ordered[lead + n :])),
             group=groups.setdefault((first.stack, first.layout.n_lead, *(use.reads for use in uses)), name),
             refused=_refusal(found, [use.in_ids for use in uses]),
-            shared=", ".join(sorted(found.walk.uses.get(name, ()))) or None,
+            kept=f"also used by {_names(found.walk.uses[name])}" if found.walk.uses.get(name) else None,
         )
+    for name, beside in _adapters(out, {name: uses[0].after for name, uses in dots.items()}).items():
+        out[name] = replace(out[name], kept=f"an adapter of {beside}")
     skipped = {
-        name: "read in two ways" if name in dots else ", ".join(sorted(found.walk.uses.get(name, ()))) or "not used"
+        name: "read in two ways" if name in dots else _names(found.walk.uses.get(name, ())) or "not used"
         for name, leaf in leaves.items()
         if name not in out and np.ndim(leaf) - len(found.walk.stacks[name]) > 1
     }
     return Traced(out, _folds(found, {n: dots[n][0] for n in out}), skipped)
+
+
+def _names(uses: Iterable[str]) -> str:
+    return ", ".join(sorted(uses))
+
+
+def _adapters(found: dict[str, Site], after: dict[str, str | None]) -> dict[str, str]:
+    """Pairs of low rank (LoRA): two matmuls in a row beside a site that reads what the first reads, as wide as both.
+
+    Args:
+      after: by site the one whose output it reads, if nothing but a factor is between them.
+    """
+    out = {}
+    for up in found.values():
+        down = found.get(after[up.name] or "")
+        if down is None or 2 * down.out_features > min(down.in_features, up.out_features):
+            continue
+        beside = [s.name for s in found.values() if s.group == down.group and s.out_features == up.out_features]
+        if beside:
+            out |= {down.name: beside[0], up.name: beside[0]}
+    return out
 
 
 def _refusal(found: Components, in_ids: list[np.ndarray]) -> str | None:

@@ -408,7 +408,7 @@ def test_a_tied_embedding_stays_dense_unless_a_rule_names_it():
     q, (report,) = quantize(params, calibration, PLAIN)
     assert q["embed"] is params["embed"]
     assert report.spec is None
-    assert report.note == "left dense: also used by gather: name it in a rule to quantize it"
+    assert report.note == "left dense: also used by gather; a rule that names it quantizes it"
     recipe = dataclasses.replace(PLAIN, rules=(Rule("embed", bits=8),))
     q, (report,) = quantize(params, calibration, recipe)
     assert q["embed"].spec.bits == 8

@@ -165,9 +165,11 @@ def test_a_stack_of_vectors_is_no_matrix():
 
 def test_what_else_uses_a_tied_embedding():
     found = traced("llama_tied")
-    assert found.sites["embed"].shared == "gather"
-    assert all(site.shared is None for name, site in found.sites.items() if name != "embed")
-    assert "embed              32 x 40; cannot fold: gather; also used by gather" in str(found).splitlines()
+    assert found.sites["embed"].kept == "also used by gather"
+    assert all(site.kept is None for name, site in found.sites.items() if name != "embed")
+    assert (
+        "embed              32 x 40; cannot fold: gather; stays dense: also used by gather" in str(found).splitlines()
+    )
 
 
 def test_a_param_that_is_used_twice_alike_is_one_site():
@@ -266,3 +268,29 @@ def test_leaves_are_named_by_their_path():
 def test_params_may_hold_plain_numbers():
     found = sites(lambda p, x: x @ p.layers[0] + p.eps, Params([normal(6, 4)], 1e-5), normal(5, 6))
     assert list(found.sites) == ["layers/0"]
+
+
+def lora(p, x, factor=2.0):
+    return x @ p["w"] + (x @ p["a"]) @ p["b"] * factor
+
+
+LORA = {"w": normal(16, 12), "a": normal(16, 4), "b": normal(4, 12)}
+
+
+def test_an_adapter_is_told_from_what_it_adapts():
+    kept = {site.name: site.kept for site in sites(lora, LORA, normal(5, 16)).sites.values()}
+    assert kept == {"w": None, "a": "an adapter of w", "b": "an adapter of w"}
+
+
+NO_ADAPTERS = {
+    "nothing beside them": (lambda p, x: (x @ p["a"]) @ p["b"], LORA),
+    "something between them": (lambda p, x: x @ p["w"] + jnp.tanh(x @ p["a"]) @ p["b"], LORA),
+    "not of low rank": (lora, {"w": normal(16, 12), "a": normal(16, 7), "b": normal(7, 12)}),
+    "beside another input": (lambda p, x: jnp.tanh(x) @ p["w"] + (x @ p["a"]) @ p["b"], LORA),
+}
+
+
+@pytest.mark.parametrize("name", NO_ADAPTERS)
+def test_these_are_no_adapters(name):
+    fn, params = NO_ADAPTERS[name]
+    assert not any(site.kept for site in sites(fn, params, normal(5, 16)).sites.values())

@@ -21,6 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from awq_jax.linen import QuantizedDense
 from awq_jax.tensor import QuantizedTensor, dot, is_quantized
 
 Params = Mapping[str, Any]
@@ -176,25 +177,6 @@ def accepts(hf: Mapping[str, Any], architecture: str) -> bool:
     return architecture == "LlamaForCausalLM" or (architecture == "MistralForCausalLM" and no_window)
 
 
-class Dense(nn.Module):
-    """`x @ kernel (+ bias)` in x's dtype; the kernel [in, out] may be a QuantizedTensor."""
-
-    features: int
-    use_bias: bool = False
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-        # self.param would hold the leaves of a QuantizedTensor against the initializer's shape.
-        if self.has_variable("params", "kernel"):
-            kernel = self.get_variable("params", "kernel")
-        else:
-            kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
-        y = dot(x, kernel if is_quantized(kernel) else kernel.astype(x.dtype))
-        if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
-        return y
-
-
 class RMSNorm(nn.Module):
     """`x / rms(x) * scale` over the last axis, in float32; x's dtype comes back."""
 
@@ -231,7 +213,7 @@ class Attention(nn.Module):
         self, x: Float[Array, "b t h"], cache: Any = None, position: Int[Array, ""] | None = None
     ) -> tuple[Float[Array, "b t h"], Any]:
         c = self.config
-        dense = lambda name, features: Dense(features, c.attention_bias, name=name)
+        dense = lambda name, features: QuantizedDense(features, c.attention_bias, name=name)
         b, t, _ = x.shape
         q = dense("q", c.heads * c.head_dim)(x).reshape(b, t, c.kv_heads, -1, c.head_dim)
         k = dense("k", c.kv_heads * c.head_dim)(x).reshape(b, t, c.kv_heads, c.head_dim)
@@ -260,7 +242,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b t h"]) -> Float[Array, "b t h"]:
         c = self.config
-        dense = lambda name, features: Dense(features, c.mlp_bias, name=name)
+        dense = lambda name, features: QuantizedDense(features, c.mlp_bias, name=name)
         return dense("down", c.width)(nn.silu(dense("gate", c.mlp_width)(x)) * dense("up", c.mlp_width)(x))
 
 
@@ -294,7 +276,7 @@ class Llama(nn.Module):
         self.layers = [Block(c) for _ in range(c.layers)]
         self.norm = RMSNorm(c.norm_eps)
         if not c.tied:
-            self.head = Dense(c.vocab)
+            self.head = QuantizedDense(c.vocab)
 
     def __call__(
         self,

@@ -1,0 +1,47 @@
+"""A flax.linen layer whose kernel may be quantized."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jaxtyping import Array, Float
+
+from awq_jax.spec import QuantSpec
+from awq_jax.tensor import QuantizedTensor, dot, is_quantized, quantize
+
+
+class QuantizedDense(nn.Module):
+    """`x @ kernel (+ bias)` in x's dtype; the kernel (i, o) may be an array or a QuantizedTensor.
+
+    Args:
+      features: o.
+      use_bias: add a bias.
+      spec: how a new kernel is rounded; None starts with a dense one. Params that hold either are taken as they are.
+
+    Example:
+      >>> layer = QuantizedDense(512, spec=awq.QuantSpec(4, 64))
+      >>> params = layer.init(jax.random.key(0), x)["params"]  # {"kernel": QuantizedTensor}
+    """
+
+    features: int
+    use_bias: bool = False
+    spec: QuantSpec | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        kernel: Any
+        # self.param would hold the leaves of a QuantizedTensor against the initializer's shape.
+        if self.has_variable("params", "kernel"):
+            kernel = self.get_variable("params", "kernel")
+        else:
+            kernel = self.param("kernel", self._new_kernel, x.shape[-1])
+        y = dot(x, kernel if is_quantized(kernel) else kernel.astype(x.dtype))
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
+        return y
+
+    def _new_kernel(self, key: jax.Array, in_features: int) -> Array | QuantizedTensor:
+        dense = nn.initializers.lecun_normal()(key, (in_features, self.features))
+        return dense if self.spec is None else quantize(dense, self.spec)
