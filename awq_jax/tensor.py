@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools as ft
+import json
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
 from jaxtyping import Array, Float, Int, UInt8, UInt32
 
 import awq_jax.kernels as kernels
@@ -19,6 +22,8 @@ from awq_jax.spec import QuantSpec
 SCALE_DTYPE = jnp.float16
 SMALLEST_STEP = float(np.finfo(np.float16).smallest_normal)
 LARGEST_STEP = float(np.finfo(np.float16).max)
+STATIC = ("spec", "dtype", "pad", "layout")
+"""The fields of a QuantizedTensor that are no arrays."""
 
 
 def in_param(stack: tuple[int, ...], axis: int) -> int:
@@ -91,7 +96,7 @@ class Layout:
 @ft.partial(
     jax.tree_util.register_dataclass,
     data_fields=["codes", "scales", "zeros", "input_scale"],
-    meta_fields=["spec", "dtype", "pad", "layout"],
+    meta_fields=[*STATIC],
 )
 @dataclass(frozen=True)
 class QuantizedTensor:
@@ -276,3 +281,35 @@ def is_quantized(leaf: Any) -> bool:
 
 def with_input_scale(w: QuantizedTensor, input_scale: Float[Array, "*lead i"]) -> QuantizedTensor:
     return replace(w, input_scale=input_scale)
+
+
+def static_json(w: QuantizedTensor) -> dict[str, Any]:
+    """What of a QuantizedTensor is not an array, as JSON; `static_fields` is the inverse."""
+    layout = None if w.layout is None else asdict(w.layout)
+    return {"spec": asdict(w.spec), "dtype": jnp.dtype(w.dtype).name, "pad": w.pad, "layout": layout}
+
+
+def static_fields(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of QuantizedTensor that are not arrays, from `static_json`."""
+    layout: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in (found["layout"] or {}).items()}
+    return {
+        "spec": QuantSpec(**found["spec"]),
+        "dtype": jnp.dtype(found["dtype"]),
+        "pad": found["pad"],
+        "layout": Layout(**layout) if layout else None,
+    }
+
+
+def _packed(values: tuple[Any, ...]) -> bytes:
+    nothing: Any = None
+    w = QuantizedTensor(nothing, nothing, nothing, nothing, **dict(zip(STATIC, values, strict=True)))
+    return json.dumps(static_json(w)).encode()
+
+
+# So that jax.export can serialize functions of QuantizedTensors.
+export.register_pytree_node_serialization(
+    QuantizedTensor,
+    serialized_name="awq_jax.QuantizedTensor",
+    serialize_auxdata=_packed,
+    deserialize_auxdata=lambda data: tuple(static_fields(json.loads(data))[name] for name in STATIC),
+)

@@ -6,18 +6,15 @@ params/<part>, one orbax checkpoint of plain arrays for each part, so that a mod
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from awq_jax.formats.errors import InputError
 from awq_jax.formats.huggingface import Source, read_json, write_about, write_json
-from awq_jax.spec import QuantSpec
-from awq_jax.tensor import Layout, QuantizedTensor
+from awq_jax.tensor import QuantizedTensor, static_fields, static_json
 
 METADATA = "awq_jax.json"
 PARAMS = "params"
@@ -68,7 +65,7 @@ class Writer:
 
     def _plain(self, path: str, node: Any) -> Any:
         if isinstance(node, QuantizedTensor):
-            self.tensors[path] = static(node)
+            self.tensors[path] = static_json(node)
             leaves = {name: getattr(node, name) for name in LEAVES}
             return {name: np.asarray(leaf) for name, leaf in leaves.items() if leaf is not None}
         if isinstance(node, Mapping):
@@ -126,24 +123,11 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     return about
 
 
-def static(w: QuantizedTensor) -> dict[str, Any]:
-    """What is not an array of a QuantizedTensor, as JSON."""
-    layout = None if w.layout is None else dataclasses.asdict(w.layout)
-    return {"spec": dataclasses.asdict(w.spec), "dtype": jnp.dtype(w.dtype).name, "pad": w.pad, "layout": layout}
-
-
 def rebuilt(path: str, node: Any, tensors: Mapping[str, Any]) -> Any:
     """The inverse of what `Writer` does to params."""
     if path in tensors:
         found = tensors[path]
-        layout: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in (found["layout"] or {}).items()}
-        fields: dict[str, Any] = {name: node.get(name) for name in LEAVES} | {
-            "spec": QuantSpec(**found["spec"]),
-            "dtype": jnp.dtype(found["dtype"]),
-            "pad": found["pad"],
-            "layout": Layout(**layout) if layout else None,
-        }
-        return QuantizedTensor(**fields)
+        return QuantizedTensor(**{name: node.get(name) for name in LEAVES}, **static_fields(found))
     if isinstance(node, Mapping):
         return {key: rebuilt(f"{path}/{key}", child, tensors) for key, child in node.items()}
     return node
