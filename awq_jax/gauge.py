@@ -144,12 +144,16 @@ def evaluate(walk: Walk, jaxpr: Any, args: Iterable[Value]) -> list[Value]:
 
 @dataclass(frozen=True)
 class Components:
-    """`component[k]` of unknown k (0: must stay as it is), its `sign` in it, and why the others are frozen."""
+    """`component[k]` of unknown k (0: must stay as it is), its `sign` in it, and why the others are frozen.
+
+    `why[k]` is the number of a reason; it means something where `component[k]` is 0.
+    """
 
     walk: Walk
     component: np.ndarray
     sign: np.ndarray
-    reasons: dict[int, str]
+    why: np.ndarray
+    reasons: list[str]
 
 
 def solve(walk: Walk, frozen: list[tuple[Ids, str]]) -> Components:
@@ -169,22 +173,21 @@ def solve(walk: Walk, frozen: list[tuple[Ids, str]]) -> Components:
     for side in (plus, minus):
         np.minimum.at(low, side[1:], scan_of[1:])
         np.maximum.at(high, side[1:], scan_of[1:])
-    why: dict[int, str] = dict.fromkeys(
-        np.flatnonzero(low < high).tolist(), "shared by the layers of a scan and by what is outside"
-    )
-    why |= dict.fromkeys(plus[plus == minus].tolist(), "scaled by itself and by its inverse")
+    why, reasons = np.full(label.max() + 1, -1), dict[str, int]()
+
+    def blame(labels: np.ndarray, reason: str) -> None:
+        why[labels[why[labels] < 0]] = reasons.setdefault(reason, len(reasons))
+
+    blame(np.flatnonzero(low < high), "shared by the layers of a scan and by what is outside")
+    blame(plus[plus == minus], "scaled by itself and by its inverse")
     for ids, reason in frozen:
-        for k in np.unique(np.abs(ids[ids != 0])):
-            why.setdefault(int(plus[k]), reason)
-            why.setdefault(int(minus[k]), reason)
-    dead = np.zeros(label.max() + 1, bool)
-    dead[list(why)] = True
-    is_dead = dead[plus] | dead[minus]
+        ids = np.abs(ids[ids != 0])
+        blame(np.concatenate([plus[ids], minus[ids]]), reason)
+    is_dead = (why[plus] >= 0) | (why[minus] >= 0)
     is_dead[0] = True
     component = np.where(is_dead, 0, np.minimum(plus, minus) + 1)
     sign = np.where(plus <= minus, 1, -1)
-    reasons = {k: why.get(int(plus[k])) or why[int(minus[k])] for k in np.flatnonzero(is_dead)[1:].tolist()}
-    return Components(walk, component, sign, reasons)
+    return Components(walk, component, sign, np.where(why[plus] >= 0, why[plus], why[minus]), [*reasons])
 
 
 def components(jaxpr: Any, params: dict[int, tuple[str, tuple[int, ...]]]) -> Components:
@@ -201,7 +204,7 @@ def components(jaxpr: Any, params: dict[int, tuple[str, tuple[int, ...]]]) -> Co
         for (name, _), ids in walk.ids.items():
             if len(walk.ranks.get(name, ())) > 1:
                 walk.freeze([ids], "used both inside a scan over its layers and outside")
-        loose = {n: (tuple(range(len(s))),) for n, s in params.values() if n not in walk.found and 1 < len(s) < 4}
+        loose = {n: (tuple(range(len(s))),) for n, s in params.values() if n not in walk.found and walk.is_vector(n, s)}
         wanted = {n: axes for n, axes in (loose | walk.found).items() if axes}
         if (walk.offsets, wanted) != (offsets, joint):
             dead, offsets, joint, known_frozen = np.ones(1, bool), walk.offsets, wanted, []
@@ -214,4 +217,4 @@ def components(jaxpr: Any, params: dict[int, tuple[str, tuple[int, ...]]]) -> Co
         if len(now) == len(dead) and (now == dead).all():
             return solve(walk, known_frozen + walk.frozen + walk.unclear)
         dead = now
-        known_frozen = [(np.array([k], np.int32), reason) for k, reason in solved.reasons.items()]
+        known_frozen = [(np.flatnonzero(now & (solved.why == k)), reason) for k, reason in enumerate(solved.reasons)]

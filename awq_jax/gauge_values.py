@@ -17,6 +17,9 @@ Ids = np.ndarray
 """int32, one signed unknown per element (0: none), with size 1 along axes on which it is constant."""
 
 
+ELEMENTWISE = {"add", "sub", "add_any", "mul", "div"}
+
+
 @dataclass(frozen=True)
 class Value:
     """What is known of one array: its unknown scales, where it came from, and its value if it is one number.
@@ -78,6 +81,10 @@ class Walk:
         """Note that a param, or a slice of its layers, is used by something else than a matmul."""
         if value.param is not None:
             self.uses.setdefault(value.param, set()).add(by)
+
+    def is_vector(self, param: str, shape: tuple[int, ...]) -> bool:
+        """Whether a param of several axes, heads and their features, is only added or multiplied: one long vector."""
+        return 1 < len(shape) < 4 and self.uses.get(param, {""}) <= ELEMENTWISE
 
     @contextmanager
     def inside(self, what: str) -> Iterator[None]:

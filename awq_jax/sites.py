@@ -188,7 +188,7 @@ def _refusal(found: Components, in_ids: list[np.ndarray]) -> str | None:
     ids = np.unique(np.abs(np.concatenate(in_ids)))
     if found.component[ids].any():
         return None
-    return next((found.reasons[int(k)] for k in ids if k), "its input axis is not one axis of a value")
+    return next((found.reasons[found.why[k]] for k in ids if k), "its input axis is not one axis of a value")
 
 
 def _folds(found: Components, dots: dict[str, Any]) -> tuple[Fold, ...]:
@@ -201,31 +201,24 @@ def _folds(found: Components, dots: dict[str, Any]) -> tuple[Fold, ...]:
         touching = [p for p in pools if p[1] & comps]
         pools = [p for p in pools if not p[1] & comps]
         pools.append(([n for p in touching for n in p[0]] + [name], comps.union(*(p[1] for p in touching))))
-    return tuple(_fold(found, dots, names, comps) for names, comps in pools)
-
-
-def _fold(found: Components, dots: dict[str, Any], names: list[str], comps: set[int]) -> Fold:
-    number = np.full(found.component.max() + 1, -1)
-    number[sorted(comps)] = np.arange(len(comps))
-    turn = {}
-    for name in names:
-        ids = np.abs(dots[name].in_ids)
-        for comp, sign in zip(found.component[ids], found.sign[ids], strict=True):
-            turn.setdefault(int(comp), int(sign))
-    flip = np.ones(found.component.max() + 1, int)
-    for comp, sign in turn.items():
-        flip[comp] = sign
-    members = []
+    number, flip, pool_of = (np.full(found.component.max() + 1, fill) for fill in (-1, 1, -1))
+    for k, (names, comps) in enumerate(pools):
+        number[sorted(comps)], pool_of[list(comps)] = np.arange(len(comps)), k
+        for name in reversed(names):
+            ids = np.abs(dots[name].in_ids)
+            flip[found.component[ids]] = found.sign[ids]
+    members: list[list[Member]] = [[] for _ in pools]
     for (param, axes), ids in found.walk.ids.items():
         comp = found.component[ids]
-        channels = np.where(comp > 0, number[comp], -1)
-        signs = (found.sign[ids] * flip[comp])[channels >= 0]
-        for inverse in (False, True):
-            mine = signs < 0 if inverse else signs > 0
-            if mine.any():
-                kept = np.full(len(channels), -1)
-                kept[np.flatnonzero(channels >= 0)[mine]] = channels[channels >= 0][mine]
-                offset = found.walk.offsets.get(param, 0.0)
-                members.append(Member(param, axes, found.walk.stacks[param], kept, inverse, offset))
-    inputs = tuple(number[found.component[np.abs(dots[name].in_ids)]] for name in names)
-    return Fold(len(comps), tuple(members), tuple(names), inputs)
+        of, sign = pool_of[comp], found.sign[ids] * flip[comp]
+        offset = found.walk.offsets.get(param, 0.0)
+        for k in np.unique(of[of >= 0]):
+            for inverse, turned in ((False, sign > 0), (True, sign < 0)):
+                mine = (of == k) & turned
+                if mine.any():
+                    channels = np.where(mine, number[comp], -1)
+                    members[k].append(Member(param, axes, found.walk.stacks[param], channels, inverse, offset))
+    inputs = lambda names: tuple(number[found.component[np.abs(dots[name].in_ids)]] for name in names)
+    return tuple(
+        Fold(len(comps), tuple(members[k]), tuple(names), inputs(names)) for k, (names, comps) in enumerate(pools)
+    )
