@@ -17,17 +17,20 @@ from awq_jax.tensor import group, group_ranges, round_trip
 
 @dataclass(frozen=True)
 class Grid:
-    """s = mean|x| ** r, or mean|x| ** r / w ** (1 - r), over `ratios`, the one with the least output error.
+    """s = x ** r / w ** p, x the size of the channel's inputs, w of its weights; the one with the least output error.
 
     Args:
-      ratios: the exponents r that are tried. With `duo` none of them is the identity, which `find_scale` tries anyway.
-      duo: divide by the mean relative size of the channel's weights to the power 1 - r.
+      ratios: the exponents r that are tried.
+      duo: p is 0 (the paper), 1 - r (AutoAWQ), both of them, or any of `ratios`. The identity is not among the
+        candidates of "always"; `find_scale` tries it anyway.
+      statistic: x is the mean of |x|, or the root of the mean of its square.
       columns: at most so many columns of the weight, evenly spread, vote on the ratio; 0 for all.
       floor: the smallest statistic.
     """
 
     ratios: tuple[float, ...] = tuple(i / 20 for i in range(20))
-    duo: Literal["never", "always", "both"] = "never"
+    duo: Literal["never", "always", "both", "any"] = "never"
+    statistic: Literal["mean", "rms"] = "mean"
     columns: int = 512
     floor: float = 1e-4
 
@@ -39,11 +42,24 @@ class Grid:
 
     def candidates(self, w: Float[Array, "i o"], moments: Moments, spec: QuantSpec) -> Float[Array, "n i"]:
         """The scales that are tried, each normalised by sqrt(max s * min s)."""
-        powers = {"never": (0.0,), "always": (1.0,), "both": (0.0, 1.0)}[self.duo]
-        r, p = jnp.array([(r, p) for p in powers for r in self.ratios], jnp.float32).T[..., None]
-        s = jnp.maximum(moments.mean_abs, self.floor) ** r / (relative_size(w, spec) ** (1 - r) + 1e-4) ** p
+        pairs = {
+            "never": [(r, 0.0) for r in self.ratios],
+            "always": [(r, 1 - r) for r in self.ratios],
+            "both": [(r, p) for r in self.ratios for p in (0.0, 1 - r)],
+            "any": [(r, p) for r in self.ratios for p in self.ratios],
+        }[self.duo]
+        r, p = jnp.array(pairs, jnp.float32).T[..., None]
+        s = jnp.maximum(sizes(moments, self.statistic), self.floor) ** r / (relative_size(w, spec) ** p + 1e-4)
         s = jnp.maximum(s, self.floor)
         return s / jnp.sqrt(s.max(1, keepdims=True) * s.min(1, keepdims=True))
+
+
+def sizes(moments: Moments, statistic: Literal["mean", "rms"]) -> Float[Array, " i"]:
+    """How large each input channel is."""
+    if statistic == "mean":
+        return moments.mean_abs
+    diagonal = jnp.einsum("nii->ni", moments.mean_gram).reshape(-1)[: moments.abs_sum.shape[-1]]
+    return jnp.sqrt(diagonal)
 
 
 def some_columns(w: Float[Array, "i o"], most: int) -> Float[Array, "i some"]:
