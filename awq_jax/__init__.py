@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 from awq_jax.convert import quantize_checkpoint as quantize_checkpoint
+from awq_jax.distill import distill as distill
 from awq_jax.linen import QuantizedDense as QuantizedDense
 from awq_jax.load import Model as Model
 from awq_jax.load import load as load
