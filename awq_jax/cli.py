@@ -53,6 +53,9 @@ class Quantize:
     """The zero point is the middle code."""
     feed: Literal["dense", "quantized"] = "dense"
     """What a block is calibrated on: the output of the dense blocks before it, or of the quantized ones."""
+    distill: int = 0
+    """Passes over the calibration text that train the steps against the dense model, after the search: closer, slower,
+    and all of the model in memory."""
     overwrite: bool = False
     """Replace what is at OUT."""
 
@@ -69,6 +72,7 @@ class Quantize:
                 samples=(8 if self.preset == "fast" else 32) if self.samples is None else self.samples,
                 seq_len=self.seq_len,
                 feed=self.feed,
+                distill=self.distill,
                 overwrite=self.overwrite,
                 progress=progress,
             )

@@ -21,8 +21,9 @@ from awq_jax.formats.written import written_whole
 from awq_jax.load import architecture, load
 from awq_jax.quantize import SiteReport
 from awq_jax.recipe import Recipe
+from awq_jax.refine import refine
 from awq_jax.sites import named_leaves
-from awq_jax.stream import Decoder, Feed, stream
+from awq_jax.stream import Clock, Decoder, Feed, stream
 from awq_jax.tensor import is_quantized
 
 Format = Literal["awq", "orbax"]
@@ -54,6 +55,7 @@ def quantize_checkpoint(
     samples: int = 32,
     seq_len: int = 512,
     feed: Feed = "dense",
+    distill: int = 0,
     overwrite: bool = False,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Converted:
@@ -67,6 +69,8 @@ def quantize_checkpoint(
       calib: see `calibration_tokens`.
       samples, seq_len: calibration sequences and their tokens.
       feed: whether a block is calibrated on the output of the dense blocks before it, or of the quantized ones.
+      distill: passes over the calibration text that train the steps against the dense model's logits, after the
+        search. Slow without an accelerator, and the whole model must fit into memory.
       overwrite: replace what is at `out`.
       progress: called with a stage, steps done and steps in all.
 
@@ -97,7 +101,17 @@ def quantize_checkpoint(
         write, finish = (named_failure(out, f) for f in writer(format, scratch, checkpoint, module, recipe))
 
         decoder = Decoder(module, config, widened(checkpoint.read) if recipe.fold else checkpoint.read)
-        done = stream(decoder, tokens, recipe, write, feed=feed, progress=progress)
+        if distill:
+            parts: dict[str, Any] = {}
+            done = stream(decoder, tokens, recipe, parts.__setitem__, feed=feed, progress=progress)
+            clock = Clock(done.seconds)
+            with clock("distillation"):
+                parts = refine(decoder, parts, tokens, passes=distill, progress=progress)
+            with clock("write"):
+                for part, params in parts.items():
+                    write(part, params)
+        else:
+            done = stream(decoder, tokens, recipe, write, feed=feed, progress=progress)
         finish()
         (scratch / REPORT).write_text(json.dumps([asdict(site) for site in done.reports], indent=1))
         after = sum(f.stat().st_size for f in scratch.rglob("*") if f.is_file())

@@ -1,0 +1,91 @@
+"""Distillation of a whole decoder after its blocks were quantized one by one; all of it is in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from awq_jax.distill import distill
+from awq_jax.machine import fast_dtype
+from awq_jax.stream import Decoder
+
+BATCH = 1024
+"""Tokens a step."""
+RATE = 1e-3
+
+
+def refine(
+    model: Decoder,
+    parts: dict[str, Any],
+    tokens: Int[np.ndarray, "n t"],
+    *,
+    passes: int,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> dict[str, Any]:
+    """The parts of a quantized decoder, their steps distilled against the dense one on `passes` over the tokens.
+
+    Args:
+      parts: what `stream` handed over, by its name: "outer", "layers_<i>".
+      progress: called with a stage, steps done and steps in all.
+    """
+    # XLA's backward matmuls in bfloat16 are slow on every CPU.
+    dtype = jnp.float32 if jax.default_backend() == "cpu" else fast_dtype()
+    observed = replace(model, config=replace(model.config, dtype=dtype))
+    rows = max(1, BATCH // tokens.shape[1])
+    total = passes * (len(tokens) // rows)
+    names = [f"layers_{i}" for i in model.layers]
+    dense = {"outer": parts["outer"], "layers": together([model.layer(i) for i in model.layers])}
+    small = {"outer": parts["outer"], "layers": together([parts[name] for name in names])}
+    done = iter(range(1, total + 1))
+    tuned = distill(
+        logits(observed),
+        dense,
+        small,
+        ((jnp.asarray(tokens[rows_]),) for rows_ in shuffled(len(tokens), rows, passes)),
+        rate=optax.linear_schedule(RATE, RATE / 10, total),
+        progress=lambda loss: progress("distillation step", next(done), total),
+    )
+    return {"outer": parts["outer"]} | dict(zip(names, apart(tuned["layers"], len(names)), strict=True))
+
+
+def logits(model: Decoder) -> Callable[[Any, Array], Float[Array, "b t v"]]:
+    """`(params, tokens) -> logits` of a decoder, its layers a stack or a list; blocks are computed again going back."""
+    module, config = model.module, model.config
+    block = jax.checkpoint(lambda h, layer: (module.block(config, layer, h), None))
+
+    def run(params: Any, tokens: Array) -> Array:
+        hidden = module.embed(config, params["outer"], tokens)
+        if isinstance(params["layers"], list):
+            for layer in params["layers"]:
+                hidden = block(hidden, layer)[0]
+        else:
+            hidden, _ = jax.lax.scan(block, hidden, params["layers"])
+        return module.head(config, params["outer"], hidden)
+
+    return run
+
+
+def together(layers: list[Any]) -> Any:
+    """Layers of one structure as a stack (one compiled block); others as a list."""
+    alike = {(jax.tree.structure(layer), tuple(map(jnp.shape, jax.tree.leaves(layer)))) for layer in layers}
+    return jax.tree.map(lambda *ws: jnp.stack(ws), *layers) if len(alike) == 1 else layers
+
+
+def apart(layers: Any, n: int) -> list[Any]:
+    """The inverse of `together`."""
+    return layers if isinstance(layers, list) else [jax.tree.map(lambda w, i=i: w[i], layers) for i in range(n)]
+
+
+def shuffled(n: int, rows: int, passes: int) -> Iterator[Int[np.ndarray, " rows"]]:
+    """Numbers of the sequences of each step: every pass in an order of its own."""
+    rng = np.random.default_rng(0)
+    for _ in range(passes):
+        order = rng.permutation(n)
+        yield from (order[k : k + rows] for k in range(0, n - n % rows, rows))
