@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from awq_jax.tensor import Layout, in_param
@@ -160,5 +161,6 @@ def varies(ids: Ids, axes: Iterable[int]) -> bool:
 
 
 def known(x: Any) -> Value:
-    shape = np.shape(x)
-    return Value(shape, constant=float(x) if shape == () and np.issubdtype(np.asarray(x).dtype, np.number) else None)
+    shape, dtype = np.shape(x), jnp.result_type(x)
+    is_real = jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+    return Value(shape, constant=float(x) if shape == () and is_real else None)

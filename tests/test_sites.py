@@ -266,3 +266,15 @@ def test_leaves_are_named_by_their_path():
 def test_params_may_hold_plain_numbers():
     found = sites(lambda p, x: x @ p.layers[0] + p.eps, Params([normal(6, 4)], 1e-5), normal(5, 6))
     assert list(found.sites) == ["layers/0"]
+
+
+KEY = jax.random.key(0)
+CONSTANTS = {
+    "a random key": lambda x: x + jax.random.normal(KEY, (4,)),
+    "a complex number": lambda x: (x * jnp.complex64(1j)).imag,
+}
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_constants_may_be(name):
+    assert list(sites(lambda w, x: CONSTANTS[name](x @ w), normal(6, 4), normal(5, 6)).sites) == [""]
