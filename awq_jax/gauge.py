@@ -25,6 +25,7 @@ from scipy.sparse.csgraph import connected_components
 from awq_jax.compat import scan_split
 from awq_jax.gauge_rules import RULES, rule
 from awq_jax.gauge_values import Ids, Value, Walk, known, param_value
+from awq_jax.tensor import in_param
 from awq_jax.views import STRUCTURAL, View
 
 CALLS = (
@@ -59,7 +60,6 @@ def _scan(walk: Walk, out: tuple, *xs: Value, jaxpr: Any, **p: Any) -> list[Valu
     for x in xs[n + k :]:
         if x.param is not None and x.view is not None and x.view.layers is not None:
             first = walk.scans.setdefault(x.param, walk.n_scans)
-            walk.found.setdefault(x.param, ())
             inside.append(param_value(walk, x.param, x.shape[1:], x.view.slice.stack))
             if first != walk.n_scans:
                 walk.freeze(inside[-1].terms, "sliced by two scans")
@@ -201,7 +201,9 @@ def components(jaxpr: Any, params: dict[int, tuple[str, tuple[int, ...]]]) -> Co
         for (name, _), ids in walk.ids.items():
             if len(walk.ranks.get(name, ())) > 1:
                 walk.freeze([ids], "used both inside a scan over its layers and outside")
-        loose = {n: (tuple(range(len(s))),) for n, s in params.values() if n not in walk.found and 1 < len(s) < 4}
+        stacks = walk.stacks
+        free = {n: tuple(in_param(stacks[n], k) for k in range(len(s) - len(stacks[n]))) for n, s in params.values()}
+        loose = {n: (axes,) for n, axes in free.items() if n not in walk.found and 1 < len(axes) < 4}
         wanted = {n: axes for n, axes in (loose | walk.found).items() if axes}
         if (walk.offsets, wanted) != (offsets, joint):
             dead, offsets, joint, known_frozen = np.ones(1, bool), walk.offsets, wanted, []
