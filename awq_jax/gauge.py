@@ -13,6 +13,7 @@ architecture is known here; shared-expert gates, routers and tied weights are si
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +25,7 @@ from scipy.sparse.csgraph import connected_components
 
 from awq_jax.compat import scan_split
 from awq_jax.gauge_rules import RULES, rule
-from awq_jax.gauge_values import Ids, Value, Walk, known, param_value
+from awq_jax.gauge_values import Dot, Ids, Value, Walk, known, param_value
 from awq_jax.tensor import in_param
 from awq_jax.views import STRUCTURAL, View
 
@@ -187,6 +188,14 @@ def solve(walk: Walk, frozen: list[tuple[Ids, str]]) -> Components:
     return Components(walk, component, sign, reasons)
 
 
+def _widest(dot: Dot) -> int:
+    """The most channels that a matmul reads or writes, its experts' together: a bias or a norm has no more entries."""
+    layout = dot.layout
+    ordered = [layout.sizes[a] for a in layout.order]
+    lead, rest = ordered[: layout.n_lead], ordered[layout.n_lead :]
+    return math.prod(lead) * max(math.prod(rest[: layout.n_in]), math.prod(rest[layout.n_in :]))
+
+
 def components(jaxpr: Any, params: dict[int, tuple[str, tuple[int, ...]]]) -> Components:
     """Every gauge freedom of a closed jaxpr; `params` names the arguments that are params (position -> name, shape)."""
     dead, offsets, joint = np.ones(1, bool), {}, {}
@@ -203,7 +212,12 @@ def components(jaxpr: Any, params: dict[int, tuple[str, tuple[int, ...]]]) -> Co
                 walk.freeze([ids], "used both inside a scan over its layers and outside")
         stacks = walk.stacks
         free = {n: tuple(in_param(stacks[n], k) for k in range(len(s) - len(stacks[n]))) for n, s in params.values()}
-        loose = {n: (axes,) for n, axes in free.items() if n not in walk.found and 1 < len(axes) < 4}
+        widest = max(map(_widest, walk.dots), default=0)
+        loose = {
+            n: (free[n],)
+            for n, s in params.values()
+            if n not in walk.found and 1 < len(free[n]) < 4 and math.prod(s[a] for a in free[n]) <= widest
+        }
         wanted = {n: axes for n, axes in (loose | walk.found).items() if axes}
         if (walk.offsets, wanted) != (offsets, joint):
             dead, offsets, joint, known_frozen = np.ones(1, bool), walk.offsets, wanted, []

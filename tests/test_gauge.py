@@ -14,6 +14,7 @@ from jax import lax
 from rescaling import gauged, random_factors
 from zoo import ZOO, Model, compiled, rms, short
 
+from awq_jax.gauge import components
 from awq_jax.gauge_values import reshape_ids
 from awq_jax.sites import sites
 
@@ -351,6 +352,15 @@ def test_heads_with_a_bias_are_folded_in_a_stack_too():
     assert {m.param: m.axes for m in fold.members} == {"v": (2, 3), "bias": (1, 2), "o": (1, 2)}
     factors = random_factors(fold, traced, params, np.random.default_rng(0))
     assert change(fn, model, gauged(params, [(m, factors) for m in fold.members])) < 1e-5
+
+
+def test_an_embedding_has_no_unknown_for_each_entry():
+    shapes = {"embed": (1000, 64), "positions": (16, 64), "w": (64, 64)}
+    fn = lambda embed, positions, w, x: (embed[x] + positions) @ w
+    arrays = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes.values()]
+    jaxpr = jax.make_jaxpr(fn)(*arrays, jax.ShapeDtypeStruct((2, 16), jnp.int32))
+    found = components(jaxpr, dict(enumerate(shapes.items())))
+    assert len(found.component) <= 1 + sum(map(sum, shapes.values()))
 
 
 SHAPES = [
