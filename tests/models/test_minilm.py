@@ -85,14 +85,17 @@ def test_every_matmul_of_an_encoder_is_a_site(calibration):
 
 def test_embeddings_stay_closer_to_the_dense_ones_than_with_rounding_to_nearest(folder, calibration, doors):
     params, (ids, mask) = load(folder), tokenized(folder, SENTENCES, 32)
+    recipes = {"nearest": awq.PRESETS["rtn"], "AWQ": awq.Recipe()}
+    small = {
+        name: awq.quantize(params, calibration, replace(recipe, bits=4, group_size=128))[0]
+        for name, recipe in recipes.items()
+    }
     dense = np.asarray(jax.jit(embed)(params, ids, mask))
+    doors |= {"kernel": 0, "dense": 0}
     quantized = jax.jit(awq.quantized(embed))
-    cosines = {}
-    for name, recipe in {"nearest": awq.PRESETS["rtn"], "AWQ": awq.Recipe()}.items():
-        small, _ = awq.quantize(params, calibration, replace(recipe, bits=4, group_size=128))
-        assert sum(map(is_quantized, small.values())) == 36
-        doors |= {"kernel": 0, "dense": 0}
-        cosines[name] = (np.asarray(quantized(small, ids, mask)) * dense).sum(-1)
-        assert doors["dense"] == 0
-        print(f"\n{name}: cosine {cosines[name].mean():.5f} on average, {cosines[name].min():.5f} at worst")
+    cosines = {name: (np.asarray(quantized(q, ids, mask)) * dense).sum(-1) for name, q in small.items()}
+    assert doors == {"kernel": 36, "dense": 0}
+    for name, cosine in cosines.items():
+        assert sum(map(is_quantized, small[name].values())) == 36
+        print(f"\n{name}: cosine {cosine.mean():.5f} on average, {cosine.min():.5f} at worst")
     assert cosines["AWQ"].mean() > cosines["nearest"].mean()

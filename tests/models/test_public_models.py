@@ -164,7 +164,7 @@ FOUND = {
         prefix="layers/0/",
         suffixes=("/kernel", "/w", "_proj"),
         groups=("attn/q attn/k attn/v", "attn/o", "mlp/router", "lm_head"),
-        folded="attn/q attn/o lm_head",
+        folded="attn/q attn/o mlp/router lm_head",
         skipped={"embedder/input_embedding": GATHERED} | {f"mlp/{name}": "slice" for name in ("gate", "up", "down")},
         router="router",
     ),
