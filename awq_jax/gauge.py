@@ -13,6 +13,7 @@ architecture is known here; shared-expert gates, routers and tied weights are si
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +25,8 @@ from scipy.sparse.csgraph import connected_components
 
 from awq_jax.compat import scan_split
 from awq_jax.gauge_rules import RULES, rule
-from awq_jax.gauge_values import Ids, Value, Walk, known, param_value
+from awq_jax.gauge_values import Dot, Ids, Value, Walk, known, param_value
+from awq_jax.tensor import in_param
 from awq_jax.views import STRUCTURAL, View
 
 CALLS = (
@@ -59,7 +61,6 @@ def _scan(walk: Walk, out: tuple, *xs: Value, jaxpr: Any, **p: Any) -> list[Valu
     for x in xs[n + k :]:
         if x.param is not None and x.view is not None and x.view.layers is not None:
             first = walk.scans.setdefault(x.param, walk.n_scans)
-            walk.found.setdefault(x.param, ())
             inside.append(param_value(walk, x.param, x.shape[1:], x.view.slice.stack))
             if first != walk.n_scans:
                 walk.freeze(inside[-1].terms, "sliced by two scans")
@@ -190,6 +191,14 @@ def solve(walk: Walk, frozen: list[tuple[Ids, str]]) -> Components:
     return Components(walk, component, sign, np.where(why[plus] >= 0, why[plus], why[minus]), [*reasons])
 
 
+def _widest(dot: Dot) -> int:
+    """The most channels that a matmul reads or writes, its experts' together: a bias or a norm has no more entries."""
+    layout = dot.layout
+    ordered = [layout.sizes[a] for a in layout.order]
+    lead, rest = ordered[: layout.n_lead], ordered[layout.n_lead :]
+    return math.prod(lead) * max(math.prod(rest[: layout.n_in]), math.prod(rest[layout.n_in :]))
+
+
 def components(jaxpr: Any, params: dict[int, tuple[str, tuple[int, ...]]]) -> Components:
     """Every gauge freedom of a closed jaxpr; `params` names the arguments that are params (position -> name, shape)."""
     dead, offsets, joint = np.ones(1, bool), {}, {}
@@ -204,7 +213,13 @@ def components(jaxpr: Any, params: dict[int, tuple[str, tuple[int, ...]]]) -> Co
         for (name, _), ids in walk.ids.items():
             if len(walk.ranks.get(name, ())) > 1:
                 walk.freeze([ids], "used both inside a scan over its layers and outside")
-        loose = {n: (tuple(range(len(s))),) for n, s in params.values() if n not in walk.found and walk.is_vector(n, s)}
+        widest = max(map(_widest, walk.dots), default=0)
+        loose = {}
+        for name, shape in params.values():
+            stack = walk.stacks[name]
+            free = tuple(in_param(stack, k) for k in range(len(shape) - len(stack)))
+            if name not in walk.found and 1 < len(free) < 4 and math.prod(shape[k] for k in free) <= widest:
+                loose |= {name: (free,)} if walk.is_elementwise(name) else {}
         wanted = {n: axes for n, axes in (loose | walk.found).items() if axes}
         if (walk.offsets, wanted) != (offsets, joint):
             dead, offsets, joint, known_frozen = np.ones(1, bool), walk.offsets, wanted, []

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from awq_jax.tensor import Layout, in_param
@@ -82,9 +83,9 @@ class Walk:
         if value.param is not None:
             self.uses.setdefault(value.param, set()).add(by)
 
-    def is_vector(self, param: str, shape: tuple[int, ...]) -> bool:
-        """Whether a param of several axes, heads and their features, is only added or multiplied: one long vector."""
-        return 1 < len(shape) < 4 and self.uses.get(param, {""}) <= ELEMENTWISE
+    def is_elementwise(self, param: str) -> bool:
+        """Whether a param is only added and multiplied: with several axes (heads, features) it is one long vector."""
+        return self.uses.get(param, {""}) <= ELEMENTWISE
 
     @contextmanager
     def inside(self, what: str) -> Iterator[None]:
@@ -172,5 +173,6 @@ def varies(ids: Ids, axes: Iterable[int]) -> bool:
 
 
 def known(x: Any) -> Value:
-    shape = np.shape(x)
-    return Value(shape, constant=float(x) if shape == () and np.issubdtype(np.asarray(x).dtype, np.number) else None)
+    shape, dtype = np.shape(x), jnp.result_type(x)
+    is_real = jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+    return Value(shape, constant=float(x) if shape == () and is_real else None)

@@ -16,3 +16,20 @@ def smollm2() -> Path:
     from awq_jax.demo import fetch_smollm2
 
     return fetch_smollm2()
+
+
+@pytest.fixture
+def doors(monkeypatch) -> dict[str, int]:
+    """How often a quantized weight went through the kernel, and how often it was made dense instead."""
+    from awq_jax import tensor
+
+    calls = {"kernel": 0, "dense": 0}
+    for name, attribute in (("kernel", "int4_matmul"), ("dense", "dequantize")):
+        original = getattr(tensor.kernels, attribute)
+
+        def counted(*args, name=name, original=original):
+            calls[name] += 1
+            return original(*args)
+
+        monkeypatch.setattr(tensor.kernels, attribute, counted)
+    return calls

@@ -9,13 +9,11 @@ import pytest
 import zoo
 from jax import lax
 from quick import quick_jit as jit
-from test_transform import check, dense_again, doors, normal, observed, same, with_random_codes
+from test_transform import check, dense_again, normal, observed, same, with_random_codes
 
 import awq_jax as awq
 from awq_jax.fold import fold
 from awq_jax.sites import sites
-
-__all__ = ["doors"]
 
 X = normal(10, 32)
 W = normal(32, 32, seed=1) / 6

@@ -14,6 +14,7 @@ from jax import lax
 from rescaling import gauged, random_factors
 from zoo import ZOO, Model, compiled, rms, short
 
+from awq_jax.gauge import components
 from awq_jax.gauge_values import reshape_ids
 from awq_jax.sites import sites
 
@@ -151,6 +152,13 @@ def test_each_layer_of_a_stack_has_its_own_scales():
     fold = fold_of("llama_scanned", "layers/attn/q")
     assert fold.n == 32
     assert {m.param: m.axes for m in fold.members}["layers/attn_norm"] == (1,)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_the_one_of_a_norm_is_seen_in_half_precision(dtype):
+    params = {"norm": jnp.zeros(8, dtype), "up": jnp.ones((8, 12), dtype)}
+    (fold,) = sites(lambda p, x: rms(x, 1 + p["norm"]) @ p["up"], params, jnp.ones((5, 8), dtype)).folds
+    assert {m.param: m.offset for m in fold.members} == {"norm": 1, "up": 0}
 
 
 NORM, UP, DOWN = 1 + normal(8) / 4, normal(8, 12, seed=1), normal(12, 8, seed=2)
@@ -328,6 +336,31 @@ def test_what_all_layers_share_can_be_folded():
     assert {(m.param, m.inverse) for m in fold.members} == {("one", True), ("v", False)}
     factors = random_factors(fold, traced, STACKS, np.random.default_rng(0))
     assert change(model.fn, model, gauged(STACKS, [(m, factors) for m in fold.members])) < 1e-5
+
+
+def test_heads_with_a_bias_are_folded_in_a_stack_too():
+    def fn(p, x):
+        def step(x, p):
+            heads = jnp.einsum("ti,ind->tnd", x, p["v"]) + p["bias"]
+            return x + jnp.einsum("tnd,ndi->ti", heads, p["o"]), None
+
+        return lax.scan(step, x, p)[0]
+
+    params = {"v": normal(2, 8, 3, 4), "bias": normal(2, 3, 4, seed=1), "o": normal(2, 3, 4, 8, seed=2)}
+    model, traced = Model(fn, params, (X,)), sites(fn, params, X)
+    (fold,) = traced.folds
+    assert {m.param: m.axes for m in fold.members} == {"v": (2, 3), "bias": (1, 2), "o": (1, 2)}
+    factors = random_factors(fold, traced, params, np.random.default_rng(0))
+    assert change(fn, model, gauged(params, [(m, factors) for m in fold.members])) < 1e-5
+
+
+def test_an_embedding_has_no_unknown_for_each_entry():
+    shapes = {"embed": (1000, 64), "positions": (16, 64), "w": (64, 64)}
+    fn = lambda embed, positions, w, x: (embed[x] + positions) @ w
+    arrays = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes.values()]
+    jaxpr = jax.make_jaxpr(fn)(*arrays, jax.ShapeDtypeStruct((2, 16), jnp.int32))
+    found = components(jaxpr, dict(enumerate(shapes.items())))
+    assert len(found.component) <= 1 + sum(map(sum, shapes.values()))
 
 
 SHAPES = [

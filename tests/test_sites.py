@@ -294,3 +294,15 @@ NO_ADAPTERS = {
 def test_these_are_no_adapters(name):
     fn, params = NO_ADAPTERS[name]
     assert not any(site.kept for site in sites(fn, params, normal(5, 16)).sites.values())
+
+
+KEY = jax.random.key(0)
+CONSTANTS = {
+    "a random key": lambda x: x + jax.random.normal(KEY, (4,)),
+    "a complex number": lambda x: (x * jnp.complex64(1j)).imag,
+}
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_constants_may_be(name):
+    assert list(sites(lambda w, x: CONSTANTS[name](x @ w), normal(6, 4), normal(5, 6)).sites) == [""]

@@ -10,7 +10,6 @@ from jax import lax
 from quick import quick_jit as jit
 from zoo import WAYS, ZOO, compiled
 
-import awq_jax.tensor
 from awq_jax import calibrate, quantized, sites, with_moments
 from awq_jax.sites import named_leaves
 from awq_jax.spec import QuantSpec
@@ -251,21 +250,6 @@ def dense(w):
 
 def dense_again(params):
     return jax.tree.map(dense, params, is_leaf=is_quantized)
-
-
-@pytest.fixture
-def doors(monkeypatch):
-    """How often a quantized weight went through the kernel, and how often it was made dense instead."""
-    calls = {"kernel": 0, "dense": 0}
-    for name, attribute in (("kernel", "int4_matmul"), ("dense", "dequantize")):
-        original = getattr(awq_jax.tensor.kernels, attribute)
-
-        def counted(*args, name=name, original=original):
-            calls[name] += 1
-            return original(*args)
-
-        monkeypatch.setattr(awq_jax.tensor.kernels, attribute, counted)
-    return calls
 
 
 def same(found, expected):
