@@ -40,6 +40,8 @@ CALLS = (
     "custom_jvp_call",
     "custom_vjp_call",
 )
+RANKS = {"top_k", "sort", "argmax", "approx_top_k"}
+"""What decides by an order: among a router's outputs, or among a vocabulary's."""
 CARRIES_PARAMS = {*STRUCTURAL, *CALLS, "scan", "while", "cond"}
 
 
@@ -138,9 +140,18 @@ def evaluate(walk: Walk, jaxpr: Any, args: Iterable[Value]) -> list[Value]:
         if name not in CARRIES_PARAMS and len(walk.dots) == before:
             for v in ins:
                 walk.use(v, name)
+        outs = [replace(out, origin=out.origin or _origin(name, ins)) for out in outs]
+        if name in RANKS:
+            walk.ranked |= {v.origin for v in ins if v.origin}
         for var, value in zip(eqn.outvars, outs, strict=True):
             write(var, value)
     return [known(v.val) if isinstance(v, core.Literal) else env[v] for v in jaxpr.outvars]
+
+
+def _origin(name: str, ins: list[Value]) -> str | None:
+    """The one param whose matmul all of an elementwise result or of a sum comes from."""
+    origins = {v.origin for v in ins} - {None}
+    return origins.pop() if len(origins) == 1 and name not in ("dot_general", "ragged_dot_general") else None
 
 
 @dataclass(frozen=True)

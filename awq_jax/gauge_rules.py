@@ -201,7 +201,7 @@ def _dot(walk: Walk, out: tuple, x: Value, y: Value, dimension_numbers: Any, **_
                 before, after = (0, len(frees[1])) if side == 0 else (len(frees[0]), 0)
                 outgoing.append(moved.reshape(*head, *[1] * before, *tail, *[1] * after))
     walk.equal(tuple(aligned[0]), tuple(-t for t in aligned[1]), "a matmul sums over its channels")
-    return [Value(out[0], tuple(outgoing), product_of=product_of)]
+    return [Value(out[0], tuple(outgoing), product_of=product_of, origin=product_of)]
 
 
 def _record(walk: Walk, w: Value, x: Value, contracted: Any, batch: Any, theirs: Any, their_batch: Any) -> None:

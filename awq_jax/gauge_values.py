@@ -25,7 +25,8 @@ ELEMENTWISE = {"add", "sub", "add_any", "mul", "div"}
 class Value:
     """What is known of one array: its unknown scales, where it came from, and its value if it is one number.
 
-    `product_of` names the param whose matmul it is the output of, scaled and rearranged at most.
+    `product_of` names the param whose matmul it is the output of, scaled and rearranged at most; `origin` the only
+    one whose output it was computed from since the last matmul.
     """
 
     shape: tuple[int, ...]
@@ -35,6 +36,7 @@ class Value:
     param: str | None = None
     constant: float | None = None
     product_of: str | None = None
+    origin: str | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Walk:
     frozen: list[tuple[Ids, str]] = field(default_factory=list)
     unclear: list[tuple[Ids, str]] = field(default_factory=list)
     uses: dict[str, set[str]] = field(default_factory=dict)
+    ranked: set[str] = field(default_factory=set)
     scope: tuple[Any, ...] = ()
     count: int = 0
     n_scans: int = 0

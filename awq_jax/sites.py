@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from awq_jax.gauge import Components, components
+from awq_jax.gauge_values import Walk
 from awq_jax.tensor import Layout, is_quantized
 
 
@@ -24,7 +25,7 @@ class Site:
       lead: sizes of its batch axes (experts).
       group: name of the first site that reads the same input; its own name if none does before.
       refused: why its input channels cannot be rescaled by a fold; None if they can.
-      kept: why it stays dense unless a rule names it (a tied embedding, an adapter); None for most.
+      kept: why it stays dense unless a rule names it (a tied embedding, a router, an adapter); None for most.
     """
 
     name: str
@@ -151,7 +152,7 @@ def sites(fn: Callable[..., Any], params: Any, *inputs: Any) -> Traced:
             out_features=int(np.prod(ordered[lead + n :])),
             group=groups.setdefault((first.stack, first.layout.n_lead, *(use.reads for use in uses)), name),
             refused=_refusal(found, [use.in_ids for use in uses]),
-            kept=f"also used by {_names(found.walk.uses[name])}" if found.walk.uses.get(name) else None,
+            kept=_kept(found.walk, name),
         )
     for name, beside in _adapters(out, {name: uses[0].after for name, uses in dots.items()}).items():
         out[name] = replace(out[name], kept=f"an adapter of {beside}")
@@ -161,6 +162,12 @@ def sites(fn: Callable[..., Any], params: Any, *inputs: Any) -> Traced:
         if name not in out and np.ndim(leaf) - len(found.walk.stacks[name]) > 1
     }
     return Traced(out, _folds(found, {n: dots[n][0] for n in out}), skipped)
+
+
+def _kept(walk: Walk, name: str) -> str | None:
+    if walk.uses.get(name):
+        return f"also used by {_names(walk.uses[name])}"
+    return "its outputs are ranked (a router)" if name in walk.ranked else None
 
 
 def _names(uses: Iterable[str]) -> str:

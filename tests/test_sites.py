@@ -306,3 +306,22 @@ CONSTANTS = {
 @pytest.mark.parametrize("name", CONSTANTS)
 def test_constants_may_be(name):
     assert list(sites(lambda w, x: CONSTANTS[name](x @ w), normal(6, 4), normal(5, 6)).sites) == [""]
+
+
+ROUTERS = {
+    "ranked at once": lambda y: lax.top_k(y, 2)[1],
+    "ranked after softmax": lambda y: lax.top_k(jax.nn.softmax(y), 2)[1],
+    "ranked after a sigmoid and a bias": lambda y: jnp.argsort(jax.nn.sigmoid(y) + jnp.arange(3.0))[..., :2],
+    "the likeliest": lambda y: jax.nn.softmax(y / 3).argmax(-1),
+}
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_a_router_is_told_by_what_is_done_with_its_outputs(name):
+    def fn(p, x):
+        x = jnp.tanh(x @ p["w"])
+        return ROUTERS[name](x @ p["router"]), x @ p["v"]
+
+    params = {"w": normal(6, 6), "router": normal(6, 3), "v": normal(6, 4)}
+    kept = {site.name: site.kept for site in sites(fn, params, normal(5, 6)).sites.values()}
+    assert kept == {"w": None, "router": "its outputs are ranked (a router)", "v": None}
