@@ -8,6 +8,7 @@ qfn = awq.quantized(fn)                                   # the same function, l
 from importlib.metadata import version
 from typing import Any
 
+from awq_jax.bits import with_average_bits as with_average_bits
 from awq_jax.convert import quantize_checkpoint as quantize_checkpoint
 from awq_jax.distill import distill as distill
 from awq_jax.linen import QuantizedDense as QuantizedDense

@@ -31,8 +31,8 @@ class Quantize:
     """Hugging Face folder or hub id, or a GGUF file."""
     out: Annotated[Positional[Path], arg(metavar="OUT")]
     """Folder to write."""
-    bits: int = 4
-    """Width of the codes, 2 to 8 (awq files hold 4)."""
+    bits: float = 4
+    """Width of the codes, 2 to 8 (awq files hold 4). 3.5, say, gives every site a width of its own, 3.5 in the mean."""
     group_size: int = 128
     """Input channels that share a step; 64 or 32 where 128 does not divide the widths."""
     format: Literal["awq", "orbax"] = "awq"
@@ -72,6 +72,7 @@ class Quantize:
                 samples=(8 if self.preset == "fast" else 32) if self.samples is None else self.samples,
                 seq_len=self.seq_len,
                 feed=self.feed,
+                average_bits=None if self.bits == int(self.bits) else self.bits,
                 distill=self.distill,
                 overwrite=self.overwrite,
                 progress=progress,
@@ -86,7 +87,7 @@ class Quantize:
 
         return replace(
             PRESETS[self.preset],
-            bits=self.bits,
+            bits=int(self.bits),
             group_size=self.group_size,
             symmetric=self.symmetric,
             rules=tuple(Rule(pattern, skip=True) for pattern in self.skip),

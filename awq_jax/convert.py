@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
 
+from awq_jax.bits import Offer, allocate, offers, with_bits
 from awq_jax.calib import calibration_tokens
 from awq_jax.formats import autoawq, orbax
 from awq_jax.formats.checkpoint import Checkpoint, open_checkpoint
@@ -25,6 +26,7 @@ from awq_jax.refine import refine
 from awq_jax.sites import named_leaves
 from awq_jax.stream import Clock, Decoder, Feed, stream
 from awq_jax.tensor import is_quantized
+from awq_jax.transform import Calibration
 
 Format = Literal["awq", "orbax"]
 REPORT = "quantization_report.json"
@@ -55,6 +57,7 @@ def quantize_checkpoint(
     samples: int = 32,
     seq_len: int = 512,
     feed: Feed = "dense",
+    average_bits: float | None = None,
     distill: int = 0,
     overwrite: bool = False,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
@@ -69,6 +72,8 @@ def quantize_checkpoint(
       calib: see `calibration_tokens`.
       samples, seq_len: calibration sequences and their tokens.
       feed: whether a block is calibrated on the output of the dense blocks before it, or of the quantized ones.
+      average_bits: choose the bits of every site so that all take so many in the mean; orbax only. See
+        `awq_jax.bits`.
       distill: passes over the calibration text that train the steps against the dense model's logits, after the
         search. Slow without an accelerator, and the whole model must fit into memory.
       overwrite: replace what is at `out`.
@@ -85,6 +90,8 @@ def quantize_checkpoint(
     if format not in get_args(Format):
         raise InputError(f"format={format!r}: choose one of {', '.join(get_args(Format))}.")
     recipe = replace(recipe or Recipe(), fold=format == "awq")
+    if average_bits is not None and format == "awq":
+        raise InputError(f"{average_bits} bits on average: an AutoAWQ file has one width, use --format orbax.")
     checkpoint = open_checkpoint(model)
     if checkpoint.kind in ("autoawq", "orbax"):
         raise InputError(f"{model} is quantized already: start from the dense model.")
@@ -98,9 +105,10 @@ def quantize_checkpoint(
         own = lambda samples, seq_len: load(model).sample(samples, seq_len)
         tokens = calibration_tokens(calib, tokenizer, samples=samples, seq_len=seq_len, own=own)
         progress("calibration text", 1, 1)
-        write, finish = (named_failure(out, f) for f in writer(format, scratch, checkpoint, module, recipe))
-
         decoder = Decoder(module, config, widened(checkpoint.read) if recipe.fold else checkpoint.read)
+        if average_bits is not None:
+            recipe = with_bits(recipe, allocate(survey(decoder, tokens, recipe, progress), average_bits))
+        write, finish = (named_failure(out, f) for f in writer(format, scratch, checkpoint, module, recipe))
         if distill:
             parts: dict[str, Any] = {}
             done = stream(decoder, tokens, recipe, parts.__setitem__, feed=feed, progress=progress)
@@ -117,6 +125,18 @@ def quantize_checkpoint(
         after = sum(f.stat().st_size for f in scratch.rglob("*") if f.is_file())
     half = sum(2 * math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
     return Converted(Path(out), checkpoint.nbytes, half, after, done.reports, done.seconds)
+
+
+def survey(decoder: Decoder, tokens: Any, recipe: Recipe, progress: Callable[[str, int, int], None]) -> list[Offer]:
+    """What every group of sites loses at every width, from a pass over the blocks that changes nothing."""
+    found: list[Offer] = []
+
+    def look(name: str, params: Any, calibration: Calibration, recipe: Recipe) -> tuple[Any, tuple[()]]:
+        found.extend(offers(params, calibration, recipe, f"{name}/"))
+        return params, ()
+
+    stream(decoder, tokens, replace(recipe, gram_block=128), lambda part, params: None, solve=look, progress=progress)
+    return found
 
 
 def widened(read: Callable[[str], Any]) -> Callable[[str], Any]:

@@ -81,6 +81,7 @@ def stream(
     *,
     feed: Feed = "dense",
     dtype: Any = None,
+    solve: Callable[..., Any] | None = None,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Streamed:
     """Quantize every block of a decoder and hand each over as soon as it is done.
@@ -90,11 +91,13 @@ def stream(
       write: called with ("outer", params) and with ("layers_<i>", params) for each block.
       feed: whether a block is calibrated on what the dense blocks before it give, or the quantized ones.
       dtype: of the activations at calibration; None for the faster one of float32 and bfloat16 on this machine.
+      solve: `(name, params, calibration, recipe) -> (params, reports)` of a block; None quantizes it.
       progress: called with a stage, blocks done and blocks in all.
 
     Raises:
       ValueError: non-finite weights, or a fold that changed a block; both name the site.
     """
+    solve = solve or quantize_block
     clock = Clock()
     observed = replace(model, config=replace(model.config, dtype=dtype or fast_dtype()))
     with clock("load"):
@@ -109,6 +112,7 @@ def stream(
     observe = jax.jit(with_moments(observed.block, traced, block=recipe.gram_block))
     again = jax.jit(quantized(observed.block))
     reports: list[SiteReport] = []
+    stage = "block" if solve is quantize_block else "block looked at"
     for layer in model.layers:
         name = f"layers_{layer}"
         with clock("load"):
@@ -121,14 +125,14 @@ def stream(
                 moments = {group: moments[group] + m for group, m in new.items()} if moments else new
             jax.block_until_ready(moments)
         with clock("search"):
-            qparams, found = quantize_block(name, params, Calibration(model.block, traced, moments, (example,)), recipe)
+            qparams, found = solve(name, params, Calibration(model.block, traced, moments, (example,)), recipe)
         if feed == "quantized":
             with clock("statistics"):
                 hidden = jax.block_until_ready([again(qparams, h) for h in inputs])
         with clock("write"):
             write(name, qparams)
         reports += [replace(r, name=f"{name}/{r.name}") for r in found]
-        progress("block", layer + 1, len(model.layers))
+        progress(stage, layer + 1, len(model.layers))
     return Streamed(tuple(reports), clock.seconds)
 
 

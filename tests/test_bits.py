@@ -1,0 +1,113 @@
+"""Bits by site: the knapsack against trying everything, the errors against numpy, the budget kept."""
+
+import itertools
+import re
+
+import numpy as np
+import pytest
+import zoo
+from commands import run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import awq_jax as awq
+from awq_jax.bits import CHOICES, Offer, allocate, offers, with_average_bits
+from awq_jax.spec import QuantSpec
+from awq_jax.tensor import is_quantized, quantize
+
+
+def falling(start, ratios):
+    return tuple(float(e) for e in start * np.cumprod([1.0, *ratios]))
+
+
+OFFERS = st.lists(
+    st.builds(
+        lambda weights, start, ratio: Offer(("x",), weights, falling(start, [ratio] * 5)),
+        st.integers(1, 50), st.floats(0.01, 1), st.floats(0.1, 0.6),
+    ),
+    min_size=1, max_size=4,
+)  # fmt: skip
+
+
+@settings(deadline=None, max_examples=60)
+@given(OFFERS, st.floats(2, 8))
+def test_the_knapsack_is_near_the_best_there_is(offered, average):
+    offered = [Offer((str(k),), o.weights, o.errors) for k, o in enumerate(offered)]
+    bits = allocate(offered, average)
+    spent = sum(bits[o.sites[0]] * o.weights for o in offered)
+    budget = average * sum(o.weights for o in offered)
+    assert spent <= budget + 1e-3
+    found = sum(o.errors[CHOICES.index(bits[o.sites[0]])] for o in offered)
+    every = [
+        sum(o.errors[CHOICES.index(b)] for o, b in zip(offered, chosen, strict=True))
+        for chosen in itertools.product(CHOICES, repeat=len(offered))
+        if sum(b * o.weights for o, b in zip(offered, chosen, strict=True)) <= budget
+    ]
+    least, most = min(every), max(every)
+    assert found <= least + 0.35 * (most - least) + 1e-6
+
+
+def test_whole_averages_of_equal_sites_are_shared_out_evenly():
+    alike = [Offer((str(k),), 10, falling(1, [0.25] * 5)) for k in range(3)]
+    assert set(allocate(alike, 4).values()) == {4}
+
+
+@pytest.mark.parametrize("average", [1.9, 8.1])
+def test_an_average_out_of_range(average):
+    with pytest.raises(ValueError, match=f"{average} bits on average: give 2 to 8"):
+        allocate([], average)
+
+
+def zoo_calibration(name):
+    model = zoo.ZOO[name]()
+    return model, awq.calibrate(model.fn, model.params, [model.inputs], block=None)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_scanned", "moe_scanned"])
+def test_the_average_is_kept(name):
+    model, calibration = zoo_calibration(name)
+    recipe = awq.Recipe(group_size=32, rules=(awq.Rule("head", bits=8), awq.Rule("/o", skip=True)))
+    found = with_average_bits(model.params, calibration, 3.3, recipe)
+    q, report = awq.quantize(model.params, calibration, found)
+    sizes = {r.name: r.spec for r in report if r.spec and r.name != "head"}
+    leaves = awq.sites.__globals__["named_leaves"](q)
+    total = sum(leaves[n].size for n in sizes)
+    mean = sum(leaves[n].size * spec.bits for n, spec in sizes.items()) / total
+    assert 2.7 < mean <= 3.3
+    assert len({spec.bits for spec in sizes.values()}) > 1
+    assert leaves["head"].spec.bits == 8
+    assert not any(is_quantized(leaf) for n, leaf in leaves.items() if n.endswith("/o"))
+    groups = {}
+    for n, spec in sizes.items():
+        groups.setdefault(calibration.traced.sites[n].group, set()).add(spec.bits)
+    assert all(len(bits) == 1 for bits in groups.values())
+
+
+def test_errors_are_those_of_rounding_to_nearest():
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(50, 64)).astype("f4"), rng.normal(size=(64, 6)).astype("f4")
+    fn = lambda p, x: x @ p
+    (offer,) = offers(w, awq.calibrate(fn, w, [(x,)], block=32), awq.Recipe(group_size=32))
+    assert offer.weights == w.size
+    for bits, error in zip(CHOICES, offer.errors, strict=True):
+        change = (np.asarray(quantize(w, QuantSpec(bits, 32)).dequantize()) - w).reshape(2, 32, 6)
+        parts = x.reshape(50, 2, 32)
+        energy = sum(np.square(parts[:, k] @ w.reshape(2, 32, 6)[k]).sum() for k in range(2))
+        expected = sum(np.square(parts[:, k] @ change[k]).sum() for k in range(2)) / energy
+        assert error == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_command_takes_a_fraction(tmp_path):
+    from checkpoints import tiny_folder
+
+    model = tiny_folder(tmp_path / "in")
+    options = ("--group-size", "32", "--samples", "2", "--seq-len", "32")
+    out = run("quantize", model, tmp_path / "out", "--bits", "3.5", "--format", "orbax", *options)
+    assert out.code == 0, out.err
+    params = awq.load(tmp_path / "out").params
+    leaves = [w for n, w in awq.sites.__globals__["named_leaves"](params).items() if is_quantized(w)]
+    mean = sum(w.size * w.spec.bits for w in leaves) / sum(w.size for w in leaves)
+    assert 3 < mean <= 3.5
+    refused = run("quantize", model, tmp_path / "awq", "--bits", "3.5", *options)
+    assert refused.code == 2
+    assert re.search("3.5 bits on average: an AutoAWQ file has one width, use --format orbax", refused.err)
