@@ -95,9 +95,10 @@ def main(a: Arguments) -> None:
             found = score(model, ids, reference)
             entry = {"kl": found.kl, "top1": found.top1, "perplexity": found.perplexity}
             result.setdefault(row, {})[text] = entry
-            removed = 1 - found.kl / result[nearest][text]["kl"] if nearest in result else float("nan")
-            entry["removed"] = removed
-            cells = (f"{found.kl:.4f}", f"{removed:.1%}", f"{found.top1:.1%}", f"{found.perplexity:.3f}")
+            if nearest in result:
+                entry["removed"] = 1 - found.kl / result[nearest][text]["kl"]
+            removed = f"{entry['removed']:.1%}" if "removed" in entry else ""
+            cells = (f"{found.kl:.4f}", removed, f"{found.top1:.1%}", f"{found.perplexity:.3f}")
             table.add_row(row, text, *cells)
             print(row, text, *cells, file=sys.stderr, flush=True)
         save(a.name, {"calibration_tokens": int(tokens.size), "rows": result})
