@@ -42,7 +42,7 @@ CALLS = (
 )
 RANKS = {"top_k", "sort", "argmax", "approx_top_k"}
 """What decides by an order: among a router's outputs, or among a vocabulary's."""
-CARRIES_PARAMS = {*STRUCTURAL, *CALLS, "scan", "while", "cond"}
+CARRIES_PARAMS = {*STRUCTURAL, *CALLS, "scan", "while", "cond"} - {"slice"}
 
 
 @rule(*CALLS)
@@ -137,7 +137,7 @@ def evaluate(walk: Walk, jaxpr: Any, args: Iterable[Value]) -> list[Value]:
             for v in ins:
                 walk.freeze(v.terms, name)
             outs = [Value(shape) for shape in shapes]
-        if name not in CARRIES_PARAMS and len(walk.dots) == before:
+        if name not in CARRIES_PARAMS and len(walk.dots) == before and all(out.param is None for out in outs):
             for v in ins:
                 walk.use(v, name)
         outs = [replace(out, origin=out.origin or _origin(name, ins)) for out in outs]

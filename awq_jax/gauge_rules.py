@@ -118,6 +118,11 @@ def _select(walk: Walk, out: tuple, which: Value, *cases: Value, **_: Any) -> li
 def _slice(
     walk: Walk, out: tuple, x: Value, start_indices: Any, limit_indices: Any, strides: Any, **_: Any
 ) -> list[Value]:
+    picked = None if x.view is None else x.view.pick(start_indices, limit_indices, strides)
+    if x.param is not None and picked is not None:
+        walk.freeze(x.terms, "sliced layer by layer")
+        walk.found.setdefault(x.param, ())
+        return [Value(out[0], (), x.root, picked, x.param)]
     cut = [slice(a, b, c) for a, b, c in zip(start_indices, limit_indices, strides or [1] * len(x.shape), strict=True)]
     return [
         map_terms(
@@ -226,7 +231,9 @@ def _record(walk: Walk, w: Value, x: Value, contracted: Any, batch: Any, theirs:
         in_ids = np.broadcast_to(moved, sizes)
     shape = tuple(x.shape[k] for k in (*their_batch, *tokens, *theirs))
     reads = (x.root, seen.sizes, seen.order[: seen.n_lead + seen.n_in], walk.scope)
-    walk.dots.append(Dot(w.param, layout, w.view.stack, reads, shape, len(their_batch), in_ids.ravel(), x.product_of))
+    walk.dots.append(
+        Dot(w.param, layout, w.view.stack, w.view.picks, reads, shape, len(their_batch), in_ids.ravel(), x.product_of)
+    )
 
 
 @rule("ragged_dot_general")

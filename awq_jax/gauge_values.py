@@ -46,6 +46,7 @@ class Dot:
     param: str
     layout: Layout
     stack: tuple[int, ...]
+    picks: tuple[int | None, ...]
     reads: Any
     input_shape: tuple[int, ...]
     n_batch: int

@@ -22,7 +22,8 @@ from awq_jax.gauge import CALLS
 from awq_jax.tensor import Layout, is_quantized
 from awq_jax.views import STRUCTURAL, View, is_grouped_by_rows, is_pointwise, pointwise_slices
 
-Records = dict[str, Any]
+Records = dict[Any, Any]
+"""Pytrees by a param's name and its view's picks; where a scan slices the param, with an axis of layers in front."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,10 @@ class Weight:
     base: Any
     view: View
     dtype: Any
+
+    @property
+    def key(self) -> tuple[str, tuple[int | None, ...]]:
+        return self.name, self.view.picks
 
     def dense(self) -> Array:
         base = self.base.dequantize() if is_quantized(self.base) else self.base
@@ -83,7 +88,17 @@ def _structural(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Rec
     view = STRUCTURAL[eqn.primitive.name](weight.view, eqn.params)
     if view is None:
         return _bind(eqn, ins, on_dot)
-    return [Weight(weight.name, weight.base, view, eqn.outvars[0].aval.dtype)], {}
+    if eqn.primitive.name == "slice":
+        return _picked(eqn, weight, view, on_dot)
+    return [replace(weight, view=view, dtype=eqn.outvars[0].aval.dtype)], {}
+
+
+def _picked(eqn: Any, weight: Weight, view: View, on_dot: OnDot) -> tuple[list[Any], Records]:
+    stacked = _in_front(weight, view.stack[-1])
+    if stacked is None:
+        return _bind(eqn, [weight], on_dot)
+    base = jax.tree.map(lambda a: a[view.picks[-1]], stacked)
+    return [replace(weight, base=base, view=view)], {}
 
 
 def _dot_general(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Records]:
@@ -139,8 +154,8 @@ def _scan(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Records]:
     p = eqn.params
     n, k = scan_split(p)
     consts, carry, xs = ins[:n], [dense(x) for x in ins[n : n + k]], ins[n + k :]
-    xs = [x if isinstance(x, Weight) and _layers_first(x) is not None else dense(x) for x in xs]
-    slices = [_layers_first(x) if isinstance(x, Weight) else x for x in xs]
+    xs = [x if isinstance(x, Weight) and _in_front(x, x.view.layers) is not None else dense(x) for x in xs]
+    slices = [_in_front(x, x.view.layers) if isinstance(x, Weight) else x for x in xs]
     stacked = {x.name for x in xs if isinstance(x, Weight)}
 
     def body(carry: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any], Records, Records]:
@@ -149,9 +164,9 @@ def _scan(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Records]:
             for x, part in zip(xs, slices, strict=True)
         ]
         outs, records = evaluate(p["jaxpr"], [*consts, *carry, *inside], on_dot)
-        own = {name: r for name, r in records.items() if name in stacked}
+        own = {key: r for key, r in records.items() if key[0] in stacked}
         outs = list(map(dense, outs))
-        return outs[:k], outs[k:], own, {name: r for name, r in records.items() if name not in stacked}
+        return outs[:k], outs[k:], own, {key: r for key, r in records.items() if key[0] not in stacked}
 
     shared = (
         _none_recorded(lambda: body(carry, jax.tree.map(lambda a: a[0], slices))[-1], consts) if p["length"] else {}
@@ -165,12 +180,11 @@ def _scan(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Records]:
     return [*carry, *ys], own | shared
 
 
-def _layers_first(x: Weight) -> Any:
-    """The param with the axis that a scan slices in front; None where it is not one axis of the param."""
-    k, depth = x.view.layers, len(x.view.stack)
+def _in_front(x: Weight, k: int | None) -> Any:
+    """The param with its axis k in front; None where it has no such axis of layers."""
     if k is None or not is_quantized(x.base):
         return None if k is None else jnp.moveaxis(x.base, k, 0)
-    layout = x.base.layout
+    layout, depth = x.base.layout, len(x.view.stack)
     stack = (layout.stack if layout else ()) or (0,) * (depth + 1)
     is_stacked = x.base.codes.ndim > 2 + (layout.n_lead if layout else 0)
     return x.base if is_stacked and stack[depth : depth + 1] == (k,) else None

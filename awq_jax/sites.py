@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from awq_jax.gauge import Components, components
-from awq_jax.gauge_values import Walk
+from awq_jax.gauge_values import Dot, Walk
 from awq_jax.tensor import Layout, is_quantized
 
 
@@ -21,7 +21,7 @@ class Site:
     Args:
       name: the param's path, "layers_0/attn/q/kernel".
       layout: how the param is read as matrices (*lead, in_features, out_features).
-      stacked: how many axes of the param scans slice away (layers).
+      stack: where the param's axes of layers are, as in Layout: a scan takes one after the other, or each is picked.
       lead: sizes of its batch axes (experts).
       group: name of the first site that reads the same input; its own name if none does before.
       refused: why its input channels cannot be rescaled by a fold; None if they can.
@@ -30,13 +30,18 @@ class Site:
 
     name: str
     layout: Layout
-    stacked: int
+    stack: tuple[int, ...]
     lead: tuple[int, ...]
     in_features: int
     out_features: int
     group: str
     refused: str | None
     kept: str | None = None
+
+    @property
+    def stacked(self) -> int:
+        """How many axes of layers the param has."""
+        return len(self.stack)
 
     def __str__(self) -> str:
         sizes = " x ".join(map(str, (*self.lead, self.in_features, self.out_features)))
@@ -146,12 +151,12 @@ def sites(fn: Callable[..., Any], params: Any, *inputs: Any) -> Traced:
         out[name] = Site(
             name=name,
             layout=first.layout,
-            stacked=len(first.stack),
+            stack=first.stack,
             lead=tuple(ordered[:lead]),
             in_features=int(np.prod(ordered[lead : lead + n])),
             out_features=int(np.prod(ordered[lead + n :])),
             group=groups.setdefault((first.stack, first.layout.n_lead, *(use.reads for use in uses)), name),
-            refused=_refusal(found, [use.in_ids for use in uses]),
+            refused=_refusal(found, uses),
             kept=_kept(found.walk, name),
         )
     for name, beside in _adapters(out, {name: uses[0].after for name, uses in dots.items()}).items():
@@ -191,8 +196,10 @@ def _adapters(found: dict[str, Site], after: dict[str, str | None]) -> dict[str,
     return out
 
 
-def _refusal(found: Components, in_ids: list[np.ndarray]) -> str | None:
-    ids = np.unique(np.abs(np.concatenate(in_ids)))
+def _refusal(found: Components, uses: list[Dot]) -> str | None:
+    if any(pick is not None for use in uses for pick in use.picks):
+        return "sliced layer by layer"
+    ids = np.unique(np.abs(np.concatenate([use.in_ids for use in uses])))
     if found.component[ids].any():
         return None
     return next((found.reasons[found.why[k]] for k in ids if k), "its input axis is not one axis of a value")

@@ -10,13 +10,14 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from awq_jax import moments as mo
 from awq_jax.interpreter import Records, Weight, evaluate
 from awq_jax.moments import Moments
 from awq_jax.sites import Traced, abstract, named_leaves, sites
-from awq_jax.tensor import Layout, dot, is_quantized
+from awq_jax.tensor import Layout, dot, is_quantized, stack_places
 from awq_jax.views import View
 
 Function = Callable[..., Any]
@@ -100,18 +101,39 @@ def with_moments(fn: Function, traced: Traced, *, block: int | None = mo.GRAM_BL
                     raise ValueError(
                         f"{weight.name}: a mask cannot follow tokens that are sorted by expert: leave it out."
                     )
-                return y, {weight.name: mo.of_sorted(x, sizes, block)}
+                return y, {weight.key: mo.of_sorted(x, sizes, block)}
             tokens = x.shape[layout.n_lead : -1]
             if weights is not None and weights.size != math.prod(tokens):
                 raise ValueError(
                     f"{weight.name}: weights have shape {weights.shape}, the site's tokens {tokens}. "
                     "Give one weight a token."
                 )
-            return y, {weight.name: mo.of(x, block, layout.n_lead, weights)}
+            return y, {weight.key: mo.of(x, block, layout.n_lead, weights)}
 
-        return _interpreted(fn, params, inputs, on_dot)
+        out, found = _interpreted(fn, params, inputs, on_dot)
+        leaves = named_leaves(params)
+        picked: dict[str, dict[Any, Moments]] = {}
+        for (name, picks), m in found.items():
+            picked.setdefault(name, {})[picks] = m
+        return out, {name: _whole(ms, leaves[name].shape, traced.sites[name].stack) for name, ms in picked.items()}
 
     return run
+
+
+def _whole(found: dict[Any, Moments], shape: tuple[int, ...], stack: tuple[int, ...]) -> Moments:
+    """The moments of all layers, from those of layers picked one by one; a layer that was not has none."""
+    at = next((j for picks in found for j, pick in enumerate(picks) if pick is not None), None)
+    if at is None:
+        return ft.reduce(Moments.__add__, found.values())
+    by_layer: dict[int | None, dict[Any, Moments]] = {}
+    for picks, m in found.items():
+        by_layer.setdefault(picks[at], {})[(*picks[:at], None, *picks[at + 1 :])] = m
+    parts = {k: _whole(ms, shape, stack) for k, ms in by_layer.items()}
+    scanned = parts.pop(None, None)
+    none = jax.tree.map(jnp.zeros_like, next(iter(parts.values())))
+    layers = [parts.get(k, none) for k in range(shape[stack_places(stack)[at]])]
+    whole = jax.tree.map(lambda *ms: jnp.stack(ms, at), *layers)
+    return whole if scanned is None else whole + scanned
 
 
 def _moments_alone(observed: Function, params: Any, inputs: tuple[Any, ...], weights: Any) -> dict[str, Moments]:

@@ -16,19 +16,21 @@ from awq_jax.tensor import Layout
 class View:
     """An array of shape `base` cut into atoms of `sizes` (none is 1), of which each axis merges `axes[k]`.
 
-    Where scans slice a param, `base` is one slice; `stack` says where its axes of layers were, as in Layout.
+    Where a param is sliced layer by layer, `base` is one slice; `stack` says where its axes of layers were, as in
+    Layout, and `picks` which layer each of them gave: None where a scan takes one after the other.
     """
 
     base: tuple[int, ...]
     sizes: tuple[int, ...]
     axes: tuple[tuple[int, ...], ...]
     stack: tuple[int, ...] = ()
+    picks: tuple[int | None, ...] = ()
 
     @classmethod
-    def of(cls, shape: Sequence[int], stack: tuple[int, ...] = ()) -> View:
+    def of(cls, shape: Sequence[int], stack: tuple[int, ...] = (), picks: tuple[int | None, ...] = ()) -> View:
         atoms = iter(range(len(shape)))
         axes = tuple((next(atoms),) if n != 1 else () for n in shape)
-        return cls(tuple(shape), tuple(n for n in shape if n != 1), axes, stack)
+        return cls(tuple(shape), tuple(n for n in shape if n != 1), axes, stack, picks)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -76,7 +78,11 @@ class View:
     @property
     def layers(self) -> int | None:
         """Which axis of the base is the view's first, if all others are as they are in the base; else None."""
-        return next((k for k in range(len(self.base)) if self == View.of(self.base, self.stack)._first(k)), None)
+        return next((k for k in range(len(self.base)) if self == self._untouched._first(k)), None)
+
+    @property
+    def _untouched(self) -> View:
+        return View.of(self.base, self.stack, self.picks)
 
     def _first(self, axis: int) -> View:
         return self.transpose([axis, *(k for k in range(len(self.axes)) if k != axis)])
@@ -85,8 +91,22 @@ class View:
     def slice(self) -> View:
         """What a scan sees of the view, one layer after the other; `layers` must not be None."""
         assert self.layers is not None
-        k = self.layers
-        return View.of(self.base[:k] + self.base[k + 1 :], (*self.stack, k))
+        return self._without(self.layers, None)
+
+    def _without(self, axis: int, pick: int | None) -> View:
+        rest = self.base[:axis] + self.base[axis + 1 :]
+        return View.of(rest, (*self.stack, axis), (*self.picks, pick))
+
+    def pick(self, start: Sequence[int], limit: Sequence[int], strides: Sequence[int] | None) -> View | None:
+        """`lax.slice` where it takes one layer of a param that nothing has changed yet; otherwise None."""
+        cut = [k for k, n in enumerate(self.shape) if (start[k], limit[k]) != (0, n)]
+        if len(cut) != 1 or self != self._untouched or any(n != 1 for n in strides or ()):
+            return None
+        (axis,) = cut
+        if limit[axis] != start[axis] + 1:
+            return None
+        one = self._without(axis, int(start[axis]))
+        return replace(one, axes=(*one.axes[:axis], (), *one.axes[axis:]))
 
     def layout(self, batch: Sequence[int], contracted: Sequence[int]) -> Layout:
         """How a matmul over `contracted` axes, batched over `batch`, reads the base array."""
@@ -110,6 +130,7 @@ STRUCTURAL = {
     "squeeze": lambda view, p: view.squeeze(p["dimensions"]),
     "broadcast_in_dim": lambda view, p: view.broadcast(p["shape"], p["broadcast_dimensions"]),
     "convert_element_type": lambda view, p: view,
+    "slice": lambda view, p: view.pick(p["start_indices"], p["limit_indices"], p["strides"]),
     "copy": lambda view, p: view,
     "copy_p": lambda view, p: view,
     "pvary": lambda view, p: view,

@@ -59,11 +59,26 @@ def channels_first(p, x):
     return lax.conv(x.reshape(1, 5, 2, 32).transpose(0, 3, 1, 2), p["w"], (1, 1), "VALID")
 
 
+def unrolled(p, x):
+    """A Python loop over stacked layers."""
+    for k in range(3):
+        x, _ = step(x, p[k])
+    return x
+
+
+def experts_in_a_loop(p, x):
+    """In each of two scanned layers every expert reads the tokens, as a Python loop; the matrices are [out, in]."""
+    return lax.scan(lambda x, w: (jnp.tanh(sum(x @ w[k].T for k in range(3))), None), x, p)[0]
+
+
 TWO = {"w": W, "v": V}
 FUNCTIONS = {
     "turned": (turned, LAYERS.transpose(1, 0, 2)),
     "turned twice": (turned_twice, np.stack([LAYERS, -LAYERS]).transpose(2, 0, 3, 1)),
     "layers last": (lambda p, x: lax.scan(step, x, jnp.moveaxis(p, 2, 0))[0], LAYERS.transpose(1, 2, 0)),
+    "unrolled": (unrolled, LAYERS),
+    "unrolled, layers last": (lambda p, x: unrolled([p[:, :, k] for k in range(3)], x), LAYERS.transpose(1, 2, 0)),
+    "experts in a loop in a scan": (experts_in_a_loop, np.stack([LAYERS, -LAYERS])),
     "branch": (branch, TWO),
     "loop": (loop, {"w": W}),
     "ragged_dot": (experts, {"w": normal(3, 32, 8, seed=4) / 6}),
@@ -120,13 +135,43 @@ def inputs_of_layers(x, weights):
     return np.stack(seen)
 
 
-@pytest.mark.parametrize("name", ["turned", "layers last"])
-def test_a_turned_stack_is_one_site_with_moments_by_layer(name):
+@pytest.mark.parametrize("name", ["turned", "layers last", "unrolled", "unrolled, layers last"])
+def test_a_stack_is_one_site_with_moments_by_layer(name):
     fn, params = FUNCTIONS[name]
     (site,) = sites(fn, params, X).sites.values()
     assert (site.stacked, site.in_features, site.out_features) == (1, 32, 32)
     np.testing.assert_array_equal(site.layout.matrix(jnp.asarray(params)), LAYERS)
     check(observed(fn, params, X)[""], inputs_of_layers(X, LAYERS))
+
+
+def test_experts_picked_in_a_scan_have_moments_by_layer_and_expert():
+    fn, params = FUNCTIONS["experts in a loop in a scan"]
+    (site,) = sites(fn, params, X).sites.values()
+    assert (site.stack, site.refused) == ((0, 0), "sliced layer by layer")
+    first = np.tanh(sum(X @ w.T for w in params[0]))
+    check(observed(fn, params, X)[""], np.stack([np.stack([x] * 3) for x in (X, first)]))
+
+
+def test_a_layer_that_is_never_picked_has_no_moments():
+    found = observed(lambda p, x: x @ p[0] + jnp.tanh(x) @ p[2] + x @ p[0], LAYERS, X)[""]
+    np.testing.assert_array_equal(found.count, [20, 0, 10])
+    check(jax.tree.map(lambda a: a[2], found), np.tanh(X))
+
+
+def test_a_layer_that_is_picked_before_all_are_scanned():
+    found = observed(lambda p, x: lax.scan(step, jnp.tanh(x @ p[1]), p)[0], LAYERS, X)[""]
+    first = np.tanh(X @ LAYERS[1])
+    seen = list(inputs_of_layers(first, LAYERS))
+    check(jax.tree.map(lambda a: a[::2], found), np.stack(seen[::2]))
+    check(jax.tree.map(lambda a: a[1], found), np.concatenate([X, seen[1]]))
+
+
+def test_a_loop_over_layers_is_quantized_like_a_scan():
+    recipe = awq.Recipe(group_size=32)
+    found, _ = awq.quantize(LAYERS, awq.calibrate(unrolled, LAYERS, [(X,)]), recipe)
+    scanned = lambda p, x: lax.scan(step, x, p)[0]
+    expected, _ = awq.quantize(LAYERS, awq.calibrate(scanned, LAYERS, [(X,)]), recipe)
+    np.testing.assert_array_equal(found.codes, expected.codes)
 
 
 def test_a_stack_turned_twice():

@@ -315,7 +315,7 @@ SCANS = {
     "one norm for all layers": (layers(lambda p, x, layer: rms(x, p["one"]) @ layer["w"]), "shared by the layers"),
     "one weight for all layers": (layers(lambda p, x, layer: rms(x, layer["norm"]) @ p["v"]), "shared by the layers"),
     "normed before the layers": (normed_before, "shared by the layers"),
-    "a layer read outside": (read_before, "inside a scan over its layers and outside"),
+    "a layer read outside": (read_before, "sliced layer by layer"),
     "layers used twice": (scanned_twice, "two scans"),
     "norms used twice": (normed_twice, "two scans"),
 }
