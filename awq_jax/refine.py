@@ -38,7 +38,7 @@ def refine(
     # XLA's backward matmuls in bfloat16 are slow on every CPU.
     dtype = jnp.float32 if jax.default_backend() == "cpu" else fast_dtype()
     observed = replace(model, config=replace(model.config, dtype=dtype))
-    rows = max(1, BATCH // tokens.shape[1])
+    rows = max(1, min(BATCH // tokens.shape[1], len(tokens)))
     total = passes * (len(tokens) // rows)
     names = [f"layers_{i}" for i in model.layers]
     dense = {"outer": parts["outer"], "layers": together([model.layer(i) for i in model.layers])}
