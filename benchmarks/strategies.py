@@ -77,7 +77,7 @@ def strategies() -> dict[str, Recipe]:
         "feedback": Feedback(sweeps=0, refit=False),
         "feedback, refit": Feedback(sweeps=0),
         "feedback, refit, descent": Feedback(),
-        "feedback, unshrunk": Feedback(shrink=0.0),
+        "feedback, shrunk by 0.05": Feedback(shrink=0.05),
         "signed gradients": Signed(),
     }
     rows = {"round to nearest": PRESETS["rtn"]}
