@@ -172,14 +172,12 @@ def require_finite(error: Array, names: list[str], leaves: dict[str, Array]) -> 
     if np.isfinite(np.asarray(error)).all():
         return
     for name, leaf in leaves.items():
-        bad = (
-            ~np.isfinite(np.asarray(leaf, np.float32))
-            if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
-            else np.zeros(1)
-        )
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+            continue
+        bad = ~np.isfinite(np.asarray(leaf, np.float32))
         if bad.any():
             raise ValueError(f"{name}: {int(bad.sum())} of {bad.size} weights are NaN or infinite. Repair the model.")
     raise ValueError(
         f"{', '.join(names)}: the search's error is not finite, though the weights are. The activations overflow on "
-        "the calibration text, or the strategy divides by zero."
+        "the calibration text, or the strategy divides by zero or factors a singular Gram matrix (shrink=0)."
     )

@@ -169,6 +169,8 @@ class TestArguments:
             "samples": 32,
             "seq_len": 512,
             "feed": "dense",
+            "average_bits": None,
+            "distill": 0,
             "overwrite": False,
         }
 
@@ -187,12 +189,15 @@ class TestArguments:
 
     def test_the_rest(self, asked):
         flags = "--skip a b --symmetric --bits 3 --format orbax --feed quantized --overwrite --calib self text.txt"
-        assert run("quantize", "m", "out", *flags.split(), "--seq-len", "9").code == 0
+        assert run("quantize", "m", "out", *flags.split(), "--seq-len", "9", "--distill", "3").code == 0
         recipe = asked["recipe"]
         assert recipe.rules == (awq.Rule("a", skip=True), awq.Rule("b", skip=True))
         assert (recipe.symmetric, recipe.bits) == (True, 3)
         assert (asked["format"], asked["feed"], asked["overwrite"]) == ("orbax", "quantized", True)
         assert (asked["calib"], asked["seq_len"]) == (("self", "text.txt"), 9)
+        assert (asked["average_bits"], asked["distill"]) == (None, 3)
+        run("quantize", "m", "out", "--bits", "3.5")
+        assert (asked["average_bits"], asked["recipe"].bits) == (3.5, 3)
 
 
 def test_eval_against_the_dense_model(small, dense, text):
