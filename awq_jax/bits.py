@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from awq_jax.moments import Moments
+from awq_jax.quantize import plan
 from awq_jax.recipe import Recipe
 from awq_jax.search.loss import group_blocks, group_error
 from awq_jax.search.params import lent_by_others, looped, side_by_side
@@ -50,17 +51,12 @@ def offers(params: Any, calibration: Calibration, recipe: Recipe, prefix: str = 
     """An offer for each group of sites that the recipe quantizes and gives no bits by a rule."""
     leaves, sites = named_leaves(params), calibration.traced.sites
     groups: dict[Any, list[str]] = {}
-    for name, site in sites.items():
+    for name, spec in plan(calibration, recipe, prefix).specs.items():
         rule = recipe.rule_of(prefix + name)
-        if (
-            recipe.spec_of(prefix + name) is not None
-            and not (site.kept and rule is None)
-            and (rule is None or not rule.bits)
-        ):
-            groups.setdefault((site.group, site.lead, site.stacked), []).append(name)
+        if rule is None or rule.bits is None:
+            groups.setdefault((sites[name].group, spec), []).append(name)
     out = []
-    for names in groups.values():
-        spec = recipe.spec_of(prefix + names[0]) or QuantSpec()
+    for (_, spec), names in groups.items():
         found = nearest_errors(
             tuple(leaves[name] for name in names),
             calibration.of(names[0]),
@@ -133,13 +129,15 @@ def with_bits(recipe: Recipe, bits: Mapping[str, int]) -> Recipe:
         pattern, own = f"^{re.escape(name)}$", recipe.rule_of(name)
         return Rule(pattern, bits=b) if own is None else replace(own, pattern=pattern, bits=b)
 
-    return replace(recipe, rules=recipe.rules + tuple(rule(name, b) for name, b in bits.items()))
+    new = tuple(rule(name, b) for name, b in bits.items())
+    patterns = {r.pattern for r in new}
+    return replace(recipe, rules=(*(r for r in recipe.rules if r.pattern not in patterns), *new))
 
 
 def with_average_bits(params: Any, calibration: Calibration, average: float, recipe: Recipe | None = None) -> Recipe:
-    """`recipe` with the bits of every site chosen so that all weights take `average` bits in the mean.
+    """`recipe` with the bits of every site chosen so that their weights take `average` bits in the mean.
 
-    Steps and zero points come on top: 24 bits a group of 4-bit weights.
+    Sites whose bits a rule of the recipe fixes are not among them. Steps and zero points come on top.
 
     Args:
       params, calibration: as for `quantize`.

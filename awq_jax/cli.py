@@ -87,7 +87,7 @@ class Quantize:
 
         return replace(
             PRESETS[self.preset],
-            bits=int(self.bits),
+            bits=int(self.bits) if self.bits == int(self.bits) else 4,
             group_size=self.group_size,
             symmetric=self.symmetric,
             rules=tuple(Rule(pattern, skip=True) for pattern in self.skip),

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
 
-from awq_jax.bits import Offer, allocate, offers, with_bits
+from awq_jax.bits import CHOICES, Offer, allocate, offers, with_bits
 from awq_jax.calib import calibration_tokens
 from awq_jax.formats import autoawq, orbax
 from awq_jax.formats.checkpoint import Checkpoint, open_checkpoint
@@ -24,12 +24,14 @@ from awq_jax.quantize import SiteReport
 from awq_jax.recipe import Recipe
 from awq_jax.refine import refine
 from awq_jax.sites import named_leaves
+from awq_jax.spec import WHOLE_COLUMN
 from awq_jax.stream import Clock, Decoder, Feed, stream
 from awq_jax.tensor import is_quantized
 from awq_jax.transform import Calibration
 
 Format = Literal["awq", "orbax"]
 REPORT = "quantization_report.json"
+BEFORE = "error before distillation"
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,10 @@ def quantize_checkpoint(
     if format not in get_args(Format):
         raise InputError(f"format={format!r}: choose one of {', '.join(get_args(Format))}.")
     recipe = replace(recipe or Recipe(), fold=format == "awq")
+    if average_bits is not None and not CHOICES[0] <= average_bits <= CHOICES[-1]:
+        raise InputError(f"{average_bits} bits on average: give {CHOICES[0]} to {CHOICES[-1]}.")
+    if distill < 0:
+        raise InputError(f"distill={distill}: give a number of passes, 0 for none.")
     if average_bits is not None and format == "awq":
         raise InputError(f"{average_bits} bits on average: an AutoAWQ file has one width, use --format orbax.")
     checkpoint = open_checkpoint(model)
@@ -112,7 +118,8 @@ def quantize_checkpoint(
         if distill:
             parts: dict[str, Any] = {}
             done = stream(decoder, tokens, recipe, parts.__setitem__, feed=feed, progress=progress)
-            clock = Clock(done.seconds)
+            before = tuple(replace(r, note="; ".join(filter(None, (r.note, BEFORE)))) for r in done.reports)
+            done, clock = replace(done, reports=before), Clock(done.seconds)
             with clock("distillation"):
                 parts = refine(decoder, parts, tokens, passes=distill, progress=progress)
             with clock("write"):
@@ -135,7 +142,8 @@ def survey(decoder: Decoder, tokens: Any, recipe: Recipe, progress: Callable[[st
         found.extend(offers(params, calibration, recipe, f"{name}/"))
         return params, ()
 
-    stream(decoder, tokens, replace(recipe, gram_block=128), lambda part, params: None, solve=look, progress=progress)
+    block = recipe.gram_block if recipe.group_size == WHOLE_COLUMN else max(128, recipe.group_size)
+    stream(decoder, tokens, replace(recipe, gram_block=block), lambda part, params: None, solve=look, progress=progress)
     return found
 
 

@@ -82,8 +82,12 @@ def _while(walk: Walk, out: tuple, *xs: Value, **p: Any) -> list[Value]:
         walk.freeze(carried.terms, "carried through a loop")
         walk.use(carried, "while")
     carry = [Value(x.shape) for x in xs[n + m :]]
+    for x in xs[:n]:
+        walk.use(x, "while")
+    # Nothing can be recorded in a condition: its matmuls are no sites.
+    outside = [Value(x.shape, x.terms, constant=x.constant) for x in xs[:n]]
     with walk.inside("while"):
-        results = evaluate(walk, p["cond_jaxpr"], [*xs[:n], *carry])
+        results = evaluate(walk, p["cond_jaxpr"], [*outside, *carry])
         results += evaluate(walk, p["body_jaxpr"], [*xs[n : n + m], *carry])
     for y in results:
         walk.freeze(y.terms, "carried through a loop")

@@ -193,7 +193,7 @@ def _in_front(x: Weight, k: int | None) -> Any:
 def _while(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Records]:
     p = eqn.params
     n, m = p["cond_nconsts"], p["body_nconsts"]
-    of_cond, of_body, carry = ins[:n], ins[n : n + m], list(map(dense, ins[n + m :]))
+    of_cond, of_body, carry = list(map(dense, ins[:n])), ins[n : n + m], list(map(dense, ins[n + m :]))
 
     def body(carry: list[Any]) -> tuple[list[Any], Records]:
         outs, records = evaluate(p["body_jaxpr"], [*of_body, *carry], on_dot)

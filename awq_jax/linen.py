@@ -37,6 +37,9 @@ class QuantizedDense(nn.Module):
             kernel = self.get_variable("params", "kernel")
         else:
             kernel = self.param("kernel", self._new_kernel, x.shape[-1])
+        if kernel.shape != (x.shape[-1], self.features):
+            name = "/".join((*self.path, "kernel"))
+            raise ValueError(f"{name} has shape {kernel.shape}, the layer asks for {(x.shape[-1], self.features)}.")
         y = dot(x, kernel if is_quantized(kernel) else kernel.astype(x.dtype))
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)

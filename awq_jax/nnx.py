@@ -59,8 +59,8 @@ def quantize_module(
       >>> small, report = awq.quantize_module(model, [(tokens,)])
       >>> logits = nnx.jit(lambda m, x: m(x))(small, tokens)
     """
-    graphdef, params, rest = nnx.split(module, nnx.Param, ...)
-    fn = lambda params, *inputs: nnx.merge(graphdef, params, rest)(*inputs)
+    graphdef, params, rest = nnx.split(nnx.clone(module), nnx.Param, ...)
+    fn = lambda params, *inputs: nnx.merge(graphdef, params, rest, copy=True)(*inputs)
     found, report = quantize(params, calibrate(fn, params, batches), recipe)
     return QuantizedModule(graphdef, found, rest), report
 

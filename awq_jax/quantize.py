@@ -124,7 +124,9 @@ def _quantize(params: Any, calibration: Calibration, recipe: Recipe, prefix: str
         for name, tensor, (error, nearest, energy) in zip(names, tensors, np.asarray(errors), strict=True):
             notes = [todo.notes[name]] if name in todo.notes else []
             if not reached.all():
-                by = "the statistics of all experts" if layout.n_lead and reached.any() else "their weights alone"
+                experts = tuple(range(reached.ndim - layout.n_lead, reached.ndim))
+                lent = layout.n_lead and reached.any(experts).all()
+                by = "the statistics of all experts" if lent else "their weights alone"
                 notes.append(f"{(~reached).sum()} of {reached.size} reached by no token: rounded by {by}")
             error, nearest = (float(e) / max(float(energy), 1e-30) for e in (error, nearest))
             out[name] = tensor

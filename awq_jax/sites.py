@@ -11,7 +11,7 @@ import numpy as np
 
 from awq_jax.gauge import Components, components
 from awq_jax.gauge_values import Dot, Walk
-from awq_jax.tensor import Layout, is_quantized
+from awq_jax.tensor import Layout, is_quantized, stack_places
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def sites(fn: Callable[..., Any], params: Any, *inputs: Any) -> Traced:
             lead=tuple(ordered[:lead]),
             in_features=int(np.prod(ordered[lead : lead + n])),
             out_features=int(np.prod(ordered[lead + n :])),
-            group=groups.setdefault((first.stack, first.layout.n_lead, *(use.reads for use in uses)), name),
+            group=groups.setdefault(_same_input(leaves[name], uses), name),
             refused=_refusal(found, uses),
             kept=_kept(found.walk, name),
         )
@@ -169,10 +169,18 @@ def sites(fn: Callable[..., Any], params: Any, *inputs: Any) -> Traced:
     return Traced(out, _folds(found, {n: dots[n][0] for n in out}), skipped)
 
 
+def _same_input(leaf: Any, uses: list[Dot]) -> Any:
+    """Equal for sites that read the same tensors, layer by layer and expert by expert."""
+    first = uses[0]
+    layers = tuple(np.shape(leaf)[k] for k in stack_places(first.stack))
+    experts = tuple(first.layout.sizes[a] for a in first.layout.order[: first.layout.n_lead])
+    return layers, experts, tuple((use.reads, use.picks) for use in uses)
+
+
 def _kept(walk: Walk, name: str) -> str | None:
     if walk.uses.get(name):
         return f"also used by {_names(walk.uses[name])}"
-    return "its outputs are ranked (a router)" if name in walk.ranked else None
+    return "its outputs are ranked (a router, or a head before argmax)" if name in walk.ranked else None
 
 
 def _names(uses: Iterable[str]) -> str:

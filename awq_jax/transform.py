@@ -41,10 +41,13 @@ class Calibration:
         return self.moments[self.traced.sites[site].group]
 
 
-def _interpreted(fn: Function, params: Any, inputs: tuple[Any, ...], on_dot: Any) -> tuple[Any, Records]:
+def _interpreted(
+    fn: Function, params: Any, inputs: tuple[Any, ...], on_dot: Any, followed: Callable[[Any], bool]
+) -> tuple[Any, Records]:
+    """`fn(params, *inputs)`, and what `on_dot` records at the matmuls with the leaves that are `followed`."""
     closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(abstract(params), *inputs)
     weights = [
-        Weight(name, leaf, View.of(leaf.shape), leaf.dtype) if hasattr(leaf, "shape") else leaf
+        Weight(name, leaf, View.of(leaf.shape), leaf.dtype) if followed(leaf) else leaf
         for name, leaf in named_leaves(params).items()
     ]
     outs, records = evaluate(closed, [*weights, *jax.tree.leaves(inputs)], on_dot)
@@ -64,7 +67,7 @@ def quantized(fn: Function) -> Function:
 
     @ft.wraps(fn)
     def run(params: Any, *inputs: Any) -> Any:
-        return _interpreted(fn, params, inputs, _multiply)[0]
+        return _interpreted(fn, params, inputs, _multiply, is_quantized)[0]
 
     return run
 
@@ -110,7 +113,7 @@ def with_moments(fn: Function, traced: Traced, *, block: int | None = mo.GRAM_BL
                 )
             return y, {weight.key: mo.of(x, block, layout.n_lead, weights)}
 
-        out, found = _interpreted(fn, params, inputs, on_dot)
+        out, found = _interpreted(fn, params, inputs, on_dot, lambda leaf: hasattr(leaf, "shape"))
         leaves = named_leaves(params)
         picked: dict[str, dict[Any, Moments]] = {}
         for (name, picks), m in found.items():
@@ -122,7 +125,7 @@ def with_moments(fn: Function, traced: Traced, *, block: int | None = mo.GRAM_BL
 
 def _whole(found: dict[Any, Moments], shape: tuple[int, ...], stack: tuple[int, ...]) -> Moments:
     """The moments of all layers, from those of layers picked one by one; a layer that was not has none."""
-    at = next((j for picks in found for j, pick in enumerate(picks) if pick is not None), None)
+    at = max((j for picks in found for j, pick in enumerate(picks) if pick is not None), default=None)
     if at is None:
         return ft.reduce(Moments.__add__, found.values())
     by_layer: dict[int | None, dict[Any, Moments]] = {}
@@ -138,6 +141,13 @@ def _whole(found: dict[Any, Moments], shape: tuple[int, ...], stack: tuple[int, 
 
 def _moments_alone(observed: Function, params: Any, inputs: tuple[Any, ...], weights: Any) -> dict[str, Moments]:
     return observed(params, *inputs, weights=weights)[1]
+
+
+def _sites_of_batch(fn: Function, params: Any, batch: tuple[Any, ...]) -> Traced:
+    try:
+        return sites(fn, params, *batch)
+    except TypeError as e:
+        raise ValueError(f"The function cannot take (params, *batch) with a batch of {len(batch)} inputs: {e}") from e
 
 
 def calibrate(
@@ -157,8 +167,10 @@ def calibrate(
       block: largest size of the Gram matrix's diagonal blocks; None for the full matrix.
       mask: `mask(*inputs)` gives one weight a token: 0 for padding or for what the model will not say.
 
+    What a loop runs or a branch is taken counts as often as it ran; under vmap both branches of a cond run.
+
     Raises:
-      ValueError: no batches, no site found, or a mask that does not fit a site.
+      ValueError: no batches, a batch that the function cannot take, no site found, a mask that does not fit a site.
     """
     total: dict[str, Moments] | None = None
     traced, example, step = None, None, None
@@ -166,7 +178,7 @@ def calibrate(
         if not isinstance(batch, tuple | list):
             raise ValueError(f"A batch is a tuple of inputs, found {type(batch).__name__}: give [(tokens,)], say.")
         if traced is None or step is None:
-            traced, example = sites(fn, params, *batch), tuple(batch)
+            traced, example = _sites_of_batch(fn, params, tuple(batch)), tuple(batch)
             if not traced.sites:
                 raise ValueError("The function multiplies no activation with a param: there is nothing to quantize.")
             step = jax.jit(partial(_moments_alone, with_moments(fn, traced, block=block)))

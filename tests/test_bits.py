@@ -111,3 +111,15 @@ def test_the_command_takes_a_fraction(tmp_path):
     refused = run("quantize", model, tmp_path / "awq", "--bits", "3.5", *options)
     assert refused.code == 2
     assert re.search("3.5 bits on average: an AutoAWQ file has one width, use --format orbax", refused.err)
+
+
+def test_rules_named_like_sites_and_groups_of_their_own():
+    rng = np.random.default_rng(0)
+    params = {k: rng.normal(size=(64, 32)).astype("f4") for k in "ab"}
+    x = rng.normal(size=(50, 64)).astype("f4")
+    calibration = awq.calibrate(lambda p, x: (x @ p["a"], x @ p["b"]), params, [(x,)])
+    recipe = awq.Recipe(group_size=32, rules=(awq.Rule("^a$", symmetric=True), awq.Rule("b", group_size=64)))
+    found = with_average_bits(params, calibration, 3.5, with_average_bits(params, calibration, 5, recipe))
+    q, _ = awq.quantize(params, calibration, found)
+    assert (q["a"].spec.symmetric, q["b"].spec.group_size) == (True, 64)
+    assert len(offers(params, calibration, recipe)) == 2

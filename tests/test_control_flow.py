@@ -332,3 +332,44 @@ def test_folds_through_a_convolution_leave_the_function_as_it_is():
     factors = {k: jnp.exp(normal(f.n, seed=k) / 3) for k, f in enumerate(traced.folds)}
     assert {name for f in traced.folds for name in f.sites} == {"v", "w"}
     np.testing.assert_allclose(fn(fold(params, factors, traced.folds), X), fn(params, X), rtol=1e-4, atol=1e-4)
+
+
+PAIR = {"a": np.stack([W, V]), "b": np.stack([V, W])}
+NO_GROUP = {
+    "other layers picked": (lambda p, x: x @ p["a"][0] + x @ p["b"][1], PAIR),
+    "layers picked crosswise": (
+        lambda p, x: x @ p["a"][0] + x @ p["b"][1] + jnp.tanh(x) @ p["a"][1] + jnp.tanh(x) @ p["b"][0],
+        PAIR,
+    ),
+    "scans of another length": (
+        lambda p, x: sum(lax.scan(lambda c, w: (c + jnp.tanh(x @ w), None), 0 * x, p[k])[0] for k in "ab"),
+        {"a": LAYERS, "b": PAIR["b"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NO_GROUP)
+def test_other_layers_are_another_input(name):
+    fn, params = NO_GROUP[name]
+    assert {site.group for site in sites(fn, params, X).sites.values()} == {"a", "b"}
+    _, report = awq.quantize(params, awq.calibrate(fn, params, [(X,)]), awq.Recipe(group_size=32))
+    assert all(r.error < 0.05 for r in report)
+
+
+def test_layers_picked_from_two_axes():
+    params = np.stack([LAYERS[:2], LAYERS[1:]])
+    found = observed(lambda p, x: jnp.tanh(x @ p[0][1]) @ p[1][0], params, X)[""]
+    np.testing.assert_array_equal(found.count, [[0, 10], [10, 0]])
+    check(jax.tree.map(lambda a: a[1, 0], found), np.tanh(X @ params[0, 1]))
+
+
+def test_a_loops_condition_has_no_sites():
+    def fn(p, x):
+        goes_on = lambda c: (c[0] < 3) & ((c[1] @ p["v"]).sum() > -1e9)
+        return lax.while_loop(goes_on, lambda c: (c[0] + 1, jnp.tanh(c[1] @ p["w"])), (0, x))[1]
+
+    found = sites(fn, TWO, X)
+    assert list(found.sites) == ["w"]
+    assert "while" in found.skipped["v"]
+    q, _ = awq.quantize(TWO, awq.calibrate(fn, TWO, [(X,)]), awq.Recipe(group_size=32))
+    same(jit(awq.quantized(fn))(q, X), jit(fn)({k: w.dequantize() if k == "w" else w for k, w in q.items()}, X))

@@ -325,4 +325,4 @@ def test_a_router_is_told_by_what_is_done_with_its_outputs(name):
 
     params = {"w": normal(6, 6), "router": normal(6, 3), "v": normal(6, 4)}
     kept = {site.name: site.kept for site in sites(fn, params, normal(5, 6)).sites.values()}
-    assert kept == {"w": None, "router": "its outputs are ranked (a router)", "v": None}
+    assert kept == {"w": None, "router": "its outputs are ranked (a router, or a head before argmax)", "v": None}

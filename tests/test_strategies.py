@@ -19,6 +19,7 @@ from awq_jax.search import (
     Signed,
     kit,
     no_clip,
+    solve,
     to_nearest,
 )
 from awq_jax.search.grid import scale_error
@@ -155,3 +156,17 @@ def test_the_kit_finds_what_is_broken(name):
     check, strategy, message = BROKEN[name]
     with pytest.raises((AssertionError, ValueError, TypeError), match=message):
         check(strategy)
+
+
+def one_off(w, low, high, m, spec):
+    codes, steps, zeros = to_nearest(w, low, high, m, spec)
+    return jnp.clip(codes + 1, 0, spec.levels), steps, zeros
+
+
+def test_columns_that_end_worse_are_rounded_to_nearest():
+    w, m, spec = usual()
+    found = solve(w, m, spec=spec, clip=no_clip, rounding=one_off)
+    codes, steps, _ = to_nearest(w, *group_ranges(w, spec), m, spec)
+    np.testing.assert_array_equal(found.codes, codes)
+    np.testing.assert_array_equal(found.steps, steps)
+    np.testing.assert_array_equal(found.error, found.nearest_error)

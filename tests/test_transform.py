@@ -425,3 +425,30 @@ def test_the_second_call_compiles_nothing(wrap):
 def test_a_batch_that_is_no_tuple_is_refused():
     with pytest.raises(ValueError, match=r"A batch is a tuple of inputs, found ndarray: give \[\(tokens,\)\]"):
         calibrate(lambda p, x: x @ p, np.ones((32, 4), np.float32), [np.ones((3, 32), np.float32)])
+
+
+def test_a_custom_gradient_around_dense_params_is_kept():
+    @jax.custom_vjp
+    def held(x, s):
+        return x * s
+
+    held.defvjp(lambda x, s: (x * s, None), lambda _, g: (jnp.zeros_like(g), jnp.zeros(32)))
+    fn = lambda p, x: held(x, p["s"]) @ p["w"]
+    q, _ = with_random_codes(zoo.Model(fn, {"w": normal(32, 8), "s": normal(32)}, (normal(5, 32),)))
+    assert not jax.grad(lambda x: quantized(fn)(q, x).sum())(normal(5, 32)).any()
+
+
+def test_dense_matmuls_keep_their_precision():
+    fn = lambda p, x: jnp.dot(x @ p["w"], p["head"], preferred_element_type=jnp.float32)
+    params = {"w": jnp.asarray(normal(32, 32), jnp.bfloat16), "head": jnp.asarray(normal(32, 8), jnp.bfloat16)}
+    x = jnp.asarray(normal(5, 32), jnp.bfloat16)
+    q, _ = with_random_codes(zoo.Model(fn, params, (x,)), skip=["head"])
+    expected = jit(lambda h: jnp.dot(h, params["head"], preferred_element_type=jnp.float32))(
+        jit(quantized(lambda p, x: x @ p["w"]))(q, x)
+    )
+    np.testing.assert_allclose(jit(quantized(fn))(q, x), expected, rtol=1e-6)
+
+
+def test_a_batch_that_does_not_fit_the_function():
+    with pytest.raises(ValueError, match=r"cannot take \(params, \*batch\) with a batch of 2 inputs: .*argument"):
+        calibrate(mlp, P, [(X, X)])

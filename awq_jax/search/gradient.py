@@ -20,7 +20,7 @@ from awq_jax.tensor import affine, group, group_ranges
 
 @dataclass(frozen=True)
 class Gradient:
-    """The best scale met on `steps` of Adam, from what `start` finds; never worse than that by rounding to nearest.
+    """The best scale met on `steps` of Adam, from what `start` finds; on the columns that vote never worse than that.
 
     Args:
       rate: of log s.

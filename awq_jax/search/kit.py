@@ -48,7 +48,7 @@ def problems(spec: QuantSpec) -> Iterator[Problem]:
 
 
 def check_scale(strategy: Callable[..., Any]) -> None:
-    """A scale strategy gives positive finite scales (i,), and `find_scale` with it is never worse than without."""
+    """A scale strategy gives positive finite scales (i,), and what `find_scale` makes of them is finite."""
 
     def run(w: Array, m: Moments, spec: QuantSpec) -> Any:
         s = strategy(w, m, spec)
@@ -70,6 +70,7 @@ def check_clip(strategy: Callable[..., Any]) -> None:
         widest = np.stack(group_ranges(w, spec))
         assert low.shape == high.shape == widest.shape[1:], f"{name}: ranges have shape {low.shape}, {high.shape}"
         most = 1.5 * np.abs(widest).max(0) + spec.levels * SMALLEST_STEP
+        assert (low <= high).all(), f"{name}: a range ends before it starts"
         for found in (low, high):
             assert np.isfinite(found).all(), f"{name}: a range is not finite"
             assert (np.abs(found) <= most).all(), f"{name}: too wide a range"

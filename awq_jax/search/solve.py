@@ -12,8 +12,9 @@ from jaxtyping import Array, Float, Int
 from awq_jax.moments import Moments
 from awq_jax.search.grid import scale_error
 from awq_jax.search.loss import output_error
+from awq_jax.search.rounding import to_nearest
 from awq_jax.spec import QuantSpec
-from awq_jax.tensor import group, group_ranges, round_trip
+from awq_jax.tensor import group_ranges
 
 
 class Solution(NamedTuple):
@@ -58,18 +59,18 @@ def find_scale(
 
 @ft.partial(jax.jit, static_argnames=("spec", "clip", "rounding"))
 def solve(w: Float[Array, "i o"], moments: Moments, *, spec: QuantSpec, clip: Any, rounding: Any) -> Solution:
-    """`w` clipped and rounded against the moments of its input; columns are independent of each other."""
+    """`w` clipped and rounded against the moments of its input; columns are independent of each other.
+
+    A column whose error ends above that of rounding to nearest is rounded to nearest.
+    """
     low, high = clip(w, moments, spec)
     low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
     codes, steps, zeros = rounding(w, low, high, moments, spec)
-    rounded = (codes - zeros[:, None]) * steps[:, None]
-    nearest = round_trip(group(w, spec), *group_ranges(w, spec), spec)
-    flat = lambda a: a.reshape(-1, w.shape[1])[: len(w)]
-    return Solution(
-        codes,
-        steps,
-        zeros,
-        error=output_error(flat(rounded) - w, moments),
-        nearest_error=output_error(flat(nearest) - w, moments),
-        energy=output_error(w, moments),
-    )
+    plain = to_nearest(w, *group_ranges(w, spec), moments, spec)
+    flat = lambda codes, steps, zeros: ((codes - zeros[:, None]) * steps[:, None]).reshape(-1, w.shape[1])[: len(w)]
+    error, nearest_error = (output_error(flat(*c) - w, moments) for c in ((codes, steps, zeros), plain))
+    # Not where the error is no number: that must be seen.
+    back = error > nearest_error
+    codes, steps, zeros = (jnp.where(back, a, b) for a, b in zip(plain, (codes, steps, zeros), strict=True))
+    energy = output_error(w, moments)
+    return Solution(codes, steps, zeros, jnp.where(back, nearest_error, error), nearest_error, energy)
