@@ -188,24 +188,23 @@ def inverse_root(w, moments, spec):
     return 1 / jnp.sqrt(jnp.arange(1.0, len(w) + 1))
 
 
-def half_range(w, moments, spec):
-    return tuple(a / 2 for a in no_clip(w, moments, spec))
+def most_of_the_range(w, moments, spec):
+    return tuple(0.9 * a for a in no_clip(w, moments, spec))
 
 
-def everything_up(w, low, high, moments, spec):
-    codes, steps, zeros = to_nearest(w, low, high, moments, spec)
-    return jnp.minimum(codes + 1, spec.levels), steps, zeros
+def finer(w, low, high, moments, spec):
+    return to_nearest(w, 0.95 * low, 0.95 * high, moments, spec)
 
 
-def test_strategies_may_be_anyones_functions():
+@pytest.mark.parametrize(("changes", "ratio"), [({"clip": most_of_the_range}, 0.9), ({"rounding": finer}, 0.95)])
+def test_strategies_may_be_anyones_functions(changes, ratio):
     _, params, _, calibration = one_site()
-    plain, clipped, up = (
-        quantize(params, calibration, dataclasses.replace(PLAIN, **changes))[0]["w"]
-        for changes in ({}, {"clip": half_range}, {"rounding": everything_up})
-    )
-    np.testing.assert_allclose(clipped.scales, plain.scales / 2, rtol=2e-3)
-    codes = np.asarray(unpack(plain.codes, 4))
-    np.testing.assert_array_equal(unpack(up.codes, 4), np.minimum(codes + 1, 15))
+    plain, found = (quantize(params, calibration, dataclasses.replace(PLAIN, **c))[0]["w"] for c in ({}, changes))
+    ratios = np.asarray(found.scales, np.float32) / np.asarray(plain.scales, np.float32)
+    taken = np.isclose(ratios, ratio, rtol=2e-3)
+    # Columns that end worse than rounded to nearest are rounded to nearest.
+    assert (taken | np.isclose(ratios, 1, rtol=2e-3)).all()
+    assert taken.all(0).any()
 
 
 def test_a_recipe_takes_functions_only():
