@@ -143,7 +143,8 @@ def survey(decoder: Decoder, tokens: Any, recipe: Recipe, progress: Callable[[st
         return params, ()
 
     block = recipe.gram_block if recipe.group_size == WHOLE_COLUMN else max(128, recipe.group_size)
-    stream(decoder, tokens, replace(recipe, gram_block=block), lambda part, params: None, solve=look, progress=progress)
+    looked = lambda _, done, total: progress("block looked at", done, total)
+    stream(decoder, tokens, replace(recipe, gram_block=block), lambda part, params: None, solve=look, progress=looked)
     return found
 
 

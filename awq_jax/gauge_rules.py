@@ -28,17 +28,7 @@ def map_terms(value: Value, shape: tuple[int, ...], f: Callable[[Ids], Ids]) -> 
     return Value(shape, tuple(f(t) for t in value.terms))
 
 
-@rule(
-    "transpose",
-    "reshape",
-    "squeeze",
-    "broadcast_in_dim",
-    "convert_element_type",
-    "copy",
-    "copy_p",
-    "pvary",
-    "stop_gradient",
-)
+@rule(*(STRUCTURAL.keys() - {"slice"}), "stop_gradient")
 def _structural(walk: Walk, out: tuple, x: Value, *_: Value, primitive: str, **p: Any) -> list[Value]:
     (shape,) = out
     move: dict[str, Callable[[Ids], Ids]] = {

@@ -73,6 +73,14 @@ class Streamed:
     seconds: dict[str, float]
 
 
+def quantize_block(name: str, params: Any, calibration: Calibration, recipe: Recipe) -> Any:
+    """`quantize`, its errors saying which block they are about."""
+    try:
+        return jax.block_until_ready(quantize(params, calibration, recipe, prefix=f"{name}/"))
+    except ValueError as e:
+        raise ValueError(f"{name}/{e}") from e
+
+
 def stream(
     model: Decoder,
     tokens: Int[np.ndarray, "n t"],
@@ -81,7 +89,7 @@ def stream(
     *,
     feed: Feed = "dense",
     dtype: Any = None,
-    solve: Callable[..., Any] | None = None,
+    solve: Callable[..., Any] = quantize_block,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Streamed:
     """Quantize every block of a decoder and hand each over as soon as it is done.
@@ -91,13 +99,12 @@ def stream(
       write: called with ("outer", params) and with ("layers_<i>", params) for each block.
       feed: whether a block is calibrated on what the dense blocks before it give, or the quantized ones.
       dtype: of the activations at calibration; None for the faster one of float32 and bfloat16 on this machine.
-      solve: `(name, params, calibration, recipe) -> (params, reports)` of a block; None quantizes it.
+      solve: `(name, params, calibration, recipe) -> (params, reports)` of a block.
       progress: called with a stage, blocks done and blocks in all.
 
     Raises:
       ValueError: non-finite weights, or a fold that changed a block; both name the site.
     """
-    solve = solve or quantize_block
     clock = Clock()
     observed = replace(model, config=replace(model.config, dtype=dtype or fast_dtype()))
     with clock("load"):
@@ -112,7 +119,6 @@ def stream(
     observe = jax.jit(with_moments(observed.block, traced, block=recipe.gram_block))
     again = jax.jit(quantized(observed.block))
     reports: list[SiteReport] = []
-    stage = "block" if solve is quantize_block else "block looked at"
     for layer in model.layers:
         name = f"layers_{layer}"
         with clock("load"):
@@ -132,13 +138,5 @@ def stream(
         with clock("write"):
             write(name, qparams)
         reports += [replace(r, name=f"{name}/{r.name}") for r in found]
-        progress(stage, layer + 1, len(model.layers))
+        progress("block", layer + 1, len(model.layers))
     return Streamed(tuple(reports), clock.seconds)
-
-
-def quantize_block(name: str, params: Any, calibration: Calibration, recipe: Recipe) -> Any:
-    """`quantize`, its errors saying which block they are about."""
-    try:
-        return jax.block_until_ready(quantize(params, calibration, recipe, prefix=f"{name}/"))
-    except ValueError as e:
-        raise ValueError(f"{name}/{e}") from e

@@ -12,7 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from awq_jax.load import Model
+from awq_jax.calib import calibration_tokens
+from awq_jax.demo import fetch_smollm2
+from awq_jax.evaluate import windows
+from awq_jax.formats.checkpoint import open_checkpoint
+from awq_jax.load import Model, load
 from awq_jax.models import for_config
 from awq_jax.stream import Decoder, Streamed, stream
 from awq_jax.tensor import is_quantized
@@ -68,6 +72,15 @@ class Remembered:
         if key not in self.kept:
             self.kept[key] = self.model.hidden(tokens)
         return self.model.head(self.kept[key])
+
+
+def opened(a: Any) -> tuple[Any, Model, np.ndarray, dict[str, np.ndarray], Remembered]:
+    """What arguments name: checkpoint, dense model, calibration tokens, windows by text, the dense reference."""
+    path = a.model or str(fetch_smollm2())
+    checkpoint, dense = open_checkpoint(path), load(path)
+    tokens = calibration_tokens(a.calib, dense.tokenizer, samples=a.samples, seq_len=a.seq_len, own=dense.sample)
+    texts = {t.stem: windows(t.read_text("utf-8"), dense.tokenizer, a.windows, a.length) for t in a.texts}
+    return checkpoint, dense, tokens, texts, Remembered(dense)
 
 
 def with_params(model: Model, params: Any) -> Model:

@@ -17,13 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import Remembered, quantized_in_memory, save, with_params
+from common import opened, quantized_in_memory, save, with_params
 
-from awq_jax.calib import calibration_tokens
-from awq_jax.demo import fetch_smollm2
-from awq_jax.evaluate import score, windows
-from awq_jax.formats.checkpoint import open_checkpoint
-from awq_jax.load import load
+from awq_jax.evaluate import score
 from awq_jax.presets import PRESETS
 from awq_jax.recipe import Recipe
 from awq_jax.stream import Feed
@@ -70,13 +66,9 @@ def recipes() -> dict[str, tuple[str, str, Recipe]]:
 
 
 def main(a: Arguments) -> None:
-    path = a.model or str(fetch_smollm2())
-    checkpoint, dense = open_checkpoint(path), load(path)
-    tokens = calibration_tokens(a.calib, dense.tokenizer, samples=a.samples, seq_len=a.seq_len, own=dense.sample)
-    texts = {t.stem: windows(t.read_text("utf-8"), dense.tokenizer, a.windows, a.length) for t in a.texts}
-    reference = Remembered(dense)
+    checkpoint, dense, tokens, texts, reference = opened(a)
     source = " + ".join(a.calib) or "the packaged text"
-    table = Table(title=f"{Path(path).name}: calibrated on {tokens.size} tokens of {source}")
+    table = Table(title=f"{Path(a.model or checkpoint.path).name}: calibrated on {tokens.size} tokens of {source}")
     table.add_column("recipe")
     for column in ("text", "KL", "of RTN's KL removed", "top-1", "perplexity"):
         table.add_column(column, justify="right")

@@ -14,19 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import tyro
 from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import Remembered, save, with_params
+from common import opened, save, with_params
 
-from awq_jax.calib import calibration_tokens
-from awq_jax.demo import fetch_smollm2
-from awq_jax.evaluate import score, windows
-from awq_jax.formats.checkpoint import open_checkpoint
-from awq_jax.load import load
+from awq_jax.evaluate import score
 from awq_jax.models import for_config
 from awq_jax.presets import PRESETS
 from awq_jax.quantize import quantize
@@ -45,10 +40,9 @@ from awq_jax.search import (
     no_clip,
     to_nearest,
 )
-from awq_jax.sites import sites
-from awq_jax.stream import Decoder
+from awq_jax.stream import Decoder, stream
 from awq_jax.tensor import is_quantized
-from awq_jax.transform import Calibration, with_moments
+from awq_jax.transform import Calibration
 
 KINDS = {"W4 g64": (4, 64), "W4 g128": (4, 128), "W3 g128": (3, 128), "W3 g64": (3, 64)}
 TENTHS = tuple(i / 10 for i in range(10))
@@ -111,26 +105,19 @@ class Arguments:
 
 def calibrations(model: Decoder, tokens: Any) -> list[tuple[Any, Calibration]]:
     """Params and statistics of every block, whole Gram matrices."""
-    outer = model.module.outer_params(model.read, model.config)
-    hidden = [model.module.embed(model.config, outer, jnp.asarray(tokens[k : k + 4])) for k in range(0, len(tokens), 4)]
-    traced = sites(model.block, model.layer(0), hidden[0])
-    observe = jax.jit(with_moments(model.block, traced, block=None))
-    out = []
-    for i in model.layers:
-        params, moments, example = model.layer(i), {}, (hidden[0][:1, :64],)
-        for k, h in enumerate(hidden):
-            hidden[k], new = observe(params, h)
-            moments = {group: moments[group] + m for group, m in new.items()} if moments else new
-        out.append((params, Calibration(model.block, traced, moments, example)))
-    return out
+    found: list[tuple[Any, Calibration]] = []
+
+    def keep(name: str, params: Any, calibration: Calibration, recipe: Recipe) -> tuple[Any, tuple[()]]:
+        found.append((params, calibration))
+        return params, ()
+
+    nothing = lambda part, params: None
+    stream(model, tokens, Recipe(gram_block=None), nothing, dtype=model.config.dtype, solve=keep)
+    return found
 
 
 def main(a: Arguments) -> None:
-    path = a.model or str(fetch_smollm2())
-    checkpoint, dense = open_checkpoint(path), load(path)
-    tokens = calibration_tokens(a.calib, dense.tokenizer, samples=a.samples, seq_len=a.seq_len, own=dense.sample)
-    texts = {t.stem: windows(t.read_text("utf-8"), dense.tokenizer, a.windows, a.length) for t in a.texts}
-    reference = Remembered(dense)
+    checkpoint, dense, tokens, texts, reference = opened(a)
     module = for_config(checkpoint.config)
     blocks = calibrations(Decoder(module, module.Config.from_hf(checkpoint.config), checkpoint.read), tokens)
     columns = ["kind", "strategy", "seconds", "MB", *(f"{of} {text}" for text in texts for of in ("KL", "perplexity"))]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import awq_jax as awq
 from awq_jax.bits import CHOICES, Offer, allocate, offers, with_average_bits
+from awq_jax.sites import named_leaves
 from awq_jax.spec import QuantSpec
 from awq_jax.tensor import is_quantized, quantize
 
@@ -70,7 +71,7 @@ def test_the_average_is_kept(name):
     found = with_average_bits(model.params, calibration, 3.3, recipe)
     q, report = awq.quantize(model.params, calibration, found)
     sizes = {r.name: r.spec for r in report if r.spec and r.name != "head"}
-    leaves = awq.sites.__globals__["named_leaves"](q)
+    leaves = named_leaves(q)
     total = sum(leaves[n].size for n in sizes)
     mean = sum(leaves[n].size * spec.bits for n, spec in sizes.items()) / total
     assert 2.7 < mean <= 3.3
@@ -105,7 +106,7 @@ def test_the_command_takes_a_fraction(tmp_path):
     out = run("quantize", model, tmp_path / "out", "--bits", "3.5", "--format", "orbax", *options)
     assert out.code == 0, out.err
     params = awq.load(tmp_path / "out").params
-    leaves = [w for n, w in awq.sites.__globals__["named_leaves"](params).items() if is_quantized(w)]
+    leaves = [w for n, w in named_leaves(params).items() if is_quantized(w)]
     mean = sum(w.size * w.spec.bits for w in leaves) / sum(w.size for w in leaves)
     assert 3 < mean <= 3.5
     refused = run("quantize", model, tmp_path / "awq", "--bits", "3.5", *options)

@@ -9,7 +9,7 @@ import pytest
 import zoo
 from jax import lax
 from quick import quick_jit as jit
-from test_transform import check, dense_again, normal, observed, same, with_random_codes
+from test_transform import check, dense_again, inputs_of_layers, normal, observed, same, with_random_codes
 
 import awq_jax as awq
 from awq_jax.fold import fold
@@ -125,14 +125,6 @@ def test_vmapped_ones_go_through_the_kernel(name, counted):
     assert counted["dense"] == 0
     assert counted["kernel"] >= n >= 1
     same(found, jit(jax.vmap(fn, (None, 0)))(dense_again(q), batch))
-
-
-def inputs_of_layers(x, weights):
-    seen = []
-    for w in weights:
-        seen.append(x)
-        x = np.tanh(x @ w)
-    return np.stack(seen)
 
 
 @pytest.mark.parametrize("name", ["turned", "layers last", "unrolled", "unrolled, layers last"])

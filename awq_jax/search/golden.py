@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from awq_jax.moments import Moments
-from awq_jax.search.grid import scale_error, sizes, some_columns
+from awq_jax.search.grid import normalised, scale_error, sizes, some_columns
 from awq_jax.spec import QuantSpec
 
 RATIO = (5**0.5 - 1) / 2
@@ -34,10 +34,7 @@ class Golden:
         w = some_columns(w, self.columns)
         statistic = jnp.maximum(sizes(moments, "mean"), self.floor)
 
-        def scale(r: Float[Array, ""]) -> Float[Array, " i"]:
-            s = statistic**r
-            return s / jnp.sqrt(s.max() * s.min())
-
+        scale = lambda r: normalised(statistic**r)
         error = lambda r: scale_error(w, scale(r), moments, spec)
 
         def section(_: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:

@@ -51,7 +51,7 @@ class Grid:
         r, p = jnp.array(pairs, jnp.float32).T[..., None]
         s = jnp.maximum(sizes(moments, self.statistic), self.floor) ** r / (relative_size(w, spec) ** p + 1e-4)
         s = jnp.maximum(s, self.floor)
-        return s / jnp.sqrt(s.max(1, keepdims=True) * s.min(1, keepdims=True))
+        return normalised(s)
 
 
 def sizes(moments: Moments, statistic: Literal["mean", "rms"]) -> Float[Array, " i"]:
@@ -60,6 +60,11 @@ def sizes(moments: Moments, statistic: Literal["mean", "rms"]) -> Float[Array, "
         return moments.mean_abs
     diagonal = jnp.einsum("nii->ni", moments.mean_gram).reshape(-1)[: moments.abs_sum.shape[-1]]
     return jnp.sqrt(diagonal)
+
+
+def normalised(s: Float[Array, "*n i"]) -> Float[Array, "*n i"]:
+    """Scales whose largest times their smallest is 1 (llm-awq)."""
+    return s / jnp.sqrt(s.max(-1, keepdims=True) * s.min(-1, keepdims=True))
 
 
 def some_columns(w: Float[Array, "i o"], most: int) -> Float[Array, "i some"]:

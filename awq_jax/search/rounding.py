@@ -58,8 +58,7 @@ class Feedback:
         steps, zeros = affine(low, high, spec)
         gram = shrunk_blocks(moments, spec, self.shrink)
         groups, g = len(steps), spec.group(len(w))
-        rows = in_blocks(group(w, spec).reshape(groups * g, -1), gram, 0)
-        row_steps, row_zeros = (in_blocks(jnp.repeat(a, g, 0), gram, fill) for a, fill in ((steps, 1), (zeros, 0)))
+        rows, row_steps, row_zeros = in_rows(w, steps, zeros, gram, spec)
         codes = rounded_rows(rows, row_steps, row_zeros, gram, spec, ordered=self.ordered)
         row_steps = self._fitted(rows, codes, row_steps, row_zeros, gram, g)
         for _ in range(self.sweeps):
@@ -99,6 +98,20 @@ def in_blocks(rows: Float[Array, "i o"], gram: Float[Array, "n b b"], fill: floa
     n, b, _ = gram.shape
     missing = ((0, n * b - len(rows)), (0, 0))
     return jnp.pad(rows, missing, constant_values=fill).reshape(n, b, -1)
+
+
+def in_rows(
+    w: Float[Array, "i o"],
+    steps: Float[Array, "groups o"],
+    zeros: Float[Array, "groups o"],
+    gram: Float[Array, "n b b"],
+    spec: QuantSpec,
+) -> tuple[Float[Array, "n b o"], Float[Array, "n b o"], Float[Array, "n b o"]]:
+    """Weights, and the step and zero point of every single one, as the blocks of the Gram matrix cut them."""
+    g = spec.group(len(w))
+    rows = in_blocks(group(w, spec).reshape(len(steps) * g, -1), gram, 0)
+    by_row = lambda a, fill: in_blocks(jnp.repeat(a, g, 0), gram, fill)
+    return rows, by_row(steps, 1), by_row(zeros, 0)
 
 
 def rounded_rows(

@@ -11,9 +11,9 @@ from jaxtyping import Array, Float
 from awq_jax.moments import Moments
 from awq_jax.search.gradient import straight_through
 from awq_jax.search.loss import group_error
-from awq_jax.search.rounding import Codes, in_blocks, shrunk_blocks
+from awq_jax.search.rounding import Codes, in_rows, shrunk_blocks
 from awq_jax.spec import QuantSpec
-from awq_jax.tensor import affine, group
+from awq_jax.tensor import affine
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,7 @@ class Signed:
     ) -> Codes:
         steps, zeros = affine(low, high, spec)
         gram = shrunk_blocks(moments, spec, self.shrink)
-        g, n = spec.group(len(w)), len(steps)
-        in_rows = lambda a, fill: in_blocks(a.reshape(n * g, -1), gram, fill)
-        rows = in_rows(group(w, spec), 0)
-        row_steps, row_zeros = (in_blocks(jnp.repeat(a, g, 0), gram, fill) for a, fill in ((steps, 1), (zeros, 0)))
+        rows, row_steps, row_zeros = in_rows(w, steps, zeros, gram, spec)
         levels = rows / row_steps + row_zeros
 
         def errors(offset: Float[Array, "n b o"]) -> tuple[Float[Array, " o"], Float[Array, "n b o"]]:
@@ -61,4 +58,4 @@ class Signed:
         first = jnp.zeros_like(levels)
         state = (first, jnp.round(jnp.clip(levels, 0, spec.levels)), jnp.full(w.shape[1], jnp.inf))
         (_, codes, _), _ = jax.lax.scan(step, state, jnp.arange(self.steps))
-        return jnp.round(codes).reshape(-1, g, w.shape[1])[:n], steps, zeros
+        return jnp.round(codes).reshape(-1, spec.group(len(w)), w.shape[1])[: len(steps)], steps, zeros
