@@ -18,6 +18,7 @@ from awq_jax.presets import PRESETS as PRESETS
 from awq_jax.quantize import SiteReport as SiteReport
 from awq_jax.quantize import quantize as quantize
 from awq_jax.recipe import Recipe as Recipe
+from awq_jax.sharding import partition_specs as partition_specs
 from awq_jax.sites import sites as sites
 from awq_jax.spec import QuantSpec as QuantSpec
 from awq_jax.spec import Rule as Rule

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
+
 
 def scan_split(params: dict[str, Any]) -> tuple[int, int]:
     """How many of a scan equation's operands are constants, and how many are carried.
@@ -14,3 +16,12 @@ def scan_split(params: dict[str, Any]) -> tuple[int, int]:
         consts, carry, _ = params["ft_in"].unpack()
         return len(consts), len(carry)
     return params["num_consts"], params["num_carry"]
+
+
+def varying(x: Any) -> frozenset[str]:
+    """The mesh axes along which x differs, inside a shard_map that keeps track of them.
+
+    jax 0.10.2 replaced `vma` by `mat.varying`.
+    """
+    of = jax.typeof(x)
+    return of.mat.varying if hasattr(of, "mat") else of.vma

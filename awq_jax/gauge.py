@@ -25,9 +25,10 @@ from scipy.sparse.csgraph import connected_components
 
 from awq_jax.compat import scan_split
 from awq_jax.gauge_rules import RULES, rule
-from awq_jax.gauge_values import Dot, Ids, Value, Walk, known, param_value
+from awq_jax.gauge_values import Dot, Ids, Value, Walk, known, param_value, varies
+from awq_jax.sharding import cuts_of
 from awq_jax.tensor import in_param
-from awq_jax.views import STRUCTURAL, View
+from awq_jax.views import STRUCTURAL, Cuts, View, pieces
 
 CALLS = (
     "pjit",
@@ -42,7 +43,7 @@ CALLS = (
 )
 RANKS = {"top_k", "sort", "argmax", "approx_top_k"}
 """What decides by an order: among a router's outputs, or among a vocabulary's."""
-CARRIES_PARAMS = {*STRUCTURAL, *CALLS, "scan", "while", "cond"} - {"slice"}
+CARRIES_PARAMS = {*STRUCTURAL, *CALLS, "scan", "while", "cond", "shard_map"} - {"slice"}
 
 
 @rule(*CALLS)
@@ -63,7 +64,7 @@ def _scan(walk: Walk, out: tuple, *xs: Value, jaxpr: Any, **p: Any) -> list[Valu
     for x in xs[n + k :]:
         if x.param is not None and x.view is not None and x.view.layers is not None:
             first = walk.scans.setdefault(x.param, walk.n_scans)
-            inside.append(param_value(walk, x.param, x.shape[1:], x.view.slice.stack))
+            inside.append(_layer(walk, x))
             if first != walk.n_scans:
                 walk.freeze(inside[-1].terms, "sliced by two scans")
         else:
@@ -73,6 +74,47 @@ def _scan(walk: Walk, out: tuple, *xs: Value, jaxpr: Any, **p: Any) -> list[Valu
     for y in evaluate(walk, jaxpr, inside):
         walk.freeze(y.terms, "carried through a scan")
     return [Value(shape) for shape in out]
+
+
+def _layer(walk: Walk, x: Value) -> Value:
+    """What a scan sees of a stacked param."""
+    assert x.param is not None
+    assert x.view is not None
+    view = x.view.slice
+    if not view.cuts:
+        return param_value(walk, x.param, view.shape, view.stack)
+    walk.stacks[x.param] = view.stack
+    return Value(view.shape, tuple(t[0] for t in x.terms if len(t) == 1), x.param, view, x.param)
+
+
+@rule("shard_map")
+def _shard_map(
+    walk: Walk, out: tuple, *xs: Value, jaxpr: Any, in_specs: Any, out_specs: Any, mesh: Any, **p: Any
+) -> list[Value]:
+    inside = []
+    for x, spec in zip(xs, in_specs, strict=True):
+        cuts = cuts_of(spec, len(x.shape), mesh)
+        walk.freeze([t for t in x.terms if is_cut(t, cuts)], "cut into shards")
+        shape = tuple(n // p for n, p in zip(x.shape, pieces(cuts), strict=True))
+        terms = tuple(t[tuple(slice(n) for n in shape)] for t in x.terms)
+        view = x.view.shard(cuts) if x.param is not None and x.view is not None else None
+        if view is None:
+            walk.use(x, "shard_map")
+            terms = tuple(t for t in terms if not is_cut(t, cuts))
+            inside.append(Value(shape, terms, constant=x.constant))
+        else:
+            inside.append(Value(shape, terms, x.root, view, x.param))
+    outs = []
+    for shape, spec, y in zip(out, out_specs, evaluate(walk, jaxpr, inside), strict=True):
+        cuts = cuts_of(spec, len(shape), mesh)
+        walk.freeze([t for t in y.terms if is_cut(t, cuts)], "cut into shards")
+        walk.use(y, "shard_map")
+        outs.append(Value(shape, tuple(t for t in y.terms if not is_cut(t, cuts))))
+    return outs
+
+
+def is_cut(t: Ids, cuts: Cuts) -> bool:
+    return varies(t, [k for k, cut in enumerate(cuts) if cut])
 
 
 @rule("while")

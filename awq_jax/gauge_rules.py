@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from awq_jax.gauge_values import Dot, Ids, Value, Walk, reshape_ids, varies
-from awq_jax.tensor import in_param
-from awq_jax.views import STRUCTURAL, View, is_grouped_by_rows, is_pointwise, pointwise_slices
+from awq_jax.tensor import Layout, in_param
+from awq_jax.views import STRUCTURAL, is_grouped_by_rows, is_pointwise, pointwise_slices
 
 Rule = Callable[..., list[Value]]
 RULES: dict[str, Rule] = {}
@@ -204,9 +204,12 @@ def _record(walk: Walk, w: Value, x: Value, contracted: Any, batch: Any, theirs:
     assert w.param is not None
     assert x.view is not None
     layout, seen = w.view.layout(batch, contracted), x.view.layout(their_batch, theirs)
+    if w.view.matrix_cuts(layout) is None:
+        return walk.use(w, "shard_map")
     tokens = [k for k in range(len(x.shape)) if k not in (*theirs, *their_batch)]
     free = [k for k in range(len(w.shape)) if k not in (*contracted, *batch)]
-    origin = np.repeat(np.arange(len(w.view.base)), [_atoms(w.view, k) for k in range(len(w.view.base))])
+    layout = w.view.whole(layout)
+    origin = np.repeat(np.arange(len(layout.shape)), [_atoms(layout, k) for k in range(len(layout.shape))])
     inputs, outputs = (
         tuple(sorted({in_param(w.view.stack, int(origin[a])) for k in axes for a in w.view.axes[k]}))
         for axes in (contracted, free)
@@ -222,7 +225,17 @@ def _record(walk: Walk, w: Value, x: Value, contracted: Any, batch: Any, theirs:
     shape = tuple(x.shape[k] for k in (*their_batch, *tokens, *theirs))
     reads = (x.root, seen.sizes, seen.order[: seen.n_lead + seen.n_in], walk.scope)
     walk.dots.append(
-        Dot(w.param, layout, w.view.stack, w.view.picks, reads, shape, len(their_batch), in_ids.ravel(), x.product_of)
+        Dot(
+            w.param,
+            layout,
+            w.view.stack,
+            w.view.picks,
+            reads,
+            shape,
+            len(their_batch),
+            in_ids.ravel(),
+            x.product_of,
+        )
     )
 
 
@@ -263,8 +276,8 @@ def _convolution(walk: Walk, out: tuple, x: Value, w: Value, **p: Any) -> list[V
     return [map_terms(y, out[0], lambda t: t.transpose(back))]
 
 
-def _atoms(view: View, axis: int) -> int:
-    """Into how many atoms the view cuts an axis of its base."""
-    before = math.prod(view.base[:axis])
-    ends = np.cumprod([1, *view.sizes])
-    return int(((ends > before) & (ends <= before * view.base[axis])).sum()) if view.base[axis] > 1 else 0
+def _atoms(layout: Layout, axis: int) -> int:
+    """Into how many sizes the layout splits an axis of the param."""
+    before = math.prod(layout.shape[:axis])
+    ends = np.cumprod([1, *layout.sizes])
+    return int(((ends > before) & (ends <= before * layout.shape[axis])).sum()) if layout.shape[axis] > 1 else 0

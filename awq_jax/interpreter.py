@@ -15,10 +15,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
+from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-from awq_jax.compat import scan_split
+from awq_jax.compat import scan_split, varying
 from awq_jax.gauge import CALLS
+from awq_jax.sharding import as_shard, cuts_of, leaf_specs
 from awq_jax.tensor import Layout, is_quantized
 from awq_jax.views import STRUCTURAL, View, is_grouped_by_rows, is_pointwise, pointwise_slices
 
@@ -28,12 +30,26 @@ Records = dict[Any, Any]
 
 @dataclass(frozen=True)
 class Weight:
-    """The param `name` (dense or quantized) as the traced function sees it, through `view`."""
+    """The param `name` (dense or quantized) as the traced function sees it, through `view`.
+
+    `varying` are the mesh axes along which it is said to differ, inside a shard_map.
+    """
 
     name: str
     base: Any
     view: View
     dtype: Any
+    varying: tuple[str, ...] = ()
+
+    @property
+    def cuts(self) -> tuple[str, ...]:
+        """The mesh axes that cut the param, inside a shard_map."""
+        return tuple(name for cut in self.view.cuts for name, _ in cut)
+
+    def whole_input(self, layout: Layout, x: Array) -> Array:
+        """All channels of the input x (*tokens, i) of a matmul with a shard of the param."""
+        names = tuple(name for name, _ in (self.view.matrix_cuts(layout) or ((), ()))[-2])
+        return lax.all_gather(x, names, axis=x.ndim - 1, tiled=True) if names else x
 
     @property
     def key(self) -> tuple[str, tuple[int | None, ...]]:
@@ -41,7 +57,9 @@ class Weight:
 
     def dense(self) -> Array:
         base = self.base.dequantize() if is_quantized(self.base) else self.base
-        return self.view.apply(base).astype(self.dtype)
+        out = self.view.apply(base).astype(self.dtype)
+        more = set(self.varying) - varying(out) if self.varying else ()
+        return lax.pcast(out, tuple(more), to="varying") if more else out
 
 
 OnDot = Callable[[Weight, Layout, Array, Array | None], tuple[Array, Records]]
@@ -90,7 +108,8 @@ def _structural(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Rec
         return _bind(eqn, ins, on_dot)
     if eqn.primitive.name == "slice":
         return _picked(eqn, weight, view, on_dot)
-    return [replace(weight, view=view, dtype=eqn.outvars[0].aval.dtype)], {}
+    varying = (*weight.varying, *eqn.params["axes"]) if eqn.primitive.name == "pvary" else weight.varying
+    return [replace(weight, view=view, dtype=eqn.outvars[0].aval.dtype, varying=varying)], {}
 
 
 def _picked(eqn: Any, weight: Weight, view: View, on_dot: OnDot) -> tuple[list[Any], Records]:
@@ -109,6 +128,8 @@ def _dot_general(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Re
     weight_first = isinstance(x, Weight)
     w, x, cw, c, bw, b = (x, y, cx, cy, bx, by) if weight_first else (y, x, cy, cx, by, bx)
     layout = w.view.layout(bw, cw)
+    if w.view.matrix_cuts(layout) is None:
+        return _bind(eqn, ins, on_dot)
     tokens = [k for k in range(x.ndim) if k not in c and k not in b]
     free = [k for k in range(len(w.view.axes)) if k not in cw and k not in bw]
     lead = [layout.sizes[a] for a in layout.order[: layout.n_lead]]
@@ -142,7 +163,7 @@ def _remat(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Records]
 
     @ft.partial(jax.checkpoint, policy=eqn.params.get("policy"), prevent_cse=eqn.params.get("prevent_cse", True))
     def body(bases: dict[int, Any], arrays: dict[int, Array]) -> tuple[list[Any], Records]:
-        args = {k: Weight(w.name, bases[k], w.view, w.dtype) for k, w in weights.items()} | arrays
+        args = {k: replace(w, base=bases[k]) for k, w in weights.items()} | arrays
         outs, records = evaluate(eqn.params["jaxpr"], [args[k] for k in range(len(ins))], on_dot)
         return list(map(dense, outs)), records
 
@@ -235,6 +256,59 @@ def _none_recorded(recorded: Callable[[], Records], operands: list[Any]) -> Reco
     return jax.tree.map(lambda r: jnp.zeros(r.shape, r.dtype), jax.eval_shape(recorded))
 
 
+def _shard_map(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Records]:
+    p, mesh = eqn.params, eqn.params["mesh"]
+    weights: dict[int, Weight] = {}
+    arrays: dict[int, Any] = {}
+    specs: dict[int, Any] = {}
+    for k, (x, spec) in enumerate(zip(ins, p["in_specs"], strict=True)):
+        view = x.view.shard(cuts_of(spec, len(x.view.shape), mesh)) if isinstance(x, Weight) else None
+        of_leaves = leaf_specs(x.base, spec, mesh) if view is not None and is_quantized(x.base) else spec
+        if view is None or of_leaves is None:
+            arrays[k], specs[k] = dense(x), spec
+        else:
+            weights[k], specs[k] = replace(x, view=view), of_leaves
+    leads: dict[Any, PartitionSpec] = {}
+
+    def on_shard(weight: Weight, layout: Layout, x: Array, sizes: Array | None) -> tuple[Array, Records]:
+        y, records = on_dot(weight, layout, x, sizes)
+        lead = (weight.view.matrix_cuts(layout) or ())[:-2]
+        whole = {name for cut in lead for name, _ in cut}
+        names = [n for n in mesh.axis_names if n in p["newly_manual_axes"] and n not in whole]
+        # Where types tell what differs between devices, sums of what does not are refused.
+        names = [n for n in names if not p["check_vma"] or n in varying(x)]
+        summed, same = ([n for n in names if (n in weight.cuts) == cut] for cut in (False, True))
+        records = lax.psum(records, tuple(summed)) if summed else records
+        records = lax.pmean(records, tuple(same)) if same and p["check_vma"] else records
+        outer = next(w for w in weights.values() if w.name == weight.name)
+        layers = [None] * weight.view.picks[len(outer.view.picks) :].count(None)
+        of_lead = (tuple(name for name, _ in cut) or None for cut in lead)
+        leads.update(dict.fromkeys(records, PartitionSpec(*layers, *of_lead)))
+        return y, records
+
+    def body(bases: dict[int, Any], arrays: dict[int, Array]) -> tuple[list[Any], Records]:
+        shards = {
+            k: replace(w, base=as_shard(bases[k], w.view.cuts) if is_quantized(bases[k]) else bases[k])
+            for k, w in weights.items()
+        }
+        outs, records = evaluate(p["jaxpr"], [(shards | arrays)[k] for k in range(len(ins))], on_shard)
+        return list(map(dense, outs)), records
+
+    def run(of_records: Any) -> Callable[..., Any]:
+        return jax.shard_map(
+            body if of_records is not None else lambda *args: body(*args)[0],
+            mesh=mesh,
+            in_specs=tuple({k: specs[k] for k in part} for part in (weights, arrays)),
+            out_specs=list(p["out_specs"]) if of_records is None else (list(p["out_specs"]), of_records),
+            axis_names=p["newly_manual_axes"],
+            check_vma=p["check_vma"],
+        )
+
+    args = ({k: w.base for k, w in weights.items()}, arrays)
+    jax.eval_shape(run(None), *args)
+    return run(leads)(*args)
+
+
 def _ragged_dot(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Records]:
     x, w, sizes = ins
     numbers = eqn.params["ragged_dot_dimension_numbers"]
@@ -247,4 +321,5 @@ def _ragged_dot(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Rec
 
 RULES = dict.fromkeys(STRUCTURAL, _structural) | dict.fromkeys(CALLS, _call)
 RULES |= {"remat2": _remat, "checkpoint": _remat, "remat": _remat, "scan": _scan, "while": _while, "cond": _cond}
+RULES |= {"shard_map": _shard_map}
 RULES |= {"dot_general": _dot_general, "ragged_dot_general": _ragged_dot, "conv_general_dilated": _convolution}

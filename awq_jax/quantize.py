@@ -15,6 +15,7 @@ from threadpoolctl import threadpool_limits
 from awq_jax.fold import by_channel, check_fold, fold
 from awq_jax.recipe import Recipe
 from awq_jax.search.params import scale_of_fold, solve_sites
+from awq_jax.sharding import placed_like
 from awq_jax.sites import named_leaves
 from awq_jax.spec import QuantSpec
 from awq_jax.transform import Calibration
@@ -129,7 +130,7 @@ def _quantize(params: Any, calibration: Calibration, recipe: Recipe, prefix: str
                 by = "the statistics of all experts" if lent else "their weights alone"
                 notes.append(f"{(~reached).sum()} of {reached.size} reached by no token: rounded by {by}")
             error, nearest = (float(e) / max(float(energy), 1e-30) for e in (error, nearest))
-            out[name] = tensor
+            out[name] = placed_like(tensor, leaves[name])
             reports.append(SiteReport(name, todo.specs[name], error, nearest, "; ".join(notes)))
     reports += [
         SiteReport(n, None, 0.0, 0.0, f"left dense: {why}") for n, why in todo.notes.items() if n not in todo.specs

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools as ft
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ from awq_jax.spec import QuantSpec
 SCALE_DTYPE = jnp.float16
 SMALLEST_STEP = float(np.finfo(np.float16).smallest_normal)
 LARGEST_STEP = float(np.finfo(np.float16).max)
+T = TypeVar("T")
+
 STATIC = ("spec", "dtype", "pad", "layout")
 """The fields of a QuantizedTensor that are no arrays."""
 
@@ -56,7 +58,7 @@ class Layout:
 
     def matrix(self, w: Array) -> Array:
         """`w` (*stack, *shape), or with its `stack` axes anywhere, as (*stack, *lead, i, o)."""
-        w = jnp.moveaxis(w, self._places(w.ndim - len(self.shape)), range(w.ndim - len(self.shape)))
+        w = jnp.moveaxis(w, self.places(w.ndim - len(self.shape)), range(w.ndim - len(self.shape)))
         stack = w.shape[: w.ndim - len(self.shape)]
         ordered = [self.sizes[a] for a in self.order]
         lead, rest = ordered[: self.n_lead], ordered[self.n_lead :]
@@ -71,20 +73,65 @@ class Layout:
         w = matrix.reshape(*stack, *(self.sizes[a] for a in self.order))
         back = np.argsort(self.order)
         w = w.transpose(*range(k), *(k + int(a) for a in back)).reshape(*stack, *self.shape)
-        return jnp.moveaxis(w, range(k), self._places(k))
+        return jnp.moveaxis(w, range(k), self.places(k))
 
     def param_shape(self, stack: tuple[int, ...]) -> tuple[int, ...]:
         """The param's shape, given the sizes of its axes of layers."""
         full = np.empty((len(stack) + len(self.shape),), int)
-        places = self._places(len(stack))
+        places = self.places(len(stack))
         full[list(places)] = stack
         full[[k for k in range(len(full)) if k not in places]] = self.shape
         return tuple(full.tolist())
 
-    def _places(self, n: int) -> tuple[int, ...]:
-        """Where the `n` axes of layers are in the param; what is sliced from it by a scan lacks the first."""
+    def places(self, n: int) -> tuple[int, ...]:
+        """Where in the param the `n` axes of layers are; what is sliced from it by a scan lacks the first."""
         more = max(0, n - len(self.stack))
         return (*range(more), *(more + k for k in stack_places(self.stack[len(self.stack) + more - n :])))
+
+    def cut(self, pieces: tuple[int, ...]) -> Layout:
+        """How one of `pieces[k]` equal pieces along each axis k of `shape` is read."""
+        return self._resized(pieces, lambda n, p: n // p)
+
+    def whole(self, pieces: tuple[int, ...]) -> Layout:
+        """The inverse of `cut`."""
+        return self._resized(pieces, lambda n, p: n * p)
+
+    def _resized(self, pieces: tuple[int, ...], by: Callable[[int, int], int]) -> Layout:
+        sizes = list(self.sizes)
+        for major, n in zip(self._majors(), pieces, strict=True):
+            if n > 1 and major is not None:
+                sizes[major] = by(sizes[major], n)
+        return replace(self, shape=tuple(map(by, self.shape, pieces)), sizes=tuple(sizes))
+
+    def _majors(self) -> list[int | None]:
+        """By axis of `shape` the first of the `sizes` it is split into; None where it is split into none."""
+        majors: list[int | None] = []
+        k = 0
+        for n in self.shape:
+            start, left = k, n
+            if left == 1 and self.sizes[k : k + 1] == (1,):
+                k += 1
+            while left > 1:
+                left, k = left // self.sizes[k], k + 1
+            majors.append(start if k > start else None)
+        return majors
+
+    def in_matrix(self, cuts: tuple[T, ...], none: T) -> tuple[T, ...] | None:
+        """What cuts each axis of (*lead, i, o), given what cuts each axis of `shape`; `none` where nothing does.
+
+        None where a piece of the param would be no piece of the matrix.
+        """
+        first = {self.order[k]: k for k in range(self.n_lead)}
+        for axis, k in enumerate((self.n_lead, self.n_lead + self.n_in)):
+            first |= {self.order[k]: self.n_lead + axis} if k < len(self.order) else {}
+        found = [none] * (self.n_lead + 2)
+        for major, cut in zip(self._majors(), cuts, strict=True):
+            if cut == none:
+                continue
+            if major not in first:
+                return None
+            found[first[major]] = cut
+        return tuple(found)
 
     @property
     def is_matrix(self) -> bool:

@@ -99,6 +99,7 @@ def with_moments(fn: Function, traced: Traced, *, block: int | None = mo.GRAM_BL
             y, _ = _multiply(weight, layout, x, sizes)
             if weight.name not in leaders:
                 return y, {}
+            x = weight.whole_input(layout, x)
             if sizes is not None:
                 if weights is not None:
                     raise ValueError(

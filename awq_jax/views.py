@@ -11,13 +11,17 @@ from jaxtyping import Array
 
 from awq_jax.tensor import Layout
 
+Cuts = tuple[tuple[tuple[str, int], ...], ...]
+"""By axis the mesh axes (name, size) that cut it into shards."""
+
 
 @dataclass(frozen=True)
 class View:
     """An array of shape `base` cut into atoms of `sizes` (none is 1), of which each axis merges `axes[k]`.
 
     Where a param is sliced layer by layer, `base` is one slice; `stack` says where its axes of layers were, as in
-    Layout, and `picks` which layer each of them gave: None where a scan takes one after the other.
+    Layout, and `picks` which layer each of them gave: None where a scan takes one after the other. Inside a shard_map
+    `base` is one shard, and `cuts` tells for each of its axes what cut it; an axis that is cut to size 1 is an atom.
     """
 
     base: tuple[int, ...]
@@ -25,12 +29,21 @@ class View:
     axes: tuple[tuple[int, ...], ...]
     stack: tuple[int, ...] = ()
     picks: tuple[int | None, ...] = ()
+    cuts: Cuts = ()
 
     @classmethod
-    def of(cls, shape: Sequence[int], stack: tuple[int, ...] = (), picks: tuple[int | None, ...] = ()) -> View:
+    def of(
+        cls,
+        shape: Sequence[int],
+        stack: tuple[int, ...] = (),
+        picks: tuple[int | None, ...] = (),
+        cuts: Cuts = (),
+    ) -> View:
         atoms = iter(range(len(shape)))
-        axes = tuple((next(atoms),) if n != 1 else () for n in shape)
-        return cls(tuple(shape), tuple(n for n in shape if n != 1), axes, stack, picks)
+        is_atom = [n != 1 or bool(cut) for n, cut in zip(shape, cuts or ((),) * len(shape), strict=True)]
+        axes = tuple((next(atoms),) if atom else () for atom in is_atom)
+        sizes = tuple(n for n, atom in zip(shape, is_atom, strict=True) if atom)
+        return cls(tuple(shape), sizes, axes, stack, picks, cuts)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -39,7 +52,10 @@ class View:
     def transpose(self, permutation: Sequence[int]) -> View:
         return replace(self, axes=tuple(self.axes[p] for p in permutation))
 
-    def squeeze(self, dimensions: Sequence[int]) -> View:
+    def squeeze(self, dimensions: Sequence[int]) -> View | None:
+        """None where an axis of one shard would be lost."""
+        if any(self.axes[k] for k in dimensions):
+            return None
         return replace(self, axes=tuple(a for k, a in enumerate(self.axes) if k not in dimensions))
 
     def broadcast(self, shape: Sequence[int], dimensions: Sequence[int]) -> View | None:
@@ -49,7 +65,9 @@ class View:
         return new if new.shape == tuple(shape) else None
 
     def reshape(self, shape: Sequence[int]) -> View | None:
-        """None where an atom would have to be cut at a place that is no divisor of it."""
+        """None where an atom would have to be cut at a place that is no divisor of it, or one of size 1 placed."""
+        if 1 in self.sizes:
+            return None
         queue = [[a, self.sizes[a]] for axis in self.axes for a in axis]
         pieces: dict[int, list[int]] = {}
         axes: list[list[tuple[int, int]]] = []
@@ -78,11 +96,12 @@ class View:
     @property
     def layers(self) -> int | None:
         """Which axis of the base is the view's first, if all others are as they are in the base; else None."""
-        return next((k for k in range(len(self.base)) if self == self._untouched._first(k)), None)
+        whole = [k for k in range(len(self.base)) if not (self.cuts and self.cuts[k])]
+        return next((k for k in whole if self == self._untouched._first(k)), None)
 
     @property
     def _untouched(self) -> View:
-        return View.of(self.base, self.stack, self.picks)
+        return View.of(self.base, self.stack, self.picks, self.cuts)
 
     def _first(self, axis: int) -> View:
         return self.transpose([axis, *(k for k in range(len(self.axes)) if k != axis)])
@@ -95,7 +114,7 @@ class View:
 
     def _without(self, axis: int, pick: int | None) -> View:
         rest = self.base[:axis] + self.base[axis + 1 :]
-        return View.of(rest, (*self.stack, axis), (*self.picks, pick))
+        return View.of(rest, (*self.stack, axis), (*self.picks, pick), self.cuts[:axis] + self.cuts[axis + 1 :])
 
     def pick(self, start: Sequence[int], limit: Sequence[int], strides: Sequence[int] | None) -> View | None:
         """`lax.slice` where it takes one layer of a param that nothing has changed yet; otherwise None."""
@@ -103,10 +122,27 @@ class View:
         if len(cut) != 1 or self != self._untouched or any(n != 1 for n in strides or ()):
             return None
         (axis,) = cut
-        if limit[axis] != start[axis] + 1:
+        if limit[axis] != start[axis] + 1 or (self.cuts and self.cuts[axis]):
             return None
         one = self._without(axis, int(start[axis]))
         return replace(one, axes=(*one.axes[:axis], (), *one.axes[axis:]))
+
+    def shard(self, cuts: Cuts) -> View | None:
+        """What a shard_map sees of a param that nothing has changed yet; None of another."""
+        if not any(cuts):
+            return self
+        if self != self._untouched or self.cuts:
+            return None
+        shard = tuple(n // p for n, p in zip(self.base, pieces(cuts), strict=True))
+        return View.of(shard, self.stack, self.picks, cuts)
+
+    def matrix_cuts(self, layout: Layout) -> Cuts | None:
+        """What cuts each axis of the matrix (*lead, i, o); None where a shard is no part of it in one piece."""
+        return layout.in_matrix(self.cuts or ((),) * len(self.base), ())
+
+    def whole(self, layout: Layout) -> Layout:
+        """How the param is read of which a shard is read by `layout`."""
+        return layout.whole(pieces(self.cuts)) if self.cuts else layout
 
     def layout(self, batch: Sequence[int], contracted: Sequence[int]) -> Layout:
         """How a matmul over `contracted` axes, batched over `batch`, reads the base array."""
@@ -122,6 +158,11 @@ class View:
         order = [k + a for axis in self.axes for a in axis]
         split = base.reshape((*stack, *self.sizes))
         return split.transpose((*range(k), *order)).reshape((*stack, *self.shape))
+
+
+def pieces(cuts: Cuts) -> tuple[int, ...]:
+    """Into how many shards each axis is cut."""
+    return tuple(math.prod(size for _, size in cut) for cut in cuts)
 
 
 STRUCTURAL = {

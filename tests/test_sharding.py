@@ -1,0 +1,196 @@
+"""Params that are sharded over a mesh: inside shard_map, and what becomes of their sharding."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import awq_jax as awq
+from awq_jax.search import Grid, no_clip, to_nearest
+from awq_jax.tensor import is_quantized
+
+WIDTH, HIDDEN, EXPERTS = 64, 128, 4
+RECIPE = awq.Recipe(group_size=32, scale=Grid((0.0, 0.5)), clip=no_clip, rounding=to_nearest)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32)) / np.sqrt(shape[-2])
+
+
+def inputs(*shape):
+    x = np.random.default_rng(9).normal(size=shape) * np.exp(np.random.default_rng(8).normal(size=shape[-1]))
+    return jnp.asarray(x.astype(np.float32))
+
+
+def dense(qparams):
+    return jax.tree.map(lambda w: w.dequantize(), qparams, is_leaf=is_quantized)
+
+
+def mlp(params, x):
+    return jax.nn.relu(x @ params["up"]) @ params["down"]
+
+
+def sharded_mlp(mesh, check_vma):
+    def body(params, x):
+        return jax.lax.psum(mlp(params, x), "model")
+
+    specs = {"up": P(None, "model"), "down": P("model", None)}
+    return jax.shard_map(body, mesh=mesh, in_specs=(specs, P("data")), out_specs=P("data"), check_vma=check_vma)
+
+
+def heads(params, x):
+    y = jnp.einsum("td,dhk->thk", x, params["up"])
+    return jnp.einsum("thk,hkd->td", jax.nn.relu(y), params["down"])
+
+
+def sharded_heads(mesh, check_vma):
+    def body(params, x):
+        return jax.lax.psum(heads(params, x), "model")
+
+    specs = {"up": P(None, "model", None), "down": P("model", None, None)}
+    return jax.shard_map(body, mesh=mesh, in_specs=(specs, P("data")), out_specs=P("data"), check_vma=check_vma)
+
+
+def experts(params, x):
+    return jnp.einsum("etf,efd->etd", jax.nn.relu(jnp.einsum("etd,edf->etf", x, params["up"])), params["down"])
+
+
+def sharded_experts(mesh, check_vma):
+    specs = {"up": P("model"), "down": P("model")}
+    x = P("model", "data")
+    return jax.shard_map(experts, mesh=mesh, in_specs=(specs, x), out_specs=x, check_vma=check_vma)
+
+
+def layers(block):
+    def run(params, x):
+        return jax.lax.scan(lambda x, p: (x + block(p, x), None), x, params)[0]
+
+    return run
+
+
+def sharded_layers(mesh, check_vma):
+    return layers(sharded_mlp(mesh, check_vma))
+
+
+def layers_inside(mesh, check_vma):
+    def body(params, x):
+        step = lambda x, p: (x + jax.lax.psum(mlp(p, x), "model"), None)
+        return jax.lax.scan(step, x, params)[0]
+
+    specs = {"up": P(None, None, "model"), "down": P(None, "model", None)}
+    return jax.shard_map(body, mesh=mesh, in_specs=(specs, P("data")), out_specs=P("data"), check_vma=check_vma)
+
+
+MATRIX = {"up": normal(0, WIDTH, HIDDEN), "down": normal(1, HIDDEN, WIDTH)}
+HEADS = {"up": normal(0, WIDTH, HIDDEN).reshape(WIDTH, 4, 32), "down": normal(1, HIDDEN, WIDTH).reshape(4, 32, WIDTH)}
+STACKED = {"up": normal(0, 3, WIDTH, HIDDEN), "down": normal(1, 3, HIDDEN, WIDTH)}
+OF_EXPERTS = {"up": normal(0, EXPERTS, WIDTH, HIDDEN), "down": normal(1, EXPERTS, HIDDEN, WIDTH)}
+CASES = {
+    "rows and columns": (mlp, sharded_mlp, MATRIX, inputs(16, WIDTH)),
+    "heads, one on each device": (heads, sharded_heads, HEADS, inputs(16, WIDTH)),
+    "experts, one on each device": (experts, sharded_experts, OF_EXPERTS, inputs(EXPERTS, 16, WIDTH)),
+    "inside a scan": (layers(mlp), sharded_layers, STACKED, inputs(16, WIDTH)),
+    "around a scan": (layers(mlp), layers_inside, STACKED, inputs(16, WIDTH)),
+}
+
+
+@pytest.fixture(params=CASES, ids=str)
+def case(request):
+    return CASES[request.param]
+
+
+@pytest.fixture(params=[True, False], ids=["typed", "untyped"])
+def check_vma(request):
+    return request.param
+
+
+def test_moments_are_those_of_the_function_on_one_device(mesh, case, check_vma):
+    whole, sharded, params, x = case
+    expected = awq.calibrate(whole, params, [(x,)])
+    found = awq.calibrate(sharded(mesh, check_vma), params, [(x,)])
+    assert found.traced.sites.keys() == expected.traced.sites.keys() == {"up", "down"}
+    for name, moments in expected.moments.items():
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found.moments[name], moments)
+
+
+def test_quantized_shards_are_multiplied_by_the_kernel(mesh, case, check_vma, doors):
+    whole, sharded, params, x = case
+    fn = sharded(mesh, check_vma)
+    qparams, _ = awq.quantize(params, awq.calibrate(fn, params, [(x,)]), RECIPE)
+    assert all(is_quantized(w) for w in qparams.values())
+    found = jax.jit(awq.quantized(fn))(qparams, x)
+    assert doors["kernel"] >= 2
+    assert not doors["dense"]
+    np.testing.assert_allclose(found, whole(dense(qparams), x), rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_through_quantized_shards(mesh, check_vma):
+    fn, x = sharded_mlp(mesh, check_vma), inputs(16, WIDTH)
+    qparams, _ = awq.quantize(MATRIX, awq.calibrate(fn, MATRIX, [(x,)]), RECIPE)
+    slope = lambda f, p: jax.grad(lambda x: jnp.sum(f(p, x) ** 2))(x)
+    np.testing.assert_allclose(slope(awq.quantized(fn), qparams), slope(mlp, dense(qparams)), rtol=1e-3, atol=1e-3)
+
+
+def test_a_data_parallel_function_keeps_its_folds(mesh):
+    def norm_and_mlp(params, x):
+        x = params["norm"] * x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True))
+        return mlp(params, x)
+
+    params = MATRIX | {"norm": jnp.ones(WIDTH)}
+    fn = jax.shard_map(norm_and_mlp, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"))
+    found, expected = awq.sites(fn, params, inputs(16, WIDTH)), awq.sites(norm_and_mlp, params, inputs(16, WIDTH))
+    assert [fold.sites for fold in found.folds] == [fold.sites for fold in expected.folds] == [("up",), ("down",)]
+    qparams, _ = awq.quantize(params, awq.calibrate(fn, params, [(inputs(16, WIDTH),)]), replace(RECIPE, fold=True))
+    assert qparams["up"].input_scale is None
+
+
+def test_a_sharded_param_is_not_folded(mesh):
+    traced = awq.sites(sharded_mlp(mesh, True), MATRIX, inputs(16, WIDTH))
+    assert not traced.folds
+    assert traced.sites["down"].refused == "cut into shards"
+
+
+def test_a_shard_that_cuts_a_group_is_made_dense(mesh, doors):
+    fn, x = sharded_mlp(mesh, True), inputs(16, WIDTH)
+    qparams, _ = awq.quantize(MATRIX, awq.calibrate(fn, MATRIX, [(x,)]), replace(RECIPE, group_size=128))
+    found = awq.quantized(fn)(qparams, x)
+    assert doors["kernel"]
+    assert doors["dense"] == 1
+    np.testing.assert_allclose(found, mlp(dense(qparams), x), rtol=1e-4, atol=1e-4)
+
+
+SPECS = {"up": P(None, "model"), "down": P("model", None)}
+
+
+def test_results_are_sharded_like_the_params(mesh):
+    placed = {k: jax.device_put(w, NamedSharding(mesh, SPECS[k])) for k, w in MATRIX.items()}
+    x = jax.device_put(inputs(16, WIDTH), NamedSharding(mesh, P("data")))
+    calibration = awq.calibrate(mlp, placed, [(x,)])
+    qparams, _ = awq.quantize(placed, calibration, RECIPE)
+    for name, w in qparams.items():
+        assert w.codes.sharding.spec == w.scales.sharding.spec == SPECS[name]
+        assert w.codes.addressable_shards[0].data.size == w.codes.size // 4
+    alone, _ = awq.quantize(MATRIX, awq.calibrate(mlp, MATRIX, [(inputs(16, WIDTH),)]), RECIPE)
+    for name, w in qparams.items():
+        same = np.mean(np.asarray(w.codes) == np.asarray(alone[name].codes))
+        assert same > 0.9
+    np.testing.assert_allclose(jax.jit(awq.quantized(mlp))(qparams, x), mlp(dense(qparams), x), rtol=1e-4, atol=1e-4)
+
+
+def test_partition_specs_name_every_leaf(mesh):
+    qparams, _ = awq.quantize(MATRIX, awq.calibrate(mlp, MATRIX, [(inputs(16, WIDTH),)]), RECIPE)
+    specs = awq.partition_specs(qparams, SPECS, mesh)
+    assert specs["down"].codes == specs["down"].scales == specs["down"].zeros == P("model", None)
+    assert specs["down"].input_scale == P("model")
+    assert specs["up"].input_scale == P(None)
+    placed = jax.device_put(qparams, jax.tree.map(lambda s: NamedSharding(mesh, s), specs))
+    assert placed["down"].codes.sharding.spec == P("model", None)
