@@ -172,7 +172,7 @@ def evaluate(walk: Walk, jaxpr: Any, args: Iterable[Value]) -> list[Value]:
         if name not in CARRIES_PARAMS:
             for v in ins:
                 if v.param is not None and v.view is not None:
-                    walk.ranks.setdefault(v.param, set()).add(len(v.view.base))
+                    walk.ndims.setdefault(v.param, set()).add(len(v.view.base))
         if name not in CARRIES_PARAMS and not (name in ("add", "sub") and any(v.constant is not None for v in ins)):
             for v in ins:
                 if v.param in walk.offsets:
@@ -268,7 +268,7 @@ def components(jaxpr: Any, params: dict[int, tuple[str, tuple[int, ...]]]) -> Co
             walk.freeze(out.terms, "an output of the function")
             walk.use(out, "return")
         for (name, _), ids in walk.ids.items():
-            if len(walk.ranks.get(name, ())) > 1:
+            if len(walk.ndims.get(name, ())) > 1:
                 walk.freeze([ids], "used both inside a scan over its layers and outside")
         widest = max(map(_widest, walk.dots), default=0)
         loose = {}

@@ -66,7 +66,7 @@ class Walk:
     scans: dict[str, int] = field(default_factory=dict)
     dots: list[Dot] = field(default_factory=list)
     found: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
-    ranks: dict[str, set[int]] = field(default_factory=dict)
+    ndims: dict[str, set[int]] = field(default_factory=dict)
     edges: list[tuple[Ids, Ids]] = field(default_factory=list)
     frozen: list[tuple[Ids, str]] = field(default_factory=list)
     unclear: list[tuple[Ids, str]] = field(default_factory=list)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from awq_jax.distill import kl_of_logits
 from awq_jax.formats.errors import InputError
 
 
@@ -74,7 +75,6 @@ def compare(
     logits: Float[Array, "b t v"], reference: Float[Array, "b t v"], tokens: Int[Array, "b t"]
 ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
     """Sums over tokens of negative log likelihood, KL(reference || model), and equal likeliest tokens."""
-    q, p = jax.nn.log_softmax(logits), jax.nn.log_softmax(reference)
-    nll = -jnp.take_along_axis(q[:, :-1], tokens[:, 1:, None], -1).sum()
-    kl = (jnp.exp(p) * (p - q)).sum()
-    return nll, kl, (q.argmax(-1) == p.argmax(-1)).sum().astype(jnp.float32)
+    nll = -jnp.take_along_axis(jax.nn.log_softmax(logits)[:, :-1], tokens[:, 1:, None], -1).sum()
+    kl = kl_of_logits(reference, logits) * tokens.size
+    return nll, kl, (logits.argmax(-1) == reference.argmax(-1)).sum().astype(jnp.float32)
