@@ -195,7 +195,10 @@ def _dot(walk: Walk, out: tuple, x: Value, y: Value, dimension_numbers: Any, **_
                 head, tail = moved.shape[:nb], moved.shape[nb + nc :]
                 before, after = (0, len(frees[1])) if side == 0 else (len(frees[0]), 0)
                 outgoing.append(moved.reshape(*head, *[1] * before, *tail, *[1] * after))
-    walk.equal(tuple(aligned[0]), tuple(-t for t in aligned[1]), "a matmul sums over its channels")
+    reason = "a matmul sums over its channels"
+    if product_of is not None and not (aligned[0] and aligned[1]):
+        reason = "no op before it could take a scale"
+    walk.equal(tuple(aligned[0]), tuple(-t for t in aligned[1]), reason)
     return [Value(out[0], tuple(outgoing), product_of=product_of, origin=product_of)]
 
 

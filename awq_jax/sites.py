@@ -87,7 +87,8 @@ class Fold:
 class Traced:
     """What tracing found: sites by name, in the order in which they run, the folds, and why other params are none.
 
-    `skipped` has the params of two or more axes that no matmul reads as a whole.
+    `skipped` has the params of two or more axes that no matmul reads as a whole, except those that are only added or
+    multiplied (biases of several heads).
     """
 
     sites: dict[str, Site]
@@ -164,7 +165,7 @@ def sites(fn: Callable[..., Any], params: Any, *inputs: Any) -> Traced:
     skipped = {
         name: "read in two ways" if name in dots else _names(found.walk.uses.get(name, ())) or "not used"
         for name, leaf in leaves.items()
-        if name not in out and np.ndim(leaf) - len(found.walk.stacks[name]) > 1
+        if name not in out and np.ndim(leaf) - len(found.walk.stacks[name]) > 1 and not found.walk.is_elementwise(name)
     }
     return Traced(out, _folds(found, {n: dots[n][0] for n in out}), skipped)
 
