@@ -113,11 +113,14 @@ def _structural(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Rec
 
 
 def _picked(eqn: Any, weight: Weight, view: View, on_dot: OnDot) -> tuple[list[Any], Records]:
-    stacked = _in_front(weight, view.stack[-1])
-    if stacked is None:
-        return _bind(eqn, [weight], on_dot)
-    base = jax.tree.map(lambda a: a[view.picks[-1]], stacked)
-    return [replace(weight, base=base, view=view)], {}
+    one = weight
+    for depth in range(len(weight.view.stack), len(view.stack)):
+        stacked, pick = _in_front(one, view.stack[depth]), view.picks[depth]
+        if stacked is None:
+            return _bind(eqn, [weight], on_dot)
+        base = jax.tree.map(lambda a, pick=pick: a[pick], stacked)
+        one = replace(one, base=base, view=replace(one.view, stack=view.stack[: depth + 1]))
+    return [replace(one, view=view)], {}
 
 
 def _dot_general(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Records]:

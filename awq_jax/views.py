@@ -117,15 +117,17 @@ class View:
         return View.of(rest, (*self.stack, axis), (*self.picks, pick), self.cuts[:axis] + self.cuts[axis + 1 :])
 
     def pick(self, start: Sequence[int], limit: Sequence[int], strides: Sequence[int] | None) -> View | None:
-        """`lax.slice` where it takes one layer of a param that nothing has changed yet; otherwise None."""
+        """`lax.slice` where it takes one layer, or one of several axes, of a param that nothing has changed yet."""
         cut = [k for k, n in enumerate(self.shape) if (start[k], limit[k]) != (0, n)]
-        if len(cut) != 1 or self != self._untouched or any(n != 1 for n in strides or ()):
+        if not 0 < len(cut) < len(self.base) or self != self._untouched or any(n != 1 for n in strides or ()):
             return None
-        (axis,) = cut
-        if limit[axis] != start[axis] + 1 or (self.cuts and self.cuts[axis]):
+        if any(limit[k] != start[k] + 1 or (self.cuts and self.cuts[k]) for k in cut):
             return None
-        one = self._without(axis, int(start[axis]))
-        return replace(one, axes=(*one.axes[:axis], (), *one.axes[axis:]))
+        view = self
+        for n, k in enumerate(cut):
+            view = view._without(k - n, int(start[k]))
+        left = iter(view.axes)
+        return replace(view, axes=tuple(() if k in cut else next(left) for k in range(len(self.axes))))
 
     def shard(self, cuts: Cuts) -> View | None:
         """What a shard_map sees of a param that nothing has changed yet; None of another."""

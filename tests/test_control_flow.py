@@ -348,11 +348,19 @@ def test_other_layers_are_another_input(name):
     assert all(r.error < 0.05 for r in report)
 
 
-def test_layers_picked_from_two_axes():
+@pytest.mark.parametrize(
+    "fn",
+    [lambda p, x: jnp.tanh(x @ p[0][1]) @ p[1][0], lambda p, x: jnp.tanh(x @ p[0, 1]) @ p[1, 0]],
+    ids=["one after the other", "at once"],
+)
+def test_layers_picked_from_two_axes(fn, doors):
     params = np.stack([LAYERS[:2], LAYERS[1:]])
-    found = observed(lambda p, x: jnp.tanh(x @ p[0][1]) @ p[1][0], params, X)[""]
+    found = observed(fn, params, X)[""]
     np.testing.assert_array_equal(found.count, [[0, 10], [10, 0]])
     check(jax.tree.map(lambda a: a[1, 0], found), np.tanh(X @ params[0, 1]))
+    q, _ = awq.quantize(params, awq.calibrate(fn, params, [(X,)]), awq.Recipe(group_size=32))
+    same(jit(awq.quantized(fn))(q, X), jit(fn)(q.dequantize(), X))
+    assert doors["kernel"] == 2
 
 
 def test_a_loops_condition_has_no_sites():
