@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -25,3 +26,9 @@ def varying(x: Any) -> frozenset[str]:
     """
     of = jax.typeof(x)
     return of.mat.varying if hasattr(of, "mat") else of.vma
+
+
+def vary(x: Any, axes: Iterable[str]) -> Any:
+    """`x`, said to differ along these mesh axes too."""
+    more = tuple(set(axes) - varying(x))
+    return jax.lax.pcast(x, more, to="varying") if more else x

@@ -1,13 +1,12 @@
-"""Distillation: every group's step, and the codes if wanted, learn from the dense model's outputs.
+"""Distillation of the steps: codes and zero points stay, every group's step learns from the dense model's outputs.
 
-With the steps alone it is what mlx-lm calls DWQ; with the codes, rounded straight through, and a block in the place of
-the model, what AutoRound does (arXiv 2309.05516). For any function and on top of any search. The one stage that sees
-the model as a whole.
+What mlx-lm calls DWQ, for any function and on top of any search. The one stage that sees the model as a whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,18 +15,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from awq_jax.tensor import (
-    QuantizedTensor,
-    as_param,
-    assemble,
-    grouped_codes,
-    is_quantized,
-    stored_step,
-    ungroup,
-    zero_points,
-)
+from awq_jax.tensor import SCALE_DTYPE, is_quantized, stored_step
+from awq_jax.transform import Function, quantized
 
-Function = Callable[..., Any]
 Loss = Callable[[Any, Any], Float[Array, ""]]
 
 
@@ -44,7 +34,6 @@ def distill(
     batches: Iterable[tuple[Any, ...]],
     *,
     rate: optax.ScalarOrSchedule = 1e-3,
-    code_rate: optax.ScalarOrSchedule = 0.0,
     loss: Loss = kl_of_logits,
     progress: Callable[[float], None] = lambda loss: None,
 ) -> Any:
@@ -53,10 +42,9 @@ def distill(
     Args:
       fn: pure function of (params, *inputs). Its backward pass runs: wrap blocks in `jax.checkpoint` to save memory.
       params: the dense params, the teacher.
-      qparams: from `quantize`. Everything but steps and codes stays as it is.
+      qparams: from `quantize`. Everything but the steps stays as it is.
       batches: tuples of inputs, one step of Adam each.
       rate: of a step relative to its size, or an optax schedule.
-      code_rate: of a code, in units of one; 0 leaves the codes as they are and saves three floats a weight.
       loss: of (dense output, quantized output).
       progress: called after each step with its loss.
 
@@ -69,65 +57,42 @@ def distill(
     Example:
       >>> tuned = awq.distill(model.apply, params, qparams, [(tokens,) for tokens in batches])
     """
-    leaves, structure = jax.tree.flatten(qparams, is_leaf=is_quantized)
-    learned = [_nothing_learned(w, bool(code_rate)) for w in leaves]
-    rates: dict[Any, Any] = {"steps": optax.adam(rate, b2=0.99), "codes": optax.adam(code_rate, b2=0.99)}
-    optimizer = optax.multi_transform(rates, [{name: name for name in part} for part in learned])
-    state = optimizer.init(learned)
-    step = jax.jit(partial(_step, fn, optimizer, loss, structure))
+    optimizer = optax.adam(rate, b2=0.99)
+    factors = jax.tree.map(
+        lambda w: jnp.zeros(w.scales.shape) if is_quantized(w) else None, qparams, is_leaf=is_quantized
+    )
+    state = optimizer.init(factors)
+    step = jax.jit(partial(_step, fn, optimizer, loss))
     for k, batch in enumerate(batches):
-        learned, state, found = step(params, leaves, learned, state, tuple(batch))
+        factors, state, found = step(params, qparams, factors, state, tuple(batch))
         if not jnp.isfinite(found):
             raise ValueError(f"distill: the loss of batch {k + 1} is {float(found)}: lower the rate.")
         progress(float(found))
-    return structure.unflatten([_stored(*pair) for pair in zip(leaves, learned, strict=True)])
+    stored = lambda w: replace(w, scales=stored_step(w.scales).astype(SCALE_DTYPE)) if is_quantized(w) else w
+    return jax.tree.map(stored, with_factors(qparams, factors), is_leaf=is_quantized)
 
 
-def _nothing_learned(w: Any, codes: bool) -> dict[str, Array]:
-    """Where training starts: changes of a QuantizedTensor's steps, as factors less 1, and of its codes."""
-    if not is_quantized(w):
-        return {}
-    steps = {"steps": jnp.zeros(w.scales.shape)}
-    return steps | {"codes": jnp.zeros(jax.eval_shape(grouped_codes, w).shape)} if codes else steps
+def with_factors(qparams: Any, factors: Any) -> Any:
+    """Every QuantizedTensor's steps times 1 + its factors, float32."""
 
+    def scaled(w: Any, factor: Any) -> Any:
+        return w if factor is None else replace(w, scales=w.scales.astype(jnp.float32) * (1 + factor))
 
-def _learned(w: QuantizedTensor, learned: dict[str, Array]) -> tuple[Array, Array]:
-    """Codes (*lead, groups, g, o), not yet rounded, and steps."""
-    codes = jnp.clip(grouped_codes(w) + learned.get("codes", 0), 0, w.spec.levels)
-    return codes, w.scales.astype(jnp.float32) * (1 + learned["steps"])
-
-
-def _dense(w: Any, learned: dict[str, Array]) -> Any:
-    """The weight that a QuantizedTensor stands for; gradients pass its rounding as if it were none."""
-    if not is_quantized(w):
-        return w
-    codes, steps = _learned(w, learned)
-    codes += jax.lax.stop_gradient(jnp.round(codes) - codes)
-    grouped = (codes - zero_points(w)[..., None, :]) * steps[..., None, :]
-    return as_param(ungroup(grouped, w.in_features), w)
-
-
-def _stored(w: Any, learned: dict[str, Array]) -> Any:
-    if not is_quantized(w):
-        return w
-    codes, steps = _learned(w, learned)
-    kept = {"in_features": w.in_features, "dtype": w.dtype, "input_scale": w.input_scale, "layout": w.layout}
-    return assemble(jnp.round(codes), stored_step(steps), zero_points(w), w.spec, **kept)
+    return jax.tree.map(scaled, qparams, factors, is_leaf=is_quantized)
 
 
 def _step(
     fn: Function,
     optimizer: Any,
     loss: Loss,
-    structure: Any,
     params: Any,
-    leaves: list[Any],
-    learned: list[dict[str, Array]],
+    qparams: Any,
+    factors: Any,
     state: Any,
     batch: tuple[Any, ...],
 ) -> tuple[Any, Any, Float[Array, ""]]:
     target = fn(params, *batch)
-    small = lambda learned: fn(structure.unflatten(map(_dense, leaves, learned)), *batch)
-    found, gradient = jax.value_and_grad(lambda learned: loss(target, small(learned)))(learned)
+    small = quantized(fn)
+    found, gradient = jax.value_and_grad(lambda f: loss(target, small(with_factors(qparams, f), *batch)))(factors)
     updates, state = optimizer.update(gradient, state)
-    return optax.apply_updates(learned, updates), state, found
+    return optax.apply_updates(factors, updates), state, found

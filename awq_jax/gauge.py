@@ -43,7 +43,7 @@ CALLS = (
 )
 RANKS = {"top_k", "sort", "argmax", "approx_top_k"}
 """What decides by an order: among a router's outputs, or among a vocabulary's."""
-CARRIES_PARAMS = {*STRUCTURAL, *CALLS, "scan", "while", "cond", "shard_map"} - {"slice"}
+CARRIES_PARAMS = {*STRUCTURAL, *CALLS, "scan", "while", "cond", "shard_map", "all_gather"} - {"slice"}
 
 
 @rule(*CALLS)
@@ -91,25 +91,28 @@ def _layer(walk: Walk, x: Value) -> Value:
 def _shard_map(
     walk: Walk, out: tuple, *xs: Value, jaxpr: Any, in_specs: Any, out_specs: Any, mesh: Any, **p: Any
 ) -> list[Value]:
-    inside = []
+    inside: list[Value] = []
+    seen: dict[str | None, View] = {}
     for x, spec in zip(xs, in_specs, strict=True):
         cuts = cuts_of(spec, len(x.shape), mesh)
         walk.freeze([t for t in x.terms if is_cut(t, cuts)], "cut into shards")
-        shape = tuple(n // p for n, p in zip(x.shape, pieces(cuts), strict=True))
+        shape = tuple(n // k for n, k in zip(x.shape, pieces(cuts), strict=True))
         terms = tuple(t[tuple(slice(n) for n in shape)] for t in x.terms)
         view = x.view.shard(cuts) if x.param is not None and x.view is not None else None
-        if view is None:
+        if view is None or seen.get(x.param, view) != view:
             walk.use(x, "shard_map")
             terms = tuple(t for t in terms if not is_cut(t, cuts))
-            inside.append(Value(shape, terms, constant=x.constant))
+            inside.append(Value(shape, terms, constant=x.constant, product_of=x.product_of, origin=x.origin))
         else:
+            seen[x.param] = view
             inside.append(Value(shape, terms, x.root, view, x.param))
     outs = []
     for shape, spec, y in zip(out, out_specs, evaluate(walk, jaxpr, inside), strict=True):
         cuts = cuts_of(spec, len(shape), mesh)
         walk.freeze([t for t in y.terms if is_cut(t, cuts)], "cut into shards")
         walk.use(y, "shard_map")
-        outs.append(Value(shape, tuple(t for t in y.terms if not is_cut(t, cuts))))
+        terms = tuple(t for t in y.terms if not is_cut(t, cuts))
+        outs.append(Value(shape, terms, product_of=y.product_of, origin=y.origin))
     return outs
 
 
@@ -186,9 +189,9 @@ def evaluate(walk: Walk, jaxpr: Any, args: Iterable[Value]) -> list[Value]:
         if name not in CARRIES_PARAMS and len(walk.dots) == before and all(out.param is None for out in outs):
             for v in ins:
                 walk.use(v, name)
-        outs = [replace(out, origin=out.origin or _origin(name, ins)) for out in outs]
+        outs = [replace(out, origin=_origin(name, ins)) if out.origin is None else out for out in outs]
         if name in RANKS:
-            walk.ranked |= {v.origin for v in ins if v.origin}
+            walk.ranked |= {v.origin for v in ins if v.origin is not None}
         for var, value in zip(eqn.outvars, outs, strict=True):
             write(var, value)
     return [known(v.val) if isinstance(v, core.Literal) else env[v] for v in jaxpr.outvars]
@@ -248,7 +251,7 @@ def solve(walk: Walk, frozen: list[tuple[Ids, str]]) -> Components:
     return Components(walk, component, sign, np.where(why[plus] >= 0, why[plus], why[minus]), [*reasons])
 
 
-def _widest(dot: Dot) -> int:
+def channels(dot: Dot) -> int:
     """The most channels that a matmul reads or writes, its experts' together: a bias or a norm has no more entries."""
     layout = dot.layout
     ordered = [layout.sizes[a] for a in layout.order]
@@ -270,7 +273,7 @@ def components(jaxpr: Any, params: dict[int, tuple[str, tuple[int, ...]]]) -> Co
         for (name, _), ids in walk.ids.items():
             if len(walk.ndims.get(name, ())) > 1:
                 walk.freeze([ids], "used both inside a scan over its layers and outside")
-        widest = max(map(_widest, walk.dots), default=0)
+        widest = max(map(channels, walk.dots), default=0)
         loose = {}
         for name, shape in params.values():
             stack = walk.stacks[name]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from awq_jax.gauge_values import Dot, Ids, Value, Walk, reshape_ids, varies
+from awq_jax.sharding import names_of
 from awq_jax.tensor import Layout, in_param
 from awq_jax.views import STRUCTURAL, is_grouped_by_rows, is_pointwise, pointwise_slices
 
@@ -101,6 +102,23 @@ def _select(walk: Walk, out: tuple, which: Value, *cases: Value, **_: Any) -> li
     terms = live[0].terms if live else ()
     for case in live[1:]:
         terms = walk.equal(terms, case.terms, "select_n")
+    return [Value(out[0], terms)]
+
+
+@rule("all_gather")
+def _all_gather(walk: Walk, out: tuple, x: Value, all_gather_dimension: int, tiled: bool, **p: Any) -> list[Value]:
+    k = all_gather_dimension
+    if not tiled:
+        walk.freeze(x.terms, "all_gather")
+        walk.use(x, "all_gather")
+        return [Value(out[0])]
+    walk.freeze([t for t in x.terms if t.shape[k] > 1], "all_gather")
+    terms = tuple(t for t in x.terms if t.shape[k] == 1)
+    whole = p["axis_index_groups"] is None and x.view is not None
+    view = x.view.gather(k, names_of(p["axis_name"])) if whole and x.view is not None else None
+    if x.param is not None and view is not None:
+        return [Value(out[0], terms, x.root, view, x.param)]
+    walk.use(x, "all_gather")
     return [Value(out[0], terms)]
 
 

@@ -15,14 +15,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
-from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-from awq_jax.compat import scan_split, varying
+from awq_jax.compat import scan_split, vary, varying
 from awq_jax.gauge import CALLS
-from awq_jax.sharding import as_shard, cuts_of, leaf_specs
 from awq_jax.tensor import Layout, is_quantized
-from awq_jax.views import STRUCTURAL, View, is_grouped_by_rows, is_pointwise, pointwise_slices
+from awq_jax.views import STRUCTURAL, View, is_grouped_by_rows, is_pointwise, names_in, pointwise_slices
 
 Records = dict[Any, Any]
 """Pytrees by a param's name and its view's picks; where a scan slices the param, with an axis of layers in front."""
@@ -44,22 +42,22 @@ class Weight:
     @property
     def cuts(self) -> tuple[str, ...]:
         """The mesh axes that cut the param, inside a shard_map."""
-        return tuple(name for cut in self.view.cuts for name, _ in cut)
+        return names_in(self.view.cuts)
 
     def whole_input(self, layout: Layout, x: Array) -> Array:
         """All channels of the input x (*tokens, i) of a matmul with a shard of the param."""
-        names = tuple(name for name, _ in (self.view.matrix_cuts(layout) or ((), ()))[-2])
+        names = names_in((self.view.matrix_cuts(layout) or ((), ()))[-2:-1])
         return lax.all_gather(x, names, axis=x.ndim - 1, tiled=True) if names else x
 
     @property
-    def key(self) -> tuple[str, tuple[int | None, ...]]:
-        return self.name, self.view.picks
+    def key(self) -> tuple[str, tuple[int, ...]]:
+        """By which records are kept: the name, and the layer of each stack that gave it, -1 where a scan takes all."""
+        return self.name, tuple(-1 if pick is None else pick for pick in self.view.picks)
 
     def dense(self) -> Array:
         base = self.base.dequantize() if is_quantized(self.base) else self.base
         out = self.view.apply(base).astype(self.dtype)
-        more = set(self.varying) - varying(out) if self.varying else ()
-        return lax.pcast(out, tuple(more), to="varying") if more else out
+        return vary(out, self.varying) if self.varying else out
 
 
 OnDot = Callable[[Weight, Layout, Array, Array | None], tuple[Array, Records]]
@@ -88,7 +86,7 @@ def evaluate(jaxpr: Any, args: list[Any], on_dot: OnDot) -> tuple[list[Any], Rec
     records: Records = {}
     for eqn in jaxpr.eqns:
         ins = [read(v) for v in eqn.invars]
-        rule = RULES.get(eqn.primitive.name, _bind) if any(isinstance(x, Weight) for x in ins) else _bind
+        rule = RULES.get(eqn.primitive.name, bind) if any(isinstance(x, Weight) for x in ins) else bind
         with eqn.ctx.manager, jax.named_scope(str(eqn.source_info.name_stack)):
             outs, new = rule(eqn, ins, on_dot)
         records = merge(records, new)
@@ -96,7 +94,7 @@ def evaluate(jaxpr: Any, args: list[Any], on_dot: OnDot) -> tuple[list[Any], Rec
     return [read(v) for v in jaxpr.outvars], records
 
 
-def _bind(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Records]:
+def bind(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Records]:
     out = eqn.primitive.bind(*map(dense, ins), **eqn.primitive.get_bind_params(eqn.params))
     return (out if eqn.primitive.multiple_results else [out]), {}
 
@@ -105,11 +103,11 @@ def _structural(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Rec
     weight = ins[0]
     view = STRUCTURAL[eqn.primitive.name](weight.view, eqn.params)
     if view is None:
-        return _bind(eqn, ins, on_dot)
+        return bind(eqn, ins, on_dot)
     if eqn.primitive.name == "slice":
         return _picked(eqn, weight, view, on_dot)
-    varying = (*weight.varying, *eqn.params["axes"]) if eqn.primitive.name == "pvary" else weight.varying
-    return [replace(weight, view=view, dtype=eqn.outvars[0].aval.dtype, varying=varying)], {}
+    along = (*weight.varying, *eqn.params["axes"]) if eqn.primitive.name == "pvary" else weight.varying
+    return [replace(weight, view=view, dtype=eqn.outvars[0].aval.dtype, varying=along)], {}
 
 
 def _picked(eqn: Any, weight: Weight, view: View, on_dot: OnDot) -> tuple[list[Any], Records]:
@@ -117,7 +115,7 @@ def _picked(eqn: Any, weight: Weight, view: View, on_dot: OnDot) -> tuple[list[A
     for depth in range(len(weight.view.stack), len(view.stack)):
         stacked, pick = _in_front(one, view.stack[depth]), view.picks[depth]
         if stacked is None:
-            return _bind(eqn, [weight], on_dot)
+            return bind(eqn, [weight], on_dot)
         base = jax.tree.map(lambda a, pick=pick: a[pick], stacked)
         one = replace(one, base=base, view=replace(one.view, stack=view.stack[: depth + 1]))
     return [replace(one, view=view)], {}
@@ -126,13 +124,13 @@ def _picked(eqn: Any, weight: Weight, view: View, on_dot: OnDot) -> tuple[list[A
 def _dot_general(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Records]:
     x, y = ins
     if isinstance(x, Weight) and isinstance(y, Weight):
-        return _bind(eqn, ins, on_dot)
+        return bind(eqn, ins, on_dot)
     (cx, cy), (bx, by) = eqn.params["dimension_numbers"]
     weight_first = isinstance(x, Weight)
     w, x, cw, c, bw, b = (x, y, cx, cy, bx, by) if weight_first else (y, x, cy, cx, by, bx)
     layout = w.view.layout(bw, cw)
     if w.view.matrix_cuts(layout) is None:
-        return _bind(eqn, ins, on_dot)
+        return bind(eqn, ins, on_dot)
     tokens = [k for k in range(x.ndim) if k not in c and k not in b]
     free = [k for k in range(len(w.view.axes)) if k not in cw and k not in bw]
     lead = [layout.sizes[a] for a in layout.order[: layout.n_lead]]
@@ -149,7 +147,7 @@ def _dot_general(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Re
 def _convolution(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Records]:
     x, w = ins
     if isinstance(x, Weight) or not is_pointwise(eqn.params, w.view.shape):
-        return _bind(eqn, ins, on_dot)
+        return bind(eqn, ins, on_dot)
     of_x, of_w, of_out = eqn.params["dimension_numbers"]
     x = x[pointwise_slices(eqn.params)].transpose(of_x[0], *of_x[2:], of_x[1])
     out, records = on_dot(w, w.view.layout((), (of_w[1],)), x, None)
@@ -256,67 +254,14 @@ def _none_recorded(recorded: Callable[[], Records], operands: list[Any]) -> Reco
     """Zeros like what is recorded where `operands` go: what loops and branches start from."""
     if not any(isinstance(x, Weight) for x in operands):
         return {}
-    return jax.tree.map(lambda r: jnp.zeros(r.shape, r.dtype), jax.eval_shape(recorded))
-
-
-def _shard_map(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Records]:
-    p, mesh = eqn.params, eqn.params["mesh"]
-    weights: dict[int, Weight] = {}
-    arrays: dict[int, Any] = {}
-    specs: dict[int, Any] = {}
-    for k, (x, spec) in enumerate(zip(ins, p["in_specs"], strict=True)):
-        view = x.view.shard(cuts_of(spec, len(x.view.shape), mesh)) if isinstance(x, Weight) else None
-        of_leaves = leaf_specs(x.base, spec, mesh) if view is not None and is_quantized(x.base) else spec
-        if view is None or of_leaves is None:
-            arrays[k], specs[k] = dense(x), spec
-        else:
-            weights[k], specs[k] = replace(x, view=view), of_leaves
-    leads: dict[Any, PartitionSpec] = {}
-
-    def on_shard(weight: Weight, layout: Layout, x: Array, sizes: Array | None) -> tuple[Array, Records]:
-        y, records = on_dot(weight, layout, x, sizes)
-        lead = (weight.view.matrix_cuts(layout) or ())[:-2]
-        whole = {name for cut in lead for name, _ in cut}
-        names = [n for n in mesh.axis_names if n in p["newly_manual_axes"] and n not in whole]
-        # Where types tell what differs between devices, sums of what does not are refused.
-        names = [n for n in names if not p["check_vma"] or n in varying(x)]
-        summed, same = ([n for n in names if (n in weight.cuts) == cut] for cut in (False, True))
-        records = lax.psum(records, tuple(summed)) if summed else records
-        records = lax.pmean(records, tuple(same)) if same and p["check_vma"] else records
-        outer = next(w for w in weights.values() if w.name == weight.name)
-        layers = [None] * weight.view.picks[len(outer.view.picks) :].count(None)
-        of_lead = (tuple(name for name, _ in cut) or None for cut in lead)
-        leads.update(dict.fromkeys(records, PartitionSpec(*layers, *of_lead)))
-        return y, records
-
-    def body(bases: dict[int, Any], arrays: dict[int, Array]) -> tuple[list[Any], Records]:
-        shards = {
-            k: replace(w, base=as_shard(bases[k], w.view.cuts) if is_quantized(bases[k]) else bases[k])
-            for k, w in weights.items()
-        }
-        outs, records = evaluate(p["jaxpr"], [(shards | arrays)[k] for k in range(len(ins))], on_shard)
-        return list(map(dense, outs)), records
-
-    def run(of_records: Any) -> Callable[..., Any]:
-        return jax.shard_map(
-            body if of_records is not None else lambda *args: body(*args)[0],
-            mesh=mesh,
-            in_specs=tuple({k: specs[k] for k in part} for part in (weights, arrays)),
-            out_specs=list(p["out_specs"]) if of_records is None else (list(p["out_specs"]), of_records),
-            axis_names=p["newly_manual_axes"],
-            check_vma=p["check_vma"],
-        )
-
-    args = ({k: w.base for k, w in weights.items()}, arrays)
-    jax.eval_shape(run(None), *args)
-    return run(leads)(*args)
+    return jax.tree.map(lambda r: vary(jnp.zeros(r.shape, r.dtype), varying(r)), jax.eval_shape(recorded))
 
 
 def _ragged_dot(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Records]:
     x, w, sizes = ins
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     if isinstance(x, Weight) or not is_grouped_by_rows(numbers):
-        return _bind(eqn, ins, on_dot)
+        return bind(eqn, ins, on_dot)
     ((_, cw), _) = numbers.dot_dimension_numbers
     out, records = on_dot(w, w.view.layout(numbers.rhs_group_dimensions, cw), x, sizes)
     return [out.astype(eqn.outvars[0].aval.dtype)], records
@@ -324,5 +269,4 @@ def _ragged_dot(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Rec
 
 RULES = dict.fromkeys(STRUCTURAL, _structural) | dict.fromkeys(CALLS, _call)
 RULES |= {"remat2": _remat, "checkpoint": _remat, "remat": _remat, "scan": _scan, "while": _while, "cond": _cond}
-RULES |= {"shard_map": _shard_map}
 RULES |= {"dot_general": _dot_general, "ragged_dot_general": _ragged_dot, "conv_general_dilated": _convolution}

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from awq_jax.compat import vary, varying
+
 GRAM_BLOCK = 2048
 """Largest size of the Gram matrix's blocks: at this size they cost a quarter of an 8B Llama's forward pass."""
 
@@ -105,7 +107,8 @@ def of_sorted(x: Float[Array, "m i"], sizes: Int[Array, " e"], block: int | None
         return jax.tree.map(lambda all, new: all.at[expert].add(new), total, found)
 
     like = jax.eval_shape(lambda: of(x[:1], block))
-    none = jax.tree.map(lambda a: jnp.zeros((experts, *a.shape), a.dtype), like)
+    differs = varying(x) | varying(sizes)
+    none = jax.tree.map(lambda a: vary(jnp.zeros((experts, *a.shape), a.dtype), differs), like)
     return jax.lax.fori_loop(0, m // TILE + experts, one_tile, none)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array
 
 from awq_jax.tensor import QuantizedTensor, is_quantized
 from awq_jax.views import Cuts, pieces
@@ -14,14 +16,15 @@ from awq_jax.views import Cuts, pieces
 Names = tuple[str, ...]
 
 
-def names_of(spec: PartitionSpec, ndim: int) -> tuple[Names, ...]:
-    """By axis the names of the mesh axes that cut it."""
-    return tuple(() if k is None else (k,) if isinstance(k, str) else tuple(k) for k in (*spec, *[None] * ndim))[:ndim]
+def names_of(axis: Any) -> Names:
+    """The mesh axes that an entry of a PartitionSpec, or an axis_name, stands for."""
+    return () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
 
 
 def cuts_of(spec: PartitionSpec, ndim: int, mesh: Any) -> Cuts:
     """By axis the mesh axes that cut it, and their sizes."""
-    return tuple(tuple((name, mesh.shape[name]) for name in names) for names in names_of(spec, ndim))
+    entries = (*spec, *[None] * (ndim - len(spec)))
+    return tuple(tuple((name, mesh.shape[name]) for name in names_of(entry)) for entry in entries)
 
 
 def leaf_specs(w: QuantizedTensor, spec: PartitionSpec, mesh: Any) -> QuantizedTensor | None:
@@ -60,29 +63,60 @@ def _split(w: QuantizedTensor, cuts: Cuts) -> tuple[Cuts, Cuts]:
     return tuple(cuts[k] for k in places), tuple(cut for k, cut in enumerate(cuts) if k not in places)
 
 
-def as_shard(w: QuantizedTensor, cuts: Cuts) -> QuantizedTensor:
+def as_shard(w: Any, cuts: Cuts) -> Any:
     """`w`, of which the leaves are those of one shard, with the layout of one shard."""
-    return w if w.layout is None else replace(w, layout=w.layout.cut(pieces(_split(w, cuts)[1])))
+    if not is_quantized(w) or w.layout is None:
+        return w
+    return replace(w, layout=w.layout.cut(pieces(_split(w, cuts)[1])))
+
+
+def gathered(
+    w: QuantizedTensor, axis: int, cuts: Cuts, gather: Callable[[Array, int], Array]
+) -> QuantizedTensor | None:
+    """A shard put together along an axis of its param; None where the leaves cannot be.
+
+    Args:
+      cuts: what cuts each axis of the param.
+      gather: of an array and its axis.
+    """
+    alone = tuple(cut if k == axis else () for k, cut in enumerate(cuts))
+    of_matrix = _matrix_cuts(w, alone)
+    if of_matrix is None:
+        return None
+    (k,) = (k for k, cut in enumerate(of_matrix) if cut)
+    is_output = k == len(of_matrix) - 1
+    layout = None if w.layout is None else w.layout.whole(pieces(_split(w, alone)[1]))
+    return replace(
+        w,
+        codes=gather(w.codes, k),
+        scales=gather(w.scales, k),
+        zeros=None if w.zeros is None else gather(w.zeros, k),
+        input_scale=w.input_scale if w.input_scale is None or is_output else gather(w.input_scale, k),
+        layout=layout,
+    )
 
 
 def placed_like(w: QuantizedTensor, dense: Any) -> QuantizedTensor:
-    """`w` on the devices of the dense param, cut into shards like it; whole on each where it cannot be."""
+    """`w` on the devices of the dense param, cut into shards like it where its groups allow."""
     sharding = getattr(dense, "sharding", None)
     if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
         return w
-    place = lambda spec: NamedSharding(sharding.mesh, spec)
+    place = lambda spec: NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
     return jax.device_put(w, jax.tree.map(place, partition_specs(w, sharding.spec, sharding.mesh)))
 
 
 def partition_specs(qparams: Any, specs: Any, mesh: Any) -> Any:
     """`specs`, PartitionSpecs of the dense params, with those of a QuantizedTensor's leaves where one stands.
 
-    A weight that cannot be cut as its dense param was (see `leaf_specs`) is whole on every device.
+    An axis along which the leaves cannot be cut as the dense param is (see `leaf_specs`) is not cut.
 
     Args:
       qparams: from `quantize`.
       specs: a PartitionSpec for each dense param, in the structure of the dense params.
       mesh: whose axes the specs name.
+
+    Returns:
+      a PartitionSpec for each leaf of `qparams`, in its structure.
 
     Example:
       >>> shardings = jax.tree.map(partial(NamedSharding, mesh), awq.partition_specs(qparams, specs, mesh))
@@ -92,7 +126,8 @@ def partition_specs(qparams: Any, specs: Any, mesh: Any) -> Any:
     def one(w: Any, spec: PartitionSpec) -> Any:
         if not is_quantized(w):
             return spec
-        found = leaf_specs(w, spec, mesh)
-        return jax.tree.map(lambda leaf: PartitionSpec(), w) if found is None else found
+        alone = [PartitionSpec(*[None] * k, entry) for k, entry in enumerate(spec)]
+        fitting = [None if leaf_specs(w, one, mesh) is None else one[-1] for one in alone]
+        return leaf_specs(w, PartitionSpec(*fitting), mesh)
 
     return jax.tree.map(one, qparams, specs, is_leaf=is_quantized)

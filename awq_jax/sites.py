@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from awq_jax.gauge import Components, components
+from awq_jax.gauge import Components, channels, components
 from awq_jax.gauge_values import Dot, Walk
 from awq_jax.tensor import Layout, is_quantized, stack_places
 
@@ -87,8 +88,7 @@ class Fold:
 class Traced:
     """What tracing found: sites by name, in the order in which they run, the folds, and why other params are none.
 
-    `skipped` has the params of two or more axes that no matmul reads as a whole, except those that are only added or
-    multiplied (biases of several heads).
+    `skipped` has the params of two or more axes that no matmul reads as a whole, biases of several heads left out.
     """
 
     sites: dict[str, Site]
@@ -165,9 +165,17 @@ def sites(fn: Callable[..., Any], params: Any, *inputs: Any) -> Traced:
     skipped = {
         name: "read in two ways" if name in dots else _names(found.walk.uses.get(name, ())) or "not used"
         for name, leaf in leaves.items()
-        if name not in out and np.ndim(leaf) - len(found.walk.stacks[name]) > 1 and not found.walk.is_elementwise(name)
+        if name not in out and _is_matrix(found.walk, name, leaf)
     }
     return Traced(out, _folds(found, {n: dots[n][0] for n in out}), skipped)
+
+
+def _is_matrix(walk: Walk, name: str, leaf: Any) -> bool:
+    """Whether a layer of it has two axes and is no bias or norm of several heads."""
+    layers = stack_places(walk.stacks[name])
+    shape = [n for k, n in enumerate(np.shape(leaf)) if k not in layers]
+    is_vector = walk.is_elementwise(name) and math.prod(shape) <= max(map(channels, walk.dots), default=0)
+    return len(shape) > 1 and not is_vector
 
 
 def _same_input(leaf: Any, uses: list[Dot]) -> Any:

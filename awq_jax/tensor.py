@@ -219,23 +219,6 @@ def group(w: Float[Array, "*lead i o"], spec: QuantSpec) -> Float[Array, "*lead 
     return w.reshape(*lead, -1, spec.group(i), o)
 
 
-def ungroup(grouped: Float[Array, "*lead groups g o"], i: int) -> Float[Array, "*lead i o"]:
-    """The inverse of `group`."""
-    *lead, groups, g, o = grouped.shape
-    return grouped.reshape(*lead, groups * g, o)[..., :i, :]
-
-
-def grouped_codes(w: QuantizedTensor) -> Float[Array, "*lead groups g o"]:
-    """The codes of `w`, as floats."""
-    codes = kernels.unpack(w.codes, w.spec.bits).astype(jnp.float32)
-    return codes.reshape(*w.scales.shape[:-1], -1, codes.shape[-1])
-
-
-def zero_points(w: QuantizedTensor) -> Float[Array, "*lead groups o"]:
-    """The zero points of `w`, as floats."""
-    return jnp.full(w.scales.shape, w.spec.middle, jnp.float32) if w.zeros is None else w.zeros.astype(jnp.float32)
-
-
 def stored_step(step: Float[Array, "*g"]) -> Float[Array, "*g"]:
     """`step` as float16 holds it, neither zero nor infinite."""
     return jnp.clip(step, SMALLEST_STEP, LARGEST_STEP).astype(SCALE_DTYPE).astype(jnp.float32)
@@ -314,11 +297,7 @@ def quantize(w: Float[Array, "*lead i o"], spec: QuantSpec) -> QuantizedTensor:
 
 def dequantize(w: QuantizedTensor) -> Array:
     """The dense weight that `w` stands for, in the shape and dtype it had."""
-    return as_param(kernels.dequantize(w), w)
-
-
-def as_param(dense: Float[Array, "*lead i o"], w: QuantizedTensor) -> Array:
-    """The param in which `w` holds the matrix `dense`, its input scale applied."""
+    dense = kernels.dequantize(w)
     if w.input_scale is not None:
         dense = dense * w.input_scale[..., :, None]
     if w.layout is not None:

@@ -14,13 +14,15 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from awq_jax import moments as mo
-from awq_jax.interpreter import Records, Weight, evaluate
+from awq_jax.interpreter import RULES, Records, Weight, evaluate
+from awq_jax.interpreter_shards import all_gather, shard_map
 from awq_jax.moments import Moments
 from awq_jax.sites import Traced, abstract, named_leaves, sites
 from awq_jax.tensor import Layout, dot, is_quantized, stack_places
 from awq_jax.views import View
 
 Function = Callable[..., Any]
+RULES |= {"shard_map": shard_map, "all_gather": all_gather}
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,8 @@ def with_moments(fn: Function, traced: Traced, *, block: int | None = mo.GRAM_BL
                     )
                 return y, {weight.key: mo.of_sorted(x, sizes, block)}
             tokens = x.shape[layout.n_lead : -1]
+            if weights is not None and jax.sharding.get_abstract_mesh().manual_axes:
+                raise ValueError(f"{weight.name}: a mask does not reach tokens inside shard_map: leave it out.")
             if weights is not None and weights.size != math.prod(tokens):
                 raise ValueError(
                     f"{weight.name}: weights have shape {weights.shape}, the site's tokens {tokens}. "
@@ -126,14 +130,14 @@ def with_moments(fn: Function, traced: Traced, *, block: int | None = mo.GRAM_BL
 
 def _whole(found: dict[Any, Moments], shape: tuple[int, ...], stack: tuple[int, ...]) -> Moments:
     """The moments of all layers, from those of layers picked one by one; a layer that was not has none."""
-    at = max((j for picks in found for j, pick in enumerate(picks) if pick is not None), default=None)
+    at = max((j for picks in found for j, pick in enumerate(picks) if pick >= 0), default=None)
     if at is None:
         return ft.reduce(Moments.__add__, found.values())
-    by_layer: dict[int | None, dict[Any, Moments]] = {}
+    by_layer: dict[int, dict[Any, Moments]] = {}
     for picks, m in found.items():
-        by_layer.setdefault(picks[at], {})[(*picks[:at], None, *picks[at + 1 :])] = m
+        by_layer.setdefault(picks[at], {})[(*picks[:at], -1, *picks[at + 1 :])] = m
     parts = {k: _whole(ms, shape, stack) for k, ms in by_layer.items()}
-    scanned = parts.pop(None, None)
+    scanned = parts.pop(-1, None)
     none = jax.tree.map(jnp.zeros_like, next(iter(parts.values())))
     layers = [parts.get(k, none) for k in range(shape[stack_places(stack)[at]])]
     whole = jax.tree.map(lambda *ms: jnp.stack(ms, at), *layers)
@@ -142,6 +146,12 @@ def _whole(found: dict[Any, Moments], shape: tuple[int, ...], stack: tuple[int, 
 
 def _moments_alone(observed: Function, params: Any, inputs: tuple[Any, ...], weights: Any) -> dict[str, Moments]:
     return observed(params, *inputs, weights=weights)[1]
+
+
+def _why_none(traced: Traced) -> str:
+    """The first params that are no sites, and why."""
+    told = [f"{name}: {why}" for name, why in traced.skipped.items()]
+    return "; ".join(told[:4]) + ("; ..." if len(told) > 4 else "")
 
 
 def _sites_of_batch(fn: Function, params: Any, batch: tuple[Any, ...]) -> Traced:
@@ -181,7 +191,7 @@ def calibrate(
         if traced is None or step is None:
             traced, example = _sites_of_batch(fn, params, tuple(batch)), tuple(batch)
             if not traced.sites:
-                raise ValueError("The function multiplies no activation with a param: there is nothing to quantize.")
+                raise ValueError(f"No matmul reads a param as a whole: nothing to quantize. {_why_none(traced)}")
             step = jax.jit(partial(_moments_alone, with_moments(fn, traced, block=block)))
         new = step(params, tuple(batch), mask(*batch) if mask else None)
         total = new if total is None else {k: total[k] + new[k] for k in total}

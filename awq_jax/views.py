@@ -138,6 +138,13 @@ class View:
         shard = tuple(n // p for n, p in zip(self.base, pieces(cuts), strict=True))
         return View.of(shard, self.stack, self.picks, cuts)
 
+    def gather(self, axis: int, names: Sequence[str]) -> View | None:
+        """What `lax.all_gather` along an axis makes of a shard that nothing has changed yet; None of another."""
+        if self != self._untouched or not self.cuts or names_in(self.cuts[axis : axis + 1]) != tuple(names):
+            return None
+        whole = (*self.base[:axis], self.base[axis] * pieces(self.cuts)[axis], *self.base[axis + 1 :])
+        return View.of(whole, self.stack, self.picks, (*self.cuts[:axis], (), *self.cuts[axis + 1 :]))
+
     def matrix_cuts(self, layout: Layout) -> Cuts | None:
         """What cuts each axis of the matrix (*lead, i, o); None where a shard is no part of it in one piece."""
         return layout.in_matrix(self.cuts or ((),) * len(self.base), ())
@@ -162,6 +169,11 @@ class View:
         return split.transpose((*range(k), *order)).reshape((*stack, *self.shape))
 
 
+def names_in(cuts: Cuts) -> tuple[str, ...]:
+    """The mesh axes of all cuts."""
+    return tuple(name for cut in cuts for name, _ in cut)
+
+
 def pieces(cuts: Cuts) -> tuple[int, ...]:
     """Into how many shards each axis is cut."""
     return tuple(math.prod(size for _, size in cut) for cut in cuts)
@@ -177,6 +189,9 @@ STRUCTURAL = {
     "copy": lambda view, p: view,
     "copy_p": lambda view, p: view,
     "pvary": lambda view, p: view,
+    "name": lambda view, p: view,
+    "reshard": lambda view, p: view,
+    "sharding_constraint": lambda view, p: view,
 }
 """What each primitive that only rearranges does to a view: `(view, params) -> View`, None where it does more."""
 

@@ -25,7 +25,7 @@ def doors(monkeypatch) -> dict[str, int]:
     from awq_jax import tensor
 
     calls = {"kernel": 0, "dense": 0}
-    for name, attribute in (("kernel", "int4_matmul"), ("dense", "dequantize")):
+    for name, attribute in (("kernel", "int4_matmul"), ("kernel", "grouped_int4_matmul"), ("dense", "dequantize")):
         original = getattr(tensor.kernels, attribute)
 
         def counted(*args, name=name, original=original):

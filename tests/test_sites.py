@@ -148,15 +148,21 @@ def test_these_are_no_sites(name):
 @pytest.mark.parametrize(
     ("fn", "why"),
     [
-        (lambda p, x: x + p["w"][0], {"v": "not used"}),
+        (lambda p, x: x + p["w"][0], {"w": "add", "v": "not used"}),
         (lambda p, x: x @ p["w"][:, :2], {"w": "slice", "v": "not used"}),
         (lambda p, x: x @ p["w"] @ p["w"].T, {"w": "read in two ways", "v": "not used"}),
-        (lambda p, x: jnp.tanh(p["w"])[x[0, 0].astype(int)] * p["v"], {"w": "tanh"}),
+        (lambda p, x: jnp.tanh(p["w"])[x[0, 0].astype(int)] * p["v"], {"w": "tanh", "v": "mul"}),
         (lambda p, x: (x @ p["w"], p["v"]), {"v": "return"}),
+        (lambda p, x: x @ (p["w"] * 0.1) @ p["v"], {"w": "mul"}),
     ],
 )
 def test_a_matrix_that_is_no_site_says_why(fn, why):
     assert sites(fn, {"w": normal(6, 6), "v": normal(6, 6)}, normal(5, 6)).skipped == why
+
+
+def test_biases_of_several_heads_are_no_matrices():
+    fn = lambda p, x: jnp.einsum("td,dhk->thk", x, p["w"]) + p["b"]
+    assert sites(fn, {"w": normal(6, 2, 3), "b": normal(2, 3)}, normal(5, 6)).skipped == {}
 
 
 def test_a_stack_of_vectors_is_no_matrix():
