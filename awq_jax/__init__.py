@@ -11,6 +11,8 @@ from typing import Any
 from awq_jax.bits import with_average_bits as with_average_bits
 from awq_jax.convert import quantize_checkpoint as quantize_checkpoint
 from awq_jax.distill import distill as distill
+from awq_jax.formats.orbax import load_params as load_params
+from awq_jax.formats.orbax import save_params as save_params
 from awq_jax.linen import QuantizedDense as QuantizedDense
 from awq_jax.load import Model as Model
 from awq_jax.load import load as load
@@ -33,9 +35,16 @@ from awq_jax.transform import with_moments as with_moments
 __version__ = version("awq-jax")
 
 
+LAZY = ("quantize_module", "QuantizedLinear")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *LAZY} - {"Any", "version", "LAZY"})
+
+
 def __getattr__(name: str) -> Any:
     """What needs flax.nnx, which some pairs of flax and jax versions cannot import, is imported on first use."""
-    if name not in ("quantize_module", "QuantizedLinear"):
+    if name not in LAZY:
         raise AttributeError(f"module 'awq_jax' has no attribute {name!r}")
     import awq_jax.nnx
 

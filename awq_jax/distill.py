@@ -16,7 +16,7 @@ import optax
 from jaxtyping import Array, Float
 
 from awq_jax.tensor import SCALE_DTYPE, is_quantized, stored_step
-from awq_jax.transform import Function, quantized
+from awq_jax.transform import Function, check_batch, quantized
 
 Loss = Callable[[Any, Any], Float[Array, ""]]
 
@@ -45,18 +45,20 @@ def distill(
       qparams: from `quantize`. Everything but the steps stays as it is.
       batches: tuples of inputs, one step of Adam each.
       rate: of a step relative to its size, or an optax schedule.
-      loss: of (dense output, quantized output).
+      loss: of (dense output, quantized output), which are whatever `fn` returns.
       progress: called after each step with its loss.
 
     Returns:
       params like `qparams`; the steps float16 as they were.
 
     Raises:
-      ValueError: a loss that is not finite.
+      ValueError: a loss that is not finite, a batch that is no tuple, params without a QuantizedTensor.
 
     Example:
       >>> tuned = awq.distill(model.apply, params, qparams, [(tokens,) for tokens in batches])
     """
+    if not any(map(is_quantized, jax.tree.leaves(qparams, is_leaf=is_quantized))):
+        raise ValueError("distill: none of the params is a QuantizedTensor: give what awq.quantize returned.")
     optimizer = optax.adam(rate, b2=0.99)
     factors = jax.tree.map(
         lambda w: jnp.zeros(w.scales.shape) if is_quantized(w) else None, qparams, is_leaf=is_quantized
@@ -64,9 +66,10 @@ def distill(
     state = optimizer.init(factors)
     step = jax.jit(partial(_step, fn, optimizer, loss))
     for k, batch in enumerate(batches):
+        check_batch(batch)
         factors, state, found = step(params, qparams, factors, state, tuple(batch))
         if not jnp.isfinite(found):
-            raise ValueError(f"distill: the loss of batch {k + 1} is {float(found)}: lower the rate.")
+            raise ValueError(f"distill: the loss of batch {k + 1} is {float(found)}: lower the rate, mend the batch.")
         progress(float(found))
     stored = lambda w: replace(w, scales=stored_step(w.scales).astype(SCALE_DTYPE)) if is_quantized(w) else w
     return jax.tree.map(stored, with_factors(qparams, factors), is_leaf=is_quantized)

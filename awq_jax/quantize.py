@@ -18,6 +18,7 @@ from awq_jax.search.params import scale_of_fold, solve_sites
 from awq_jax.sharding import placed_like
 from awq_jax.sites import named_leaves
 from awq_jax.spec import QuantSpec
+from awq_jax.tensor import is_quantized, stack_places
 from awq_jax.transform import Calibration
 
 
@@ -25,6 +26,7 @@ from awq_jax.transform import Calibration
 class SiteReport:
     """What became of one param: output errors are relative to the output's energy, on the calibration's moments.
 
+    `nearest_error` is that of rounding the dense param to nearest, without scale or clip.
     `spec` is None, and the errors are 0, where it stays dense though it is a matrix; `note` says why.
     """
 
@@ -87,14 +89,32 @@ def quantize(
 
     Raises:
       ValueError: non-finite weights or statistics (names the site); a fold that changed the function; a rule that
-        matches no site.
+        matches no site; params other than those that were calibrated.
 
     Example:
       >>> qparams, report = awq.quantize(params, awq.calibrate(fn, params, batches), awq.Recipe(group_size=64))
     """
     # Accelerators would multiply float32 in fewer bits.
+    if not isinstance(recipe, Recipe | None):
+        raise ValueError(f"recipe={recipe!r}: give an awq.Recipe, awq.PRESETS['rtn'] say.")
+    check_params(params, calibration)
     with jax.default_matmul_precision("highest"):
         return _quantize(params, calibration, recipe or Recipe(), prefix)
+
+
+def check_params(params: Any, calibration: Calibration) -> None:
+    """Refuse params that are not those that were calibrated."""
+    leaves = named_leaves(params)
+    for name, site in calibration.traced.sites.items():
+        if name not in leaves:
+            raise ValueError(
+                f"{name} was calibrated, the params have {', '.join([*leaves][:4])}: give the same params."
+            )
+        if is_quantized(leaves[name]):
+            raise ValueError(f"{name} is quantized already: give the dense params.")
+        shape, layers = np.shape(leaves[name]), stack_places(site.stack)
+        if tuple(n for k, n in enumerate(shape) if k not in layers) != site.layout.shape:
+            raise ValueError(f"{name} has shape {shape}, calibrated was {site}: give the same params.")
 
 
 def _quantize(params: Any, calibration: Calibration, recipe: Recipe, prefix: str) -> tuple[Any, tuple[SiteReport, ...]]:

@@ -47,6 +47,8 @@ class Recipe:
             re.compile(self.unclipped)
         except re.error as e:
             raise ValueError(f"unclipped={self.unclipped!r} is not a regular expression: {e}") from e
+        if isinstance(self.rules, Rule):
+            raise ValueError(f"rules={self.rules}: give a tuple of rules, ({self.rules},).")
         for k, rule in enumerate(self.rules):
             if any(rule.pattern == other.pattern and rule != other for other in self.rules[:k]):
                 raise ValueError(f"two rules contradict each other on {rule.pattern!r}: keep one.")

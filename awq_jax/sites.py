@@ -9,9 +9,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import AxisType, NamedSharding
 
 from awq_jax.gauge import Components, channels, components
 from awq_jax.gauge_values import Dot, Walk
+from awq_jax.sharding import names_of
 from awq_jax.tensor import Layout, is_quantized, stack_places
 
 
@@ -132,11 +134,21 @@ def sites(fn: Callable[..., Any], params: Any, *inputs: Any) -> Traced:
       params: arrays or ShapeDtypeStructs; nothing is computed with them.
       inputs: arrays or ShapeDtypeStructs.
 
+    Raises:
+      ValueError: params that are quantized, or cut along mesh axes of type Explicit.
+
     Example:
       >>> print(awq.sites(model.apply, params, tokens))
     """
-    jaxpr = jax.make_jaxpr(fn)(params, *inputs)
     leaves = named_leaves(params)
+    for name, leaf in (leaves | named_leaves(inputs)).items():
+        if is_quantized(leaf):
+            raise ValueError(f"{name} is quantized: give the dense params; awq.quantized(fn) runs quantized ones.")
+        if _is_explicitly_cut(leaf):
+            raise ValueError(
+                f"{name} is cut along a mesh axis of type Explicit: make the mesh with axis_types=(AxisType.Auto, ...)."
+            )
+    jaxpr = jax.make_jaxpr(fn)(params, *inputs)
     found = components(jaxpr, {k: (name, np.shape(leaf)) for k, (name, leaf) in enumerate(leaves.items())})
     dots: dict[str, list[Any]] = {}
     for dot in found.walk.dots:
@@ -168,6 +180,14 @@ def sites(fn: Callable[..., Any], params: Any, *inputs: Any) -> Traced:
         if name not in out and _is_matrix(found.walk, name, leaf)
     }
     return Traced(out, _folds(found, {n: dots[n][0] for n in out}), skipped)
+
+
+def _is_explicitly_cut(leaf: Any) -> bool:
+    sharding = getattr(leaf, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        return False
+    names = {name for entry in sharding.spec for name in names_of(entry)}
+    return any(sharding.mesh.axis_types[sharding.mesh.axis_names.index(name)] == AxisType.Explicit for name in names)
 
 
 def _is_matrix(walk: Walk, name: str, leaf: Any) -> bool:

@@ -145,7 +145,7 @@ class Layout:
     data_fields=["codes", "scales", "zeros", "input_scale"],
     meta_fields=[*STATIC],
 )
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class QuantizedTensor:
     """A weight of logical shape (*lead, i, o) in `spec.bits` bits: `w = input_scale[:, None] * (q - z) * s`.
 
@@ -170,6 +170,11 @@ class QuantizedTensor:
     dtype: Any
     pad: int = 0
     layout: Layout | None = None
+
+    def __repr__(self) -> str:
+        if not hasattr(self.codes, "shape"):
+            return f"QuantizedTensor(codes={self.codes}, scales={self.scales})"
+        return f"QuantizedTensor(shape={self.shape}, {self.spec}, dtype={jnp.dtype(self.dtype).name})"
 
     @property
     def in_features(self) -> int:

@@ -148,6 +148,11 @@ def _moments_alone(observed: Function, params: Any, inputs: tuple[Any, ...], wei
     return observed(params, *inputs, weights=weights)[1]
 
 
+def check_batch(batch: Any) -> None:
+    if not isinstance(batch, tuple | list):
+        raise ValueError(f"A batch is a tuple of inputs, found {type(batch).__name__}: give [(tokens,)], say.")
+
+
 def _why_none(traced: Traced) -> str:
     """The first params that are no sites, and why."""
     told = [f"{name}: {why}" for name, why in traced.skipped.items()]
@@ -158,7 +163,7 @@ def _sites_of_batch(fn: Function, params: Any, batch: tuple[Any, ...]) -> Traced
     try:
         return sites(fn, params, *batch)
     except TypeError as e:
-        raise ValueError(f"The function cannot take (params, *batch) with a batch of {len(batch)} inputs: {e}") from e
+        raise ValueError(f"Tracing the function with params and a batch of {len(batch)} inputs failed: {e}") from e
 
 
 def calibrate(
@@ -185,15 +190,18 @@ def calibrate(
     """
     total: dict[str, Moments] | None = None
     traced, example, step = None, None, None
-    for batch in batches:
-        if not isinstance(batch, tuple | list):
-            raise ValueError(f"A batch is a tuple of inputs, found {type(batch).__name__}: give [(tokens,)], say.")
+    for k, batch in enumerate(batches):
+        check_batch(batch)
         if traced is None or step is None:
             traced, example = _sites_of_batch(fn, params, tuple(batch)), tuple(batch)
             if not traced.sites:
                 raise ValueError(f"No matmul reads a param as a whole: nothing to quantize. {_why_none(traced)}")
             step = jax.jit(partial(_moments_alone, with_moments(fn, traced, block=block)))
-        new = step(params, tuple(batch), mask(*batch) if mask else None)
+        try:
+            new = step(params, tuple(batch), mask(*batch) if mask else None)
+        except TypeError as e:
+            shapes = [jnp.shape(x) for x in jax.tree.leaves(tuple(batch))]
+            raise ValueError(f"Batch {k + 1}: the function cannot take inputs of shapes {shapes}: {e}") from e
         total = new if total is None else {k: total[k] + new[k] for k in total}
     if traced is None or total is None or example is None:
         raise ValueError("No calibration batch was given: pass an iterable of tuples of inputs.")

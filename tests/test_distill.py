@@ -61,3 +61,7 @@ def test_another_loss_and_a_rate_that_explodes():
     assert errors[1] < 0.9 * errors[0]
     with pytest.raises(ValueError, match="the loss of batch 1 is nan: lower the rate"):
         distill(fn, params, q, [(x * np.nan,)], loss=mse)
+    with pytest.raises(ValueError, match="none of the params is a QuantizedTensor"):
+        distill(fn, params, params, [(x,)], loss=mse)
+    with pytest.raises(ValueError, match="A batch is a tuple of inputs"):
+        distill(fn, params, q, [x], loss=mse)

@@ -18,6 +18,7 @@ def test_there_are_snippets():
 
 
 @pytest.mark.parametrize("code", SNIPPETS)
-def test_snippet(code, capsys):
+def test_snippet(code, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     exec(compile(code, "snippet", "exec"), {"__name__": "snippet"})
     assert "Traceback" not in capsys.readouterr().out

@@ -91,3 +91,17 @@ def test_folders_that_are_not_whole_or_not_ours(tmp_path):
     (out / "awq_jax.json").write_text(json.dumps(about | {"version": 2}))
     with pytest.raises(InputError, match="has version 2 of awq_jax's format, this awq_jax reads 1: upgrade"):
         orbax.load(out)
+
+
+def test_params_of_any_function(tmp_path):
+    kernel = quantize(weight(64, 8), QuantSpec(3, 32))
+    params = {"params": {"dense": {"kernel": kernel, "bias": np.ones(8, np.float32)}}}
+    orbax.save_params(tmp_path / "small", params)
+    found = orbax.load_params(tmp_path / "small")
+    assert jax.tree.structure(found) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, found, params)
+    with pytest.raises(FileExistsError):
+        orbax.save_params(tmp_path / "small", params)
+    with pytest.raises(ValueError, match="params/a is a list"):
+        orbax.save_params(tmp_path / "other", {"a": [kernel]})
+    assert not (tmp_path / "other").exists()

@@ -165,8 +165,7 @@ def test_what_is_stored_is_what_the_report_says():
     energy = reference.output_errors(x, params["w"]).sum()
     assert report.error == pytest.approx(reference.output_errors(x, change).sum() / energy, rel=1e-2)
     np.testing.assert_allclose(q.dequantize(), params["w"] + change, rtol=1e-4, atol=1e-6)
-    scaled = params["w"] / np.asarray(q.input_scale)[:, None]
-    nearest = reference.nearest(scaled, QuantSpec(4, 32)) * np.asarray(q.input_scale)[:, None] - params["w"]
+    nearest = reference.nearest(params["w"], QuantSpec(4, 32)) - params["w"]
     assert report.nearest_error == pytest.approx(reference.output_errors(x, nearest).sum() / energy, rel=1e-2)
     assert report.error < report.nearest_error
 
@@ -238,6 +237,26 @@ def test_rules_and_unclipped_see_the_prefix():
     }
 
 
+MISTAKES = {
+    "w was calibrated, the params have v": lambda w, c: quantize({"v": w}, c, G32),
+    "w is quantized already": lambda w, c: quantize(quantize({"w": w}, c, G32)[0], c, G32),
+    r"w has shape \(64, 9\), calibrated was": lambda w, c: quantize({"w": np.ones((64, 9), np.float32)}, c, G32),
+    "recipe='rtn': give an awq.Recipe": lambda w, c: quantize({"w": w}, c, "rtn"),
+    "rules=Rule.*: give a tuple of rules": lambda w, c: Recipe(rules=Rule("w", bits=8)),
+    "w is quantized: give the dense params": lambda w, c: calibrate(c.fn, quantize({"w": w}, c, G32)[0], [c.example]),
+    r"Batch 2: the function cannot take inputs of shapes \[\(5, 7\)\]": lambda w, c: calibrate(
+        c.fn, {"w": w}, [c.example, (np.ones((5, 7), np.float32),)]
+    ),
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_mistakes_are_named(message):
+    _, params, _, calibration = one_site()
+    with pytest.raises(ValueError, match=message):
+        MISTAKES[message](params["w"], calibration)
+
+
 def test_skipped_sites_stay_the_very_params_they_were():
     recipe = dataclasses.replace(CHEAP, rules=(Rule("down", skip=True),))
     qparams, report = quantize(MLP, mlp_calibration(), recipe)
@@ -288,7 +307,7 @@ NOT_FOLDED = {
         (),
         {"a": "batched experts"},
     ),
-    "nothing before": (lambda p, x: x @ p["a"], {"a": np.eye(32, dtype=np.float32)}, (), {"a": "a matmul sums"}),
+    "nothing before": (lambda p, x: x @ p["a"], {"a": np.eye(32, dtype=np.float32)}, (), {"a": "no op before"}),
 }
 
 

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import zoo
 from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from zoo import WAYS, ZOO, short
 
 from awq_jax.sites import named_leaves, sites
@@ -332,3 +334,10 @@ def test_a_router_is_told_by_what_is_done_with_its_outputs(name):
     params = {"w": normal(6, 6), "router": normal(6, 3), "v": normal(6, 4)}
     kept = {site.name: site.kept for site in sites(fn, params, normal(5, 6)).sites.values()}
     assert kept == {"w": None, "router": "its outputs are ranked (a router, or a head before argmax)", "v": None}
+
+
+def test_explicitly_sharded_params_are_refused():
+    mesh = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Explicit,))
+    w = jax.device_put(normal(8, 8), NamedSharding(mesh, P("model")))
+    with pytest.raises(ValueError, match="w is cut along a mesh axis of type Explicit"):
+        sites(lambda p, x: x @ p["w"], {"w": w}, normal(5, 8))

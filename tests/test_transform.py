@@ -450,5 +450,5 @@ def test_dense_matmuls_keep_their_precision():
 
 
 def test_a_batch_that_does_not_fit_the_function():
-    with pytest.raises(ValueError, match=r"cannot take \(params, \*batch\) with a batch of 2 inputs: .*argument"):
+    with pytest.raises(ValueError, match=r"with params and a batch of 2 inputs failed: .*argument"):
         calibrate(mlp, P, [(X, X)])

@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from awq_jax.formats.errors import InputError
 from awq_jax.formats.huggingface import Source, read_json, write_about, write_json
+from awq_jax.formats.written import written_whole
 from awq_jax.tensor import QuantizedTensor, static_fields, static_json
 
 METADATA = "awq_jax.json"
@@ -34,11 +36,12 @@ class Writer:
 
     Args:
       folder: exists and is empty.
-      source: the dense model, usually a Checkpoint: its config.json, tokenizer and generation_config.json go along.
+      source: the dense model, usually a Checkpoint: its config.json, tokenizer and generation_config.json go along;
+        None for params that are no model's.
       recipe: how the params came about; its repr is kept.
     """
 
-    def __init__(self, folder: Path, source: Source, recipe: Any = None) -> None:
+    def __init__(self, folder: Path, source: Source | None, recipe: Any = None) -> None:
         import orbax.checkpoint as ocp
 
         self.folder, self.source, self.recipe = Path(folder).resolve(), source, recipe
@@ -59,7 +62,8 @@ class Writer:
     def finish(self) -> None:
         """Writes awq_jax.json, config.json and what comes from the source; without them the folder is no model."""
         self.checkpointer.close()
-        write_about(self.folder, self.source)
+        if self.source is not None:
+            write_about(self.folder, self.source)
         about = {"version": VERSION, "recipe": repr(self.recipe), "parts": self.parts, "tensors": self.tensors}
         write_json(self.folder / METADATA, about)
 
@@ -70,7 +74,35 @@ class Writer:
             return {name: np.asarray(leaf) for name, leaf in leaves.items() if leaf is not None}
         if isinstance(node, Mapping):
             return {key: self._plain(f"{path}/{key}", child) for key, child in node.items()}
+        if not isinstance(node, np.ndarray | jax.Array):
+            raise ValueError(f"{path} is a {type(node).__name__}: give nested dicts of arrays and QuantizedTensors.")
         return np.asarray(node)
+
+
+def save_params(folder: str | Path, params: Mapping[str, Any], *, overwrite: bool = False) -> None:
+    """Writes params of any function, whole or not at all; `load_params` reads them without being told their structure.
+
+    Args:
+      params: nested dict of arrays and QuantizedTensors; keys are strings without "/".
+      overwrite: replace a folder that holds something.
+
+    Raises:
+      FileExistsError: the folder holds something.
+      ValueError: something else than dicts, arrays and QuantizedTensors; names its path.
+    """
+    with written_whole(folder, overwrite=overwrite) as scratch:
+        writer = Writer(scratch, None)
+        writer.write(PARAMS, params)
+        writer.finish()
+
+
+def load_params(folder: str | Path) -> dict[str, Any]:
+    """What `save_params` wrote; leaves are numpy arrays.
+
+    Raises:
+      InputError: no such folder, one that a newer awq_jax wrote, or a damaged one.
+    """
+    return load_part(folder, PARAMS)
 
 
 def is_own(folder: Path) -> bool:

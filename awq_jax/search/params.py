@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from awq_jax.moments import Moments
-from awq_jax.search.solve import find_scale, solve
+from awq_jax.search.rounding import to_nearest
+from awq_jax.search.solve import find_scale, rounding_error, solve
 from awq_jax.spec import QuantSpec
-from awq_jax.tensor import Layout, QuantizedTensor, assemble
+from awq_jax.tensor import Layout, QuantizedTensor, assemble, group_ranges
 
 
 @ft.partial(jax.jit, static_argnames=("layouts", "n", "spec", "strategy"))
@@ -68,21 +69,23 @@ def solve_sites(
       scale, clip, rounding: strategies; scale is None where the sites get no input scale.
 
     Returns:
-      the quantized params; for each the error, the error of rounding to nearest, and the energy of its output.
+      the quantized params; for each the error, that of rounding to nearest without any scale, and its output's energy.
     """
     w = side_by_side(leaves, layouts)
     lead = w.shape[:-2]
     moments = lent_by_others(moments, layouts[0].n_lead)
 
     def one(w: Float[Array, "i o"], moments: Moments, folded: Float[Array, " i"] | None) -> Any:
+        dense = w if folded is None else w / folded[:, None]
+        nearest = rounding_error(dense, *to_nearest(dense, *group_ranges(dense, spec), moments, spec), moments=moments)
         if folded is not None:
             moments = moments.scaled(1 / folded)
         if scale is None:
-            return solve(w, moments, spec=spec, clip=clip, rounding=rounding), None
+            return solve(w, moments, spec=spec, clip=clip, rounding=rounding)._replace(nearest_error=nearest), None
         _, s, error = find_scale(w, moments, jnp.arange(len(w)), n=len(w), spec=spec, strategy=scale)
         found = solve(w * s[:, None], moments.scaled(1 / s), spec=spec, clip=clip, rounding=rounding)
         # A strategy that found no scale shows only in its own error: there was no scale to round with.
-        return found._replace(error=found.error + 0 * error), s
+        return found._replace(error=found.error + 0 * error, nearest_error=nearest), s
 
     found, s = looped(one, len(lead), w, moments, folded)
     widths = [layout.matrix(leaf).shape[-1] for leaf, layout in zip(leaves, layouts, strict=True)]

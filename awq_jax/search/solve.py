@@ -57,6 +57,18 @@ def find_scale(
     return factor[:n], factor[number], jnp.where(found < none, found, none) + 0 * found
 
 
+def rounding_error(
+    w: Float[Array, "i o"],
+    codes: Float[Array, "groups g o"],
+    steps: Float[Array, "groups o"],
+    zeros: Float[Array, "groups o"],
+    moments: Moments,
+) -> Float[Array, " o"]:
+    """The mean squared output error of each column when these codes stand for `w`."""
+    flat = ((codes - zeros[:, None]) * steps[:, None]).reshape(-1, w.shape[1])[: len(w)]
+    return output_error(flat - w, moments)
+
+
 @ft.partial(jax.jit, static_argnames=("spec", "clip", "rounding"))
 def solve(w: Float[Array, "i o"], moments: Moments, *, spec: QuantSpec, clip: Any, rounding: Any) -> Solution:
     """`w` clipped and rounded against the moments of its input; columns are independent of each other.
@@ -65,12 +77,12 @@ def solve(w: Float[Array, "i o"], moments: Moments, *, spec: QuantSpec, clip: An
     """
     low, high = clip(w, moments, spec)
     low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
-    codes, steps, zeros = rounding(w, low, high, moments, spec)
+    chosen = rounding(w, low, high, moments, spec)
     plain = to_nearest(w, *group_ranges(w, spec), moments, spec)
-    flat = lambda codes, steps, zeros: ((codes - zeros[:, None]) * steps[:, None]).reshape(-1, w.shape[1])[: len(w)]
-    error, nearest_error = (output_error(flat(*c) - w, moments) for c in ((codes, steps, zeros), plain))
+    error = rounding_error(w, *chosen, moments=moments)
+    nearest_error = rounding_error(w, *plain, moments=moments)
     # Not where the error is no number: that must be seen.
     back = error > nearest_error
-    codes, steps, zeros = (jnp.where(back, a, b) for a, b in zip(plain, (codes, steps, zeros), strict=True))
+    codes, steps, zeros = (jnp.where(back, a, b) for a, b in zip(plain, chosen, strict=True))
     energy = output_error(w, moments)
     return Solution(codes, steps, zeros, jnp.where(back, nearest_error, error), nearest_error, energy)
