@@ -46,7 +46,11 @@ def launch(
     known = inspect.signature(jax_triton.triton_call).parameters
     options: dict[str, Any] = {"num_warps": warps, "num_stages": stages, "grid": grid, "name": f"awq_{kernel}"}
     # jax-triton 0.4 renamed out_shape. triton 3.9 writes PTX 9.4, which XLA's assembler of CUDA 13.0 and older refuses.
-    options |= {"out_shape": out} if "out_shape" in known else {"out_type": out, "backend_options": {"ptx_version": 83}}
+    options |= (
+        {"out_shape": out}
+        if "out_shape" in known
+        else {"out_type": out, "backend_options": {"ptx_version": 83, "enable_fp_fusion": True}}
+    )
     _mend_dead_code_rule(jax_triton)
     return jax_triton.triton_call(
         *arrays, kernel=getattr(triton_kernels, kernel), compute_capability=architecture(), **options, **constants
