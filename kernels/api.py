@@ -10,14 +10,16 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float, Int
 
-from awq_jax.kernels import reference, rules, triton
+from awq_jax.kernels import reference, rules, sharded, triton
 from awq_jax.kernels.contract import PackedWeight, check_features
 
 Implementation = Callable[..., Any]
 
+kernel = ft.partial(sharded.matmul, triton.matmul)
+
 # By name, in the order in which they are tried. Asked for by name the kernel itself runs, not its choice of platforms.
 IMPLEMENTATIONS: Mapping[str, tuple[Implementation, Implementation]] = {
-    "triton": (rules.with_rules(rules.everywhere(triton.matmul)), rules.with_rules(triton.matmul)),
+    "triton": (rules.with_rules(rules.everywhere(kernel)), rules.with_rules(kernel)),
     "xla": (reference.matmul, reference.matmul),
 }
 GROUPED: Mapping[str, tuple[Implementation, Implementation]] = {

@@ -31,7 +31,7 @@ def everywhere(kernel: Matmul) -> Matmul:
 
 @ft.cache
 def with_rules(matmul: Matmul) -> Matmul:
-    """`matmul(x, w)` that vmap, grad and jvp of its gradient know."""
+    """`matmul(x, w)` that vmap and grad know."""
     batchable = jax.custom_batching.custom_vmap(matmul)
 
     @batchable.def_vmap

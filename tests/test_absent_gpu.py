@@ -1,15 +1,11 @@
 """What XLA makes for a GPU of programs with packed weights: no copy of a weight, no dense weight in memory."""
 
-import importlib.util
-
 import jax
 import jax.numpy as jnp
 import pytest
 
-needed = ("jax_cuda12_plugin", "jax_triton", "triton")
-absent = [name for name in needed if importlib.util.find_spec(name) is None]
-if absent:
-    pytest.skip(f"needs {', '.join(absent)}", allow_module_level=True)
+pytest.importorskip("jax_cuda12_plugin", reason="XLA's GPU compiler is not installed")
+pytest.importorskip("jax_triton", reason="jax-triton is not installed")
 
 from absent_gpu import compile_for_h200
 
