@@ -11,7 +11,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from awq_jax.kernels import reference, rules, sharded, triton
-from awq_jax.kernels.contract import PackedWeight, check_features
+from awq_jax.kernels.contract import PackedWeight, check_shapes
 
 Implementation = Callable[..., Any]
 
@@ -37,12 +37,13 @@ def int4_matmul(x: Float[Array, "*b i"], w: PackedWeight, *, implementation: str
       implementation: "triton" or "xla"; None takes the first that supports the case.
 
     Raises:
-      ValueError: the last axis of x is not w's input axis, or there is no such implementation.
+      ValueError: the last axis of x is not w's input axis, the weight's leaves disagree, or no such
+        implementation.
       NotImplementedError: the named implementation cannot run this case; the message says why.
 
     Reads i * o / 2 bytes of codes and 3 i * o / group of scales and zeros: their bytes are the time up to some 60 rows.
     """
-    check_features(x, w)
+    check_shapes(x, w)
     return first_that_can(IMPLEMENTATIONS, implementation, x, w)
 
 
@@ -57,10 +58,11 @@ def grouped_int4_matmul(
       implementation: "triton" or "xla"; None takes the first that supports the case.
 
     Raises:
-      ValueError: the last axis of x is not w's input axis, or there is no such implementation.
+      ValueError: the last axis of x is not w's input axis, the weight's leaves disagree, or no such
+        implementation.
       NotImplementedError: the named implementation cannot run this case; the message says why.
     """
-    check_features(x, w)
+    check_shapes(x, w)
     return first_that_can(GROUPED, implementation, x, w, group_sizes)
 
 

@@ -45,16 +45,13 @@ class PackedWeight(Protocol):
     def in_features(self) -> Any: ...
 
 
-def check_features(x: Float[Array, "*b i"], w: PackedWeight) -> None:
+def check_shapes(x: Float[Array, "*b i"], w: PackedWeight) -> None:
+    """Raises ValueError unless x has the weight's features, and scales, zeros and input scale the codes' shape."""
     if x.shape[-1] != w.in_features:
         raise ValueError(
             f"x has {x.shape[-1]} features in its last axis, the weight takes {w.in_features}. "
             "Move the contracted axis of x to the end."
         )
-
-
-def check_scales(w: PackedWeight) -> None:
-    """That scales, zeros and input scale are as many as the codes need."""
     lead, i = w.codes.shape[:-2], w.in_features
     outs = w.codes.shape[-1] // (32 if w.packing == "tiles" else 1)
     expected = (*lead, -(-i // w.spec.group(i)), outs)

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from awq_jax.kernels.target import architecture
+from awq_jax.kernels.gpu import architecture
 
 INSTALL = "pip install 'awq-jax[cuda12]'"
 

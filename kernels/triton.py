@@ -9,28 +9,33 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from awq_jax.kernels.contract import PackedWeight, check_scales
+from awq_jax.kernels import table
+from awq_jax.kernels.contract import PackedWeight
+from awq_jax.kernels.gpu import OLDEST, architecture
 from awq_jax.kernels.launch import launch
-from awq_jax.kernels.table import grouped_tiling, tiling
-from awq_jax.kernels.target import OLDEST, architecture
+from awq_jax.kernels.table import Tiling
 
 
-def check(x: Float[Array, "*b i"], w: PackedWeight) -> None:
-    """Raises NotImplementedError with the reason why the kernels cannot multiply these."""
+def check(dtype: Any, w: PackedWeight) -> None:
+    """Raises NotImplementedError with the reason why the kernels cannot multiply w with an x of this dtype."""
     if w.spec.bits != 4:
         raise NotImplementedError(f"{w.spec.bits}-bit codes: the kernels read 4 bits")
     if w.packing != "tiles":
         raise NotImplementedError("codes are packed in rows: call awq_jax.prepare(params) once after loading")
-    if x.dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"x is {x.dtype}, the tensor cores take bfloat16 or float16: cast x")
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"x is {jnp.dtype(dtype)}, the tensor cores take bfloat16 or float16: cast x")
     arch = architecture()
     if arch is not None and arch < OLDEST:
         raise NotImplementedError(f"the GPU is sm_{arch}, Triton uses tensor cores from sm_{OLDEST}")
-    check_scales(w)
 
 
 def matmul(
-    x: Float[Array, "*b i"], w: PackedWeight, *, layer: Int[Array, ""] | None = None, dtype: Any = None
+    x: Float[Array, "*b i"],
+    w: PackedWeight,
+    *,
+    layer: Int[Array, ""] | None = None,
+    dtype: Any = None,
+    tiling: Tiling | None = None,
 ) -> Float[Array, "*b o"]:
     """`x @ w`, batched over the weight's leading axes; float32 accumulators.
 
@@ -40,11 +45,12 @@ def matmul(
       layer: w has an axis of layers in front, and this one is meant. It is read in place: a slice handed to a
         custom call would be copied by XLA.
       dtype: of the result; None for x's.
+      tiling: None for the table's.
 
     Raises:
       NotImplementedError: the kernels cannot run this case; the message says why.
     """
-    check(x, w)
+    check(x.dtype, w)
     lead = w.codes.shape[:-2] if layer is None else w.codes.shape[1:-2]
     n, k = w.scales.shape[-1], w.in_features
     experts = math.prod(lead)
@@ -52,7 +58,7 @@ def matmul(
     dtype = jnp.dtype(dtype or x.dtype)
     if 0 in (experts * rows, n, k):
         return jnp.zeros((*x.shape[:-1], n), dtype)
-    t = tiling(architecture(), x.dtype.name, w.spec.group(k), rows, k, n)
+    t = tiling or table.tiling(architecture(), x.dtype.name, w.spec.group(k), rows, k, n)
     tiles = (-(-n // t.bn), -(-rows // t.bm))
     grid = (*tiles, experts) if t.kernel == "decode" else (math.prod(tiles), 1, experts)
     y = launch(
@@ -81,11 +87,11 @@ def grouped_matmul(x: Float[Array, "m i"], w: PackedWeight, group_sizes: Int[Arr
     Raises:
       NotImplementedError: the kernels cannot run this case; the message says why.
     """
-    check(x, w)
+    check(x.dtype, w)
     experts, (rows, k), n = w.codes.shape[0], x.shape, w.scales.shape[-1]
     if 0 in (experts, rows, n, k):
         return jnp.zeros((rows, n), x.dtype)
-    t = grouped_tiling(architecture(), x.dtype.name, w.spec.group(k), -(-rows // experts), k, n)
+    t = table.grouped_tiling(architecture(), x.dtype.name, w.spec.group(k), -(-rows // experts), k, n)
     which = row_tiles(group_sizes, rows, t.bm)
     return launch(
         "ragged",
