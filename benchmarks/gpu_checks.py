@@ -1,4 +1,4 @@
-"""The kernels on a GPU against float64: pytest benchmarks/gpu_checks.py. Without a GPU there is tests/test_kernels.py."""
+"""The kernels on a GPU against float64: `pytest benchmarks/gpu_checks.py`."""
 
 import jax
 import jax.numpy as jnp
