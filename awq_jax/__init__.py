@@ -27,6 +27,7 @@ from awq_jax.spec import Rule as Rule
 from awq_jax.tensor import QuantizedTensor as QuantizedTensor
 from awq_jax.tensor import dequantize as dequantize
 from awq_jax.tensor import dot as dot
+from awq_jax.tensor import prepare as prepare
 from awq_jax.transform import Calibration as Calibration
 from awq_jax.transform import calibrate as calibrate
 from awq_jax.transform import quantized as quantized

@@ -178,12 +178,24 @@ class Demo:
         console().print(*result)
 
 
+@dataclass(frozen=True)
+class Doctor:
+    """What is installed, which GPU is here, what would run the matmuls, and what to install."""
+
+    def run(self) -> None:
+        from awq_jax.doctor import examine
+
+        for finding in examine():
+            say(f"{finding.what}: {finding.found}" + (f" ({finding.advice})" if finding.advice else ""))
+
+
 Command = (
     Annotated[Quantize, tyro.conf.subcommand("quantize")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Doctor, tyro.conf.subcommand("doctor")]
 )
 
 

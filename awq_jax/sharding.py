@@ -10,6 +10,8 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from awq_jax.kernels import BLOCK
+from awq_jax.kernels.packing import ROWS
 from awq_jax.tensor import QuantizedTensor, is_quantized
 from awq_jax.views import Cuts, pieces
 
@@ -31,13 +33,13 @@ def leaf_specs(w: QuantizedTensor, spec: PartitionSpec, mesh: Any) -> QuantizedT
     """The PartitionSpec of every leaf of `w`, where `spec` is the dense param's.
 
     None where a shard of the param would be no piece of the leaves: it cuts through a group, through the words of 32
-    rows, or an axis that is not the first of those merged into the input or the output axis.
+    rows (the tiles of 128), or an axis that is not the first of those merged into the input or the output axis.
     """
     cuts = _matrix_cuts(w, cuts_of(spec, w.ndim, mesh))
     if cuts is None:
         return None
-    n = pieces(cuts)[-2]
-    if n > 1 and (w.pad or w.scales.shape[-2] % n or w.in_features // n % 32):
+    n, whole = pieces(cuts)[-2], BLOCK if w.packing == "tiles" else ROWS
+    if n > 1 and (w.pad or w.scales.shape[-2] % n or w.in_features // n % whole):
         return None
     names = [tuple(name for name, _ in cut) or None for cut in cuts]
     of_matrix = PartitionSpec(*names)
@@ -52,7 +54,7 @@ def _matrix_cuts(w: QuantizedTensor, cuts: Cuts) -> Cuts | None:
     if w.layout is None:
         return cuts
     layers, rest = _split(w, cuts)
-    inside = w.layout.in_matrix(rest, ())
+    inside = w.layout.in_matrix(rest)
     return None if inside is None else (*layers, *inside)
 
 

@@ -7,13 +7,13 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import export
-from jaxtyping import Array, Float, Int, UInt8, UInt32
+from jaxtyping import Array, Float, Int, Int16, UInt8, UInt32
 
 import awq_jax.kernels as kernels
 from awq_jax.kernels.reference import dense_grouped_matmul, dense_matmul
@@ -22,9 +22,7 @@ from awq_jax.spec import QuantSpec
 SCALE_DTYPE = jnp.float16
 SMALLEST_STEP = float(np.finfo(np.float16).smallest_normal)
 LARGEST_STEP = float(np.finfo(np.float16).max)
-T = TypeVar("T")
-
-STATIC = ("spec", "dtype", "pad", "layout")
+STATIC = ("spec", "dtype", "pad", "layout", "packing")
 """The fields of a QuantizedTensor that are no arrays."""
 
 
@@ -116,21 +114,20 @@ class Layout:
             majors.append(start if k > start else None)
         return majors
 
-    def in_matrix(self, cuts: tuple[T, ...], none: T) -> tuple[T, ...] | None:
-        """What cuts each axis of (*lead, i, o), given what cuts each axis of `shape`; `none` where nothing does.
+    def in_matrix(self, cuts: tuple[tuple[Any, ...], ...]) -> tuple[tuple[Any, ...], ...] | None:
+        """What cuts each axis of (*lead, i, o), given what cuts each axis of `shape`; () where nothing does.
 
         None where a piece of the param would be no piece of the matrix.
         """
         first = {self.order[k]: k for k in range(self.n_lead)}
         for axis, k in enumerate((self.n_lead, self.n_lead + self.n_in)):
             first |= {self.order[k]: self.n_lead + axis} if k < len(self.order) else {}
-        found = [none] * (self.n_lead + 2)
+        found: list[tuple[Any, ...]] = [()] * (self.n_lead + 2)
         for major, cut in zip(self._majors(), cuts, strict=True):
-            if cut == none:
-                continue
-            if major not in first:
+            if cut and major not in first:
                 return None
-            found[first[major]] = cut
+            if cut and major is not None:
+                found[first[major]] = cut
         return tuple(found)
 
     @property
@@ -150,7 +147,7 @@ class QuantizedTensor:
     """A weight of logical shape (*lead, i, o) in `spec.bits` bits: `w = input_scale[:, None] * (q - z) * s`.
 
     Args:
-      codes: q, packed down the input axis (kernels/packing.py): (i + pad) * bits / 32 words.
+      codes: q, packed down the input axis (kernels/packing.py): (i + pad) * bits / 32 words; or as `packing` says.
       scales: the step s of each group.
       zeros: the zero point z of each group; None when symmetric.
       input_scale: what multiplies x before the matmul; None for one. Lets each site have its own AWQ scale.
@@ -158,11 +155,12 @@ class QuantizedTensor:
       dtype: of the dense weight that this one replaced.
       pad: rows of padding in the last group.
       layout: how the param is read as matrices; None when it is stored as (*lead, i, o).
+      packing: "rows", or "tiles" after `prepare` (kernels/tiles.py): (i + pad) / 128 blocks of 32 * o int16 words.
 
     The logical shape follows from the leaves, so vmap, scan and stacking may add or take leading axes.
     """
 
-    codes: UInt32[Array, "*lead w o"]
+    codes: UInt32[Array, "*lead w o"] | Int16[Array, "*lead blocks o32"]
     scales: Float[Array, "*lead groups o"]
     zeros: UInt8[Array, "*lead groups o"] | None
     input_scale: Float[Array, "*lead i"] | None
@@ -170,6 +168,7 @@ class QuantizedTensor:
     dtype: Any
     pad: int = 0
     layout: Layout | None = None
+    packing: str = "rows"
 
     def __repr__(self) -> str:
         if not hasattr(self.codes, "shape"):
@@ -178,12 +177,14 @@ class QuantizedTensor:
 
     @property
     def in_features(self) -> int:
-        return self.codes.shape[-2] * 32 // self.spec.bits - self.pad
+        words = self.codes.shape[-2]
+        rows = words * kernels.BLOCK if self.packing == "tiles" else words * 32 // self.spec.bits
+        return rows - self.pad
 
     @property
     def matrix_shape(self) -> tuple[int, ...]:
         """(*lead, i, o)."""
-        return (*self.codes.shape[:-2], self.in_features, self.codes.shape[-1])
+        return (*self.codes.shape[:-2], self.in_features, self.scales.shape[-1])
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -327,6 +328,37 @@ def dot(
     return dense_matmul(x, w) if group_sizes is None else dense_grouped_matmul(x, w, group_sizes)
 
 
+@jax.jit
+def in_tiles(w: QuantizedTensor) -> QuantizedTensor:
+    """`w` with its 4-bit codes in the order that the GPU kernels read."""
+    if w.packing == "tiles":
+        return w
+    codes = kernels.to_tiles(w.codes)
+    return replace(w, codes=codes, packing="tiles", pad=codes.shape[-2] * kernels.BLOCK - w.in_features)
+
+
+@jax.jit
+def in_rows(w: QuantizedTensor) -> QuantizedTensor:
+    """`w` with its codes as the canonical bit stream; undoes `in_tiles`."""
+    if w.packing == "rows":
+        return w
+    pad = w.spec.padding(w.in_features)
+    return replace(w, codes=kernels.from_tiles(w.codes, w.in_features + pad), packing="rows", pad=pad)
+
+
+def prepare(qparams: Any) -> Any:
+    """`qparams` for a GPU: every 4-bit QuantizedTensor with its codes in the order that the kernels read.
+
+    Once, after loading. Values, shapes and bytes stay, and what runs without a GPU runs on. Other leaves
+    stay as they are.
+
+    Example:
+      >>> params = awq.prepare(awq.load("folder").params)
+    """
+    convert = lambda leaf: in_tiles(leaf) if is_quantized(leaf) and leaf.spec.bits == 4 else leaf
+    return jax.tree.map(convert, qparams, is_leaf=is_quantized)
+
+
 def is_quantized(leaf: Any) -> bool:
     return isinstance(leaf, QuantizedTensor)
 
@@ -338,7 +370,8 @@ def with_input_scale(w: QuantizedTensor, input_scale: Float[Array, "*lead i"]) -
 def static_json(w: QuantizedTensor) -> dict[str, Any]:
     """What of a QuantizedTensor is not an array, as JSON; `static_fields` is the inverse."""
     layout = None if w.layout is None else asdict(w.layout)
-    return {"spec": asdict(w.spec), "dtype": jnp.dtype(w.dtype).name, "pad": w.pad, "layout": layout}
+    dtype = jnp.dtype(w.dtype).name
+    return {"spec": asdict(w.spec), "dtype": dtype, "pad": w.pad, "layout": layout, "packing": w.packing}
 
 
 def static_fields(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -349,6 +382,7 @@ def static_fields(found: Mapping[str, Any]) -> dict[str, Any]:
         "dtype": jnp.dtype(found["dtype"]),
         "pad": found["pad"],
         "layout": Layout(**layout) if layout else None,
+        "packing": found.get("packing", "rows"),
     }
 
 

@@ -147,7 +147,7 @@ class View:
 
     def matrix_cuts(self, layout: Layout) -> Cuts | None:
         """What cuts each axis of the matrix (*lead, i, o); None where a shard is no part of it in one piece."""
-        return layout.in_matrix(self.cuts or ((),) * len(self.base), ())
+        return layout.in_matrix(self.cuts or ((),) * len(self.base))
 
     def whole(self, layout: Layout) -> Layout:
         """How the param is read of which a shard is read by `layout`."""

@@ -1,8 +1,16 @@
-"""Matmuls of an activation with a packed low-bit weight. Knows nothing of models or files."""
+"""Matmuls of an activation with a packed low-bit weight. Knows nothing of models or files.
 
-from awq_jax.kernels.api import PackedWeight as PackedWeight
+api.py chooses among implementations: triton.py (kernels in triton_kernels.py, sizes of tiles from table.py) and
+reference.py (plain XLA). contract.py says what they are given.
+"""
+
 from awq_jax.kernels.api import grouped_int4_matmul as grouped_int4_matmul
 from awq_jax.kernels.api import int4_matmul as int4_matmul
+from awq_jax.kernels.contract import PackedWeight as PackedWeight
+from awq_jax.kernels.gpu import target as target
 from awq_jax.kernels.packing import pack as pack
 from awq_jax.kernels.packing import unpack as unpack
 from awq_jax.kernels.reference import dequantize as dequantize
+from awq_jax.kernels.tiles import BLOCK as BLOCK
+from awq_jax.kernels.tiles import from_tiles as from_tiles
+from awq_jax.kernels.tiles import to_tiles as to_tiles

@@ -1,32 +1,31 @@
-"""`int4_matmul`: picks the implementation that can run a case."""
+"""`int4_matmul` and `grouped_int4_matmul`: the first implementation that can run a case runs it."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import functools as ft
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import jax
 from jaxtyping import Array, Float, Int
 
-from awq_jax.kernels import reference
+from awq_jax.kernels import reference, rules, sharded, triton
+from awq_jax.kernels.contract import PackedWeight, check_shapes
 
+Implementation = Callable[..., Any]
 
-class PackedWeight(Protocol):
-    """What a kernel reads of a quantized weight of logical shape (*lead, i, o).
+kernel = ft.partial(sharded.matmul, triton.matmul)
 
-    codes: uint32 (*lead, w, o), see packing.py; scales: float (*lead, groups, o); zeros: uint8 like scales, or
-    None where the zero point is `spec.middle`; input_scale: float (*lead, i), multiplied into x, or None.
-    The last `pad` rows of the codes are padding.
-    """
-
-    codes: Any
-    scales: Any
-    zeros: Any
-    input_scale: Any
-    pad: Any
-    spec: Any
-    in_features: Any
-
-
-IMPLEMENTATIONS = {"xla": reference.matmul}
+# By name, in the order in which they are tried. Asked for by name the kernel itself runs, not its choice of platforms.
+IMPLEMENTATIONS: Mapping[str, tuple[Implementation, Implementation]] = {
+    "triton": (rules.with_rules(rules.everywhere(kernel)), rules.with_rules(kernel)),
+    "xla": (reference.matmul, reference.matmul),
+}
+GROUPED: Mapping[str, tuple[Implementation, Implementation]] = {
+    "triton": (rules.with_grouped_rules(triton.grouped_matmul), triton.grouped_matmul),
+    "xla": (reference.grouped_matmul, reference.grouped_matmul),
+}
 
 
 def int4_matmul(x: Float[Array, "*b i"], w: PackedWeight, *, implementation: str | None = None) -> Float[Array, "*b o"]:
@@ -35,34 +34,60 @@ def int4_matmul(x: Float[Array, "*b i"], w: PackedWeight, *, implementation: str
     Args:
       x: float16, bfloat16 or float32 activations; leading axes of w, if any, are leading axes of x too.
       w: packed weight of logical shape (*lead, i, o), 2 to 8 bits; its input scale is applied to x.
-      implementation: "xla"; None takes the first that supports the case.
+      implementation: "triton" or "xla"; None takes the first that supports the case.
 
     Raises:
-      ValueError: the last axis of x is not w's input axis, or there is no such implementation.
+      ValueError: the last axis of x is not w's input axis, the weight's leaves disagree, or no such
+        implementation.
+      NotImplementedError: the named implementation cannot run this case; the message says why.
+
+    Reads i * o / 2 bytes of codes and 3 i * o / group of scales and zeros: their bytes are the time up to some 60 rows.
     """
-    check_features(x, w)
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={implementation!r}: choose one of {sorted(IMPLEMENTATIONS)} or None.")
-    return IMPLEMENTATIONS[implementation or "xla"](x, w)
+    check_shapes(x, w)
+    return first_that_can(IMPLEMENTATIONS, implementation, x, w)
 
 
-def grouped_int4_matmul(x: Float[Array, "m i"], w: PackedWeight, group_sizes: Int[Array, " e"]) -> Float[Array, "m o"]:
+def grouped_int4_matmul(
+    x: Float[Array, "m i"], w: PackedWeight, group_sizes: Int[Array, " e"], *, implementation: str | None = None
+) -> Float[Array, "m o"]:
     """Sorted rows, each times the matrix of its group (expert), as jax.lax.ragged_dot; rows beyond all groups give 0.
 
     Args:
       x: float16, bfloat16 or float32; the first group_sizes[0] rows belong to the first group, and so on.
       w: packed weight of logical shape (e, i, o), 2 to 8 bits.
+      implementation: "triton" or "xla"; None takes the first that supports the case.
 
     Raises:
-      ValueError: the last axis of x is not w's input axis.
+      ValueError: the last axis of x is not w's input axis, the weight's leaves disagree, or no such
+        implementation.
+      NotImplementedError: the named implementation cannot run this case; the message says why.
     """
-    check_features(x, w)
-    return reference.grouped_matmul(x, w, group_sizes)
+    check_shapes(x, w)
+    return first_that_can(GROUPED, implementation, x, w, group_sizes)
 
 
-def check_features(x: Float[Array, "*b i"], w: PackedWeight) -> None:
-    if x.shape[-1] != w.in_features:
-        raise ValueError(
-            f"x has {x.shape[-1]} features in its last axis, the weight takes {w.in_features}. "
-            "Move the contracted axis of x to the end."
-        )
+def first_that_can(
+    table: Mapping[str, tuple[Implementation, Implementation]], name: str | None, *args: Any
+) -> Float[Array, "*b o"]:
+    """What the named implementation returns, or the first of all that does not refuse."""
+    if name is not None:
+        if name not in table:
+            raise ValueError(f"implementation={name!r}: choose one of {sorted(table)} or None.")
+        return table[name][1](*args)
+    reasons: list[str] = []
+    for name, (implementation, _) in table.items():
+        try:
+            out = implementation(*args)
+        except NotImplementedError as e:
+            reasons.append(f"{name}: {e}")
+            continue
+        if reasons and jax.default_backend() == "gpu":
+            tell(f"int4 matmul runs as plain {name.upper()}, slower than it could. {'; '.join(reasons)}.")
+        return out
+    raise NotImplementedError("No implementation runs this int4 matmul. " + "; ".join(reasons))
+
+
+@ft.cache
+def tell(message: str) -> None:
+    """Warns, once for each message."""
+    warnings.warn(message, stacklevel=4)

@@ -6,23 +6,31 @@ from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from awq_jax.kernels.packing import unpack
+from awq_jax.kernels.tiles import unpack_tiles
 
 if TYPE_CHECKING:
-    from awq_jax.kernels.api import PackedWeight
+    from awq_jax.kernels.contract import PackedWeight
+
+
+def unpacked(w: PackedWeight) -> UInt8[Array, "*lead i o"]:
+    """The codes of whole groups, whichever way they are packed."""
+    if w.packing == "rows":
+        return unpack(w.codes, w.spec.bits)
+    return unpack_tiles(w.codes)[..., : w.in_features + w.spec.padding(w.in_features), :]
 
 
 def dequantize(w: PackedWeight) -> Float[Array, "*lead i o"]:
     """`(q - z) * s` in float32, padding dropped, the input scale not applied."""
-    codes = unpack(w.codes, w.spec.bits)
+    codes = unpacked(w)
     *lead, padded, o = codes.shape
     groups = w.scales.shape[-2]
     zeros = w.spec.middle if w.zeros is None else w.zeros[..., :, None, :].astype(jnp.float32)
     steps = codes.reshape(*lead, groups, padded // groups, o).astype(jnp.float32) - zeros
     dense = (steps * w.scales[..., :, None, :].astype(jnp.float32)).reshape(*lead, padded, o)
-    return dense[..., : padded - w.pad, :]
+    return dense[..., : w.in_features, :]
 
 
 def matmul(x: Float[Array, "*b i"], w: PackedWeight) -> Float[Array, "*b o"]:

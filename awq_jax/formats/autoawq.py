@@ -19,7 +19,7 @@ import awq_jax.kernels as kernels
 from awq_jax.formats.errors import InputError
 from awq_jax.formats.huggingface import Source, write_about, write_json
 from awq_jax.spec import QuantSpec
-from awq_jax.tensor import QuantizedTensor
+from awq_jax.tensor import QuantizedTensor, in_rows
 
 BITS = 4
 PER_WORD = 8
@@ -64,7 +64,7 @@ def to_autoawq(w: QuantizedTensor, name: str = "the weight") -> dict[str, np.nda
     if w.input_scale is not None:
         raise InputError(f"{name} has an input scale, which AutoAWQ files cannot hold: quantize with fold=True.")
     scales = np.asarray(w.scales)
-    codes = kernels.unpack(np.asarray(w.codes), BITS)
+    codes = kernels.unpack(jnp.asarray(in_rows(w).codes), BITS)
     zeros = np.full(scales.shape, w.spec.middle, np.uint8) if w.zeros is None else np.asarray(w.zeros)
     return {
         "qweight": pack_gemm(np.asarray(codes)),
@@ -98,7 +98,7 @@ def from_autoawq(
             f"of {group_size}: scales should be {(groups, n)}."
         )
     leaves: dict[str, Any] = {
-        "codes": np.asarray(kernels.pack(unpack_gemm(qweight), BITS)),
+        "codes": np.asarray(kernels.pack(jnp.asarray(unpack_gemm(qweight)), BITS)),
         "scales": np.asarray(scales),
         "zeros": unpack_gemm(qzeros),
         "input_scale": None,

@@ -16,7 +16,7 @@ import numpy as np
 from awq_jax.formats.errors import InputError
 from awq_jax.formats.huggingface import Source, read_json, write_about, write_json
 from awq_jax.formats.written import written_whole
-from awq_jax.tensor import QuantizedTensor, static_fields, static_json
+from awq_jax.tensor import QuantizedTensor, in_rows, static_fields, static_json
 
 METADATA = "awq_jax.json"
 PARAMS = "params"
@@ -69,6 +69,7 @@ class Writer:
 
     def _plain(self, path: str, node: Any) -> Any:
         if isinstance(node, QuantizedTensor):
+            node = in_rows(node)
             self.tensors[path] = static_json(node)
             leaves = {name: getattr(node, name) for name in LEAVES}
             return {name: np.asarray(leaf) for name, leaf in leaves.items() if leaf is not None}

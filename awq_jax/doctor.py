@@ -1,0 +1,85 @@
+"""`awq-jax doctor`: which packages and GPU are here, what would run the matmuls, and what to install."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+from dataclasses import dataclass
+
+PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "triton", "jax-triton")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report; `advice` says what to do, if anything."""
+
+    what: str
+    found: str
+    advice: str = ""
+
+
+def versions() -> dict[str, str | None]:
+    """The installed version of each package that matters to a GPU, None where there is none."""
+
+    def version(name: str) -> str | None:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    return {name: version(name) for name in PACKAGES}
+
+
+def examine() -> list[Finding]:
+    """What is here, and what serves a decode step and a prefill of a 4-bit weight of 4096 x 4096."""
+    installed = versions()
+    findings = [Finding("python", f"{platform.python_version()} on {sys.platform}")]
+    findings += [Finding(name, version or "not installed") for name, version in installed.items()]
+    import jax
+
+    device = jax.devices()[0]
+    on_gpu = jax.default_backend() == "gpu"
+    findings.append(
+        Finding("device", device.device_kind if on_gpu else f"{device.device_kind}, no GPU", _plugin(installed))
+    )
+    findings.append(Finding("decode (1 row)", *_serves(1)))
+    findings.append(Finding("prefill (512 rows)", *_serves(512)))
+    return findings
+
+
+def _plugin(installed: dict[str, str | None]) -> str:
+    """What is wrong with the CUDA plugin, in words."""
+    plugins = {name: installed[name] for name in PACKAGES if name.endswith("plugin") and installed[name]}
+    if not plugins:
+        return "for an NVIDIA GPU: pip install 'awq-jax[cuda12]', or [cuda13] with a driver of CUDA 13"
+    wrong = [f"{name} {version}" for name, version in plugins.items() if version != installed["jaxlib"]]
+    if wrong:
+        return f"{', '.join(wrong)} and jaxlib {installed['jaxlib']} differ: pip install -U 'awq-jax[cuda12]'"
+    return ""
+
+
+def _serves(rows: int) -> tuple[str, str]:
+    """Which implementation multiplies `rows` rows of bfloat16 on this machine, and what keeps a faster one away."""
+    import jax
+    import jax.numpy as jnp
+
+    from awq_jax.kernels import gpu, launch, table, triton
+    from awq_jax.spec import QuantSpec
+    from awq_jax.tensor import in_tiles, quantize
+
+    if jax.default_backend() != "gpu":
+        return "plain XLA", ""
+    dense = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)
+    w = jax.eval_shape(lambda w: in_tiles(quantize(w, QuantSpec())), dense)
+    try:
+        triton.check(jnp.bfloat16, w)
+        if reason := launch.missing():
+            raise NotImplementedError(reason)
+    except NotImplementedError as e:
+        return "plain XLA", str(e)
+    tiling = table.tiling(gpu.architecture(), "bfloat16", 128, rows, 4096, 4096)
+    return (
+        f"Triton, {tiling.kernel} {tiling.bm} x {tiling.bn}",
+        "weights in tiles: awq_jax.prepare(params) after loading",
+    )

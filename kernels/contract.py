@@ -1,0 +1,67 @@
+"""What a kernel reads of a weight, and what it refuses in words.
+
+An implementation is a function of an activation and a PackedWeight. A case that it cannot run raises
+NotImplementedError with the reason; one that nobody could run is the caller's mistake and a ValueError.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from jaxtyping import Array, Float
+
+
+class PackedWeight(Protocol):
+    """What a kernel reads of a quantized weight of logical shape (*lead, i, o).
+
+    codes: with packing "rows" uint32 (*lead, w, o), see packing.py; with "tiles" int16 (*lead, blocks, o * 32), see
+    tiles.py. scales: float (*lead, groups, o); zeros: uint8 like scales, or None where the zero point is
+    `spec.middle`; input_scale: float (*lead, i), multiplied into x, or None. The last `pad` rows of the codes are
+    padding.
+    """
+
+    @property
+    def codes(self) -> Any: ...
+
+    @property
+    def scales(self) -> Any: ...
+
+    @property
+    def zeros(self) -> Any: ...
+
+    @property
+    def input_scale(self) -> Any: ...
+
+    @property
+    def pad(self) -> Any: ...
+
+    @property
+    def spec(self) -> Any: ...
+
+    @property
+    def packing(self) -> Any: ...
+
+    @property
+    def in_features(self) -> Any: ...
+
+
+def check_shapes(x: Float[Array, "*b i"], w: PackedWeight) -> None:
+    """Raises ValueError unless x has the weight's features, and scales, zeros and input scale the codes' shape."""
+    if x.shape[-1] != w.in_features:
+        raise ValueError(
+            f"x has {x.shape[-1]} features in its last axis, the weight takes {w.in_features}. "
+            "Move the contracted axis of x to the end."
+        )
+    lead, i = w.codes.shape[:-2], w.in_features
+    outs = w.codes.shape[-1] // (32 if w.packing == "tiles" else 1)
+    expected = (*lead, -(-i // w.spec.group(i)), outs)
+    for name, found, shape in (
+        ("scales", w.scales, expected),
+        ("zeros", w.zeros, expected),
+        ("input_scale", w.input_scale, (*lead, i)),
+    ):
+        if found is not None and tuple(found.shape) != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(found.shape)}, the codes of {i} input features in groups of "
+                f"{w.spec.group(i)} need {shape}. Slice or stack all leaves of a weight alike."
+            )

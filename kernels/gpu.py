@@ -1,0 +1,37 @@
+"""Which GPU the kernels are made for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import jax
+
+OLDEST = 80
+_named: ContextVar[int | None] = ContextVar("awq_jax_target", default=None)
+
+
+def architecture() -> int | None:
+    """90 for compute capability 9.0: the one that `target` names, else of the GPU here; None without a GPU."""
+    if _named.get() is not None:
+        return _named.get()
+    if jax.default_backend() != "gpu":
+        return None
+    found = getattr(jax.local_devices()[0], "compute_capability", None)
+    return int(str(found).replace(".", "")) if found else None
+
+
+@contextmanager
+def target(architecture: int) -> Iterator[None]:
+    """Within the block programs are made for a GPU that is not here, as 90 for an H100, say for jax.export.
+
+    Example:
+      >>> with kernels.target(90):
+      ...     exported = jax.export.export(jax.jit(f), platforms=["cuda"])(x, w)
+    """
+    token = _named.set(architecture)
+    try:
+        yield
+    finally:
+        _named.reset(token)

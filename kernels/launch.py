@@ -1,0 +1,68 @@
+"""Calls a Triton kernel from jax. The one file that knows versions of triton and jax-triton."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from typing import Any
+
+import jax
+
+from awq_jax.kernels.gpu import architecture
+
+INSTALL = "pip install 'awq-jax[cuda12]'"
+
+
+def missing() -> str | None:
+    """What of the packages that run Triton kernels is not installed, in words; None when all are."""
+    lacking = [name for name in ("triton", "jax_triton") if importlib.util.find_spec(name) is None]
+    return f"{' and '.join(lacking).replace('_', '-')} not installed: {INSTALL}" if lacking else None
+
+
+def launch(
+    kernel: str,
+    *arrays: jax.Array,
+    out: jax.ShapeDtypeStruct,
+    grid: tuple[int, ...],
+    warps: int,
+    stages: int,
+    **constants: Any,
+) -> jax.Array:
+    """The result of a kernel of triton_kernels.py, compiled when the program around it is.
+
+    Args:
+      kernel: its name. Pointers of `arrays` come first among its arguments, then that of the result.
+      constants: its compile-time constants.
+
+    Raises:
+      NotImplementedError: a package is missing.
+    """
+    if reason := missing():
+        raise NotImplementedError(reason)
+    import jax_triton
+
+    from awq_jax.kernels import triton_kernels
+
+    known = inspect.signature(jax_triton.triton_call).parameters
+    options: dict[str, Any] = {"num_warps": warps, "num_stages": stages, "grid": grid, "name": f"awq_{kernel}"}
+    # jax-triton 0.4 renamed out_shape. triton 3.9 writes PTX 9.4, which XLA's assembler of CUDA 13.0 and older refuses.
+    options |= (
+        {"out_shape": out}
+        if "out_shape" in known
+        else {"out_type": out, "backend_options": {"ptx_version": 83, "enable_fp_fusion": True}}
+    )
+    _mend_dead_code_rule(jax_triton)
+    return jax_triton.triton_call(
+        *arrays, kernel=getattr(triton_kernels, kernel), compute_capability=architecture(), **options, **constants
+    )
+
+
+def _mend_dead_code_rule(jax_triton: Any) -> None:
+    """jax 0.12 passes its rules of dead code a third argument, which jax-triton 0.4.1 does not take."""
+    from jax.interpreters import partial_eval
+
+    rules = getattr(partial_eval, "dce_rules", {})
+    primitive = jax_triton.triton_lib.triton_kernel_call_p
+    rule = rules.get(primitive)
+    if jax.__version_info__ >= (0, 12) and rule is not None and len(inspect.signature(rule).parameters) == 2:
+        rules[primitive] = lambda used, *rest: ([True] * len(rest[-1].invars), rest[-1])

@@ -1,0 +1,75 @@
+"""What makes a kernel an operation like any other: gradients, vmap, programs for several platforms.
+
+Inside out: a kernel where the program runs on CUDA and plain XLA where it does not; vmap, where a batched weight
+becomes a weight with one more leading axis; gradients from plain XLA, which dequantizes.
+"""
+
+from __future__ import annotations
+
+import functools as ft
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from awq_jax.kernels import reference
+
+Matmul = Callable[..., Any]
+
+
+@ft.cache
+def everywhere(kernel: Matmul) -> Matmul:
+    """`kernel` on CUDA, `reference.matmul` elsewhere, in one program."""
+
+    def matmul(x: Any, w: Any) -> Any:
+        return lax.platform_dependent(x, w, cuda=kernel, default=reference.matmul)
+
+    return matmul
+
+
+@ft.cache
+def with_rules(matmul: Matmul) -> Matmul:
+    """`matmul(x, w)` that vmap and grad know."""
+    batchable = jax.custom_batching.custom_vmap(matmul)
+
+    @batchable.def_vmap
+    def rule(size: int, batched: Any, x: Any, w: Any) -> tuple[Any, bool]:
+        x_batched, w_batched = batched
+        lead = w.codes.ndim - 2
+        if not any(jax.tree.leaves(w_batched)):
+            return jnp.moveaxis(batchable(jnp.moveaxis(x, 0, lead), w), lead, 0), True
+        spread = lambda leaf, is_batched: leaf if is_batched else jnp.broadcast_to(leaf, (size, *leaf.shape))
+        return batchable(spread(x, x_batched), jax.tree.map(spread, w, w_batched)), True
+
+    differentiable = jax.custom_vjp(lambda x, w: batchable(x, w))
+
+    def backward(saved: Any, dy: Any) -> Any:
+        return jax.vjp(reference.matmul, *saved)[1](dy)
+
+    differentiable.defvjp(lambda x, w: (batchable(x, w), (x, w)), backward)
+    return differentiable
+
+
+@ft.cache
+def with_grouped_rules(kernel: Matmul) -> Matmul:
+    """The same for a grouped matmul (x, w, group_sizes); a vmap of it runs plain XLA."""
+
+    def everywhere(x: Any, w: Any, sizes: Any) -> Any:
+        return lax.platform_dependent(x, w, sizes, cuda=kernel, default=reference.grouped_matmul)
+
+    batchable = jax.custom_batching.custom_vmap(everywhere)
+
+    @batchable.def_vmap
+    def rule(size: int, batched: Any, *args: Any) -> tuple[Any, bool]:
+        axes = jax.tree.map(lambda b: 0 if b else None, batched)
+        return jax.vmap(reference.grouped_matmul, in_axes=tuple(axes), axis_size=size)(*args), True
+
+    differentiable = jax.custom_vjp(lambda x, w, sizes: batchable(x, w, sizes))
+
+    def backward(saved: Any, dy: Any) -> Any:
+        return jax.vjp(reference.grouped_matmul, *saved)[1](dy)
+
+    differentiable.defvjp(lambda *args: (batchable(*args), args), backward)
+    return differentiable

@@ -1,0 +1,158 @@
+"""The matmul by the Triton kernels: NVIDIA GPUs from compute capability 8.0, 4-bit weights in tiles."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from awq_jax.kernels import table
+from awq_jax.kernels.contract import PackedWeight
+from awq_jax.kernels.gpu import OLDEST, architecture
+from awq_jax.kernels.launch import launch
+from awq_jax.kernels.table import Tiling
+
+
+def check(dtype: Any, w: PackedWeight) -> None:
+    """Raises NotImplementedError with the reason why the kernels cannot multiply w with an x of this dtype."""
+    if w.spec.bits != 4:
+        raise NotImplementedError(f"{w.spec.bits}-bit codes: the kernels read 4 bits")
+    if w.packing != "tiles":
+        raise NotImplementedError("codes are packed in rows: call awq_jax.prepare(params) once after loading")
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"x is {jnp.dtype(dtype)}, the tensor cores take bfloat16 or float16: cast x")
+    arch = architecture()
+    if arch is not None and arch < OLDEST:
+        raise NotImplementedError(f"the GPU is sm_{arch}, Triton uses tensor cores from sm_{OLDEST}")
+
+
+def matmul(
+    x: Float[Array, "*b i"],
+    w: PackedWeight,
+    *,
+    layer: Int[Array, ""] | None = None,
+    dtype: Any = None,
+    tiling: Tiling | None = None,
+) -> Float[Array, "*b o"]:
+    """`x @ w`, batched over the weight's leading axes; float32 accumulators.
+
+    Args:
+      x: bfloat16 or float16; the weight's leading axes are leading axes of x too.
+      w: 4 bits, in tiles.
+      layer: w has an axis of layers in front, and this one is meant. It is read in place: a slice handed to a
+        custom call would be copied by XLA.
+      dtype: of the result; None for x's.
+      tiling: None for the table's.
+
+    Raises:
+      NotImplementedError: the kernels cannot run this case; the message says why.
+    """
+    check(x.dtype, w)
+    lead = w.codes.shape[:-2] if layer is None else w.codes.shape[1:-2]
+    n, k = w.scales.shape[-1], w.in_features
+    experts = math.prod(lead)
+    rows = math.prod(x.shape[len(lead) : -1])
+    dtype = jnp.dtype(dtype or x.dtype)
+    if 0 in (experts * rows, n, k):
+        return jnp.zeros((*x.shape[:-1], n), dtype)
+    t = tiling or table.tiling(architecture(), x.dtype.name, w.spec.group(k), rows, k, n)
+    tiles = (-(-n // t.bn), -(-rows // t.bm))
+    grid = (*tiles, experts) if t.kernel == "decode" else (math.prod(tiles), 1, experts)
+    y = launch(
+        t.kernel,
+        x,
+        *pointers(w),
+        w.scales if layer is None else jnp.asarray(layer, jnp.int32)[None],
+        out=jax.ShapeDtypeStruct((experts, rows, n), dtype),
+        grid=grid,
+        warps=t.warps,
+        stages=t.stages,
+        M=rows,
+        layered=layer is not None,
+        E=experts,
+        bm=t.bm,
+        bn=t.bn,
+        **({"kb": min(t.kb, power_of_two(-(-k // 128)))} if t.kernel == "decode" else {}),
+        **constants(x, w),
+    )
+    return y.reshape(*x.shape[:-1], n)
+
+
+def grouped_matmul(x: Float[Array, "m i"], w: PackedWeight, group_sizes: Int[Array, " e"]) -> Float[Array, "m o"]:
+    """Sorted rows, each times its group's matrix, as jax.lax.ragged_dot; rows beyond all groups give 0.
+
+    Raises:
+      NotImplementedError: the kernels cannot run this case; the message says why.
+    """
+    check(x.dtype, w)
+    experts, (rows, k), n = w.codes.shape[0], x.shape, w.scales.shape[-1]
+    if 0 in (experts, rows, n, k):
+        return jnp.zeros((rows, n), x.dtype)
+    t = table.grouped_tiling(architecture(), x.dtype.name, w.spec.group(k), -(-rows // experts), k, n)
+    which = row_tiles(group_sizes, rows, t.bm)
+    return launch(
+        "ragged",
+        x,
+        *pointers(w),
+        *which,
+        out=jax.ShapeDtypeStruct((rows, n), x.dtype),
+        grid=(which[0].size, -(-n // t.bn), 1),
+        warps=t.warps,
+        stages=t.stages,
+        M=rows,
+        E=experts,
+        bm=t.bm,
+        bn=t.bn,
+        **constants(x, w),
+    )
+
+
+def row_tiles(group_sizes: Int[Array, " e"], rows: int, bm: int) -> tuple[Int[Array, " t"], ...]:
+    """Tiles of at most bm rows, none across two groups: group, first row and end of the group of each.
+
+    The rows beyond all groups are tiles of group -1. As many tiles as any sizes need; those not needed are empty.
+    """
+    sizes = jnp.asarray(group_sizes, jnp.int32)
+    sizes = jnp.append(sizes, rows - sizes.sum())
+    ends, counts = jnp.cumsum(sizes), -(-sizes // bm)
+    last = jnp.cumsum(counts)
+    t = jnp.arange(-(-rows // bm) + sizes.size, dtype=jnp.int32)
+    group = jnp.searchsorted(last, t, side="right").astype(jnp.int32)
+    at = jnp.minimum(group, sizes.size - 1)
+    first = ends[at] - sizes[at] + (t - (last[at] - counts[at])) * bm
+    used = group < sizes.size
+    return (
+        jnp.where(group < sizes.size - 1, group, -1),
+        jnp.where(used, first, rows).astype(jnp.int32),
+        jnp.where(used, ends[at], rows).astype(jnp.int32),
+    )
+
+
+def pointers(w: PackedWeight) -> tuple[Array, ...]:
+    """codes, scales, zeros, input_scale; the scales again for what the weight lacks, which the kernel will not read."""
+    return (
+        w.codes,
+        w.scales,
+        w.scales if w.zeros is None else w.zeros,
+        w.scales if w.input_scale is None else w.input_scale,
+    )
+
+
+def constants(x: Float[Array, "*b i"], w: PackedWeight) -> dict[str, Any]:
+    return {
+        "N": w.scales.shape[-1],
+        "K": w.in_features,
+        "G": w.spec.group(w.in_features),
+        "asymmetric": w.zeros is not None,
+        "scaled": w.input_scale is not None,
+        "f16": x.dtype == jnp.float16,
+        "asm": True,
+    }
+
+
+def power_of_two(n: int) -> int:
+    """The smallest one that is at least n."""
+    return 1 << max(0, n - 1).bit_length()

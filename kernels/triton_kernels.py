@@ -1,0 +1,351 @@
+"""The matmul kernels, in Triton: y^T = w^T x^T, the weight as the left operand of the tensor cores.
+
+The left operand goes from memory through shared memory to registers, where one `lop3` makes two weights of two
+nibbles, and from there to the tensor cores: it is never written back. The trick: 0x4300 | q read as bfloat16 is
+128 + q, 0x6400 | q read as float16 is 1024 + q, both exact; so is the difference to 128 + z or 1024 + z.
+
+`decode` is for few rows of x, where the bytes of the weight are the time. One program owns `bn` columns and all of
+K; its warps take different blocks of K and add up at the end (split-K without a second kernel). Scales multiply the
+float32 sums of a group, not the weights: the integers q - z enter the tensor cores exactly.
+
+`tile` is for many rows, where the tensor cores are the time: one accumulator, scales multiplied into the weight, both
+in x's dtype. Two roundings a weight.
+
+Nothing here imports jax. Sizes are compile-time constants. With `asm=False` the same arithmetic is written as the
+interpreter runs it: no inline assembly, bfloat16 computed in float32 and rounded. So that a second copy of this
+module can be interpreted while the first compiles, it calls none of the functions of triton.language that are
+themselves jitted: neither `zeros` nor `sum`.
+"""
+
+# Triton's own types do not know that constants become constexpr and that static_range is iterated.
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportAssignmentType=false
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def planes(words, f16: tl.constexpr, asm: tl.constexpr):
+    """The four planes of int16 words, each 128 + q in bfloat16 or 1024 + q in float16."""
+    if asm:
+        if f16:
+            return tl.inline_asm_elementwise(
+                """{ .reg .b32 t;
+                lop3.b32 $0, $4, 0x000F000F, 0x64006400, 0xEA;
+                shr.u32 t, $4, 4;  lop3.b32 $1, t, 0x000F000F, 0x64006400, 0xEA;
+                shr.u32 t, $4, 8;  lop3.b32 $2, t, 0x000F000F, 0x64006400, 0xEA;
+                shr.u32 t, $4, 12; lop3.b32 $3, t, 0x000F000F, 0x64006400, 0xEA; }""",
+                "=r,=r,=r,=r,r",
+                [words],
+                dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+                is_pure=True,
+                pack=2,
+            )
+        else:
+            return tl.inline_asm_elementwise(
+                """{ .reg .b32 t;
+                lop3.b32 $0, $4, 0x000F000F, 0x43004300, 0xEA;
+                shr.u32 t, $4, 4;  lop3.b32 $1, t, 0x000F000F, 0x43004300, 0xEA;
+                shr.u32 t, $4, 8;  lop3.b32 $2, t, 0x000F000F, 0x43004300, 0xEA;
+                shr.u32 t, $4, 12; lop3.b32 $3, t, 0x000F000F, 0x43004300, 0xEA; }""",
+                "=r,=r,=r,=r,r",
+                [words],
+                dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+                is_pure=True,
+                pack=2,
+            )
+    else:
+        return (
+            magic(words & 15, f16),
+            magic((words >> 4) & 15, f16),
+            magic((words >> 8) & 15, f16),
+            magic((words >> 12) & 15, f16),
+        )
+
+
+@triton.jit
+def add(a, b):
+    return a + b
+
+
+@triton.jit
+def wide(a, asm: tl.constexpr):
+    """In float32. The interpreter's own conversions of bfloat16 are not exact: its bits are shifted instead."""
+    if asm or a.dtype != tl.bfloat16:
+        return a.to(tl.float32)
+    else:
+        return (a.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def narrow(a, dtype: tl.constexpr, asm: tl.constexpr):
+    """A float32 rounded to the nearest even of a shorter dtype."""
+    if asm or dtype != tl.bfloat16:
+        return a.to(dtype)
+    else:
+        bits = a.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def minus(a, b, asm: tl.constexpr):
+    if asm:
+        return a - b
+    else:
+        return narrow(wide(a, asm) - wide(b, asm), a.dtype, asm)
+
+
+@triton.jit
+def times(a, b, asm: tl.constexpr):
+    if asm:
+        return a * b
+    else:
+        return narrow(wide(a, asm) * wide(b, asm), a.dtype, asm)
+
+
+@triton.jit
+def dot(a, b, acc, asm: tl.constexpr):
+    if asm:
+        return tl.dot(a, b, acc)
+    else:
+        return tl.dot(wide(a, asm), wide(b, asm), acc, input_precision="ieee")
+
+
+@triton.jit
+def magic(codes, f16: tl.constexpr):
+    """128 + codes in bfloat16 or 1024 + codes in float16, without a conversion."""
+    if f16:
+        return (codes.to(tl.int16) | 0x6400).to(tl.float16, bitcast=True)
+    else:
+        return (codes.to(tl.int16) | 0x4300).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def decode(
+    x,
+    codes,
+    scales,
+    zeros,
+    input_scale,
+    layer,
+    out,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    E: tl.constexpr,
+    asymmetric: tl.constexpr,
+    scaled: tl.constexpr,
+    layered: tl.constexpr,
+    f16: tl.constexpr,
+    bm: tl.constexpr,
+    bn: tl.constexpr,
+    kb: tl.constexpr,
+    asm: tl.constexpr,
+):
+    """x (E, M, K), codes (E, P, N, 32), scales and zeros (E, groups, N), input_scale (E, K) -> out (E, M, N).
+
+    Grid (N / bn, M / bm, E). With `layered` the weight has one more axis in front and layer (1,) says which.
+    """
+    P: tl.constexpr = (K + 127) // 128
+    groups: tl.constexpr = (K + G - 1) // G
+    e = tl.program_id(2).to(tl.int64)
+    ew = e
+    if layered:
+        ew = e + tl.load(layer).to(tl.int64) * E
+    n = tl.program_id(0) * bn + tl.arange(0, bn)
+    m = tl.program_id(1) * bm + tl.arange(0, bm)
+    column = n
+    if N % bn:
+        column = tl.minimum(n, N - 1)
+    r = tl.arange(0, 32)
+    x += e * M * K
+    codes += ew * P * N * 32
+    scales += ew * groups * N
+    zeros += ew * groups * N
+    input_scale += ew * K
+
+    acc = tl.full((kb, bn, bm), 0, tl.float32)
+    for t in range((P + kb - 1) // kb):
+        p = t * kb + tl.arange(0, kb)
+        block = p
+        if P % kb:
+            block = tl.minimum(p, P - 1)
+        words = tl.load(codes + (block[:, None, None] * N + column[None, :, None]) * 32 + r[None, None, :])
+        part = tl.full((kb, bn, bm), 0, tl.float32)
+        four = planes(words, f16, asm)
+        for j in tl.static_range(4):
+            g = tl.minimum((block * 128 + 32 * j) // G, groups - 1)
+            place = g[:, None] * N + column[None, :]
+            k = p[:, None] * 128 + 32 * j + r[None, :]
+            inside = (m < M)[None, None, :]
+            if K % (128 * kb):
+                inside = inside & (k < K)[:, :, None]
+            v = tl.load(x + m[None, None, :] * K + k[:, :, None], mask=inside, other=0)
+            if scaled:
+                a = tl.load(input_scale + k, mask=k < K, other=0)
+                v = narrow(wide(v, asm) * a[:, :, None], v.dtype, asm)
+            z = magic(tl.load(zeros + place) if asymmetric else tl.full((kb, bn), 8, tl.int16), f16)
+            part = dot(minus(four[j], z[:, :, None], asm), v, part, asm)
+            if (32 * (j + 1)) % G == 0 or j == 3:
+                s = tl.load(scales + place).to(tl.float32)
+                acc += part * s[:, :, None]
+                if j < 3:
+                    part = tl.full((kb, bn, bm), 0, tl.float32)
+    y = tl.reduce(acc, 0, add)
+    out += e * M * N
+    tl.store(
+        out + m[None, :] * N + n[:, None],
+        narrow(y, out.dtype.element_ty, asm),
+        mask=(n < N)[:, None] & (m < M)[None, :],
+    )
+
+
+@triton.jit
+def tile(
+    x,
+    codes,
+    scales,
+    zeros,
+    input_scale,
+    layer,
+    out,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    E: tl.constexpr,
+    asymmetric: tl.constexpr,
+    scaled: tl.constexpr,
+    layered: tl.constexpr,
+    f16: tl.constexpr,
+    bm: tl.constexpr,
+    bn: tl.constexpr,
+    asm: tl.constexpr,
+):
+    """As `decode`, for many rows. Grid (M / bm * N / bn, 1, E)."""
+    e = tl.program_id(2).to(tl.int64)
+    rows: tl.constexpr = (M + bm - 1) // bm
+    columns: tl.constexpr = (N + bn - 1) // bn
+    pid_m, pid_n = swizzled(tl.program_id(0), rows, columns)
+    ew = e
+    if layered:
+        ew = e + tl.load(layer).to(tl.int64) * E
+    m = pid_m * bm + tl.arange(0, bm)
+    product(
+        x + e * M * K, codes, scales, zeros, input_scale, out + e * M * N, ew, m, m < M, pid_n,
+        N, K, G, asymmetric, scaled, f16, bm, bn, asm, M % bm != 0,
+    )  # fmt: skip
+
+
+@triton.jit
+def ragged(
+    x,
+    codes,
+    scales,
+    zeros,
+    input_scale,
+    experts,
+    firsts,
+    ends,
+    out,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    E: tl.constexpr,
+    asymmetric: tl.constexpr,
+    scaled: tl.constexpr,
+    f16: tl.constexpr,
+    bm: tl.constexpr,
+    bn: tl.constexpr,
+    asm: tl.constexpr,
+):
+    """x (M, K) in rows of experts: program t of the first axis multiplies rows firsts[t] .. ends[t] with experts[t].
+
+    Grid (tiles, N / bn). An expert of -1 is a tile of rows beyond all groups: it writes zeros.
+    """
+    t = tl.program_id(0)
+    e = tl.load(experts + t).to(tl.int64)
+    m = tl.load(firsts + t) + tl.arange(0, bm)
+    inside = m < tl.load(ends + t)
+    product(
+        x, codes, scales, zeros, input_scale, out, tl.maximum(e, 0), m, inside & (e >= 0), tl.program_id(1),
+        N, K, G, asymmetric, scaled, f16, bm, bn, asm, True,
+    )  # fmt: skip
+    if e < 0:
+        n = tl.program_id(1) * bn + tl.arange(0, bn)
+        place = m[:, None].to(tl.int64) * N + n[None, :]
+        tl.store(out + place, tl.full((bm, bn), 0, out.dtype.element_ty), mask=inside[:, None] & (n < N)[None, :])
+
+
+@triton.jit
+def swizzled(pid, rows: tl.constexpr, columns: tl.constexpr):
+    """Row and column of a program such that programs that run together share weights and activations in L2."""
+    width: tl.constexpr = 8
+    band = pid // (width * columns)
+    height = tl.minimum(rows - band * width, width)
+    inner = pid % (width * columns)
+    return band * width + inner % height, inner // height
+
+
+@triton.jit
+def product(
+    x,
+    codes,
+    scales,
+    zeros,
+    input_scale,
+    out,
+    e,
+    m,
+    inside,
+    pid_n,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    asymmetric: tl.constexpr,
+    scaled: tl.constexpr,
+    f16: tl.constexpr,
+    bm: tl.constexpr,
+    bn: tl.constexpr,
+    asm: tl.constexpr,
+    masked: tl.constexpr,
+):
+    """Rows m of x, where `inside`, times the bn columns of tile pid_n of weight e, stored in those rows of out."""
+    P: tl.constexpr = (K + 127) // 128
+    groups: tl.constexpr = (K + G - 1) // G
+    dtype: tl.constexpr = tl.float16 if f16 else tl.bfloat16
+    n = pid_n * bn + tl.arange(0, bn)
+    column = n
+    if N % bn:
+        column = tl.minimum(n, N - 1)
+    r = tl.arange(0, 32)
+    codes += e * P * N * 32
+    scales += e * groups * N
+    zeros += e * groups * N
+    input_scale += e * K
+    row = m.to(tl.int64) * K
+
+    acc = tl.full((bn, bm), 0, tl.float32)
+    for p in range(P):
+        words = tl.load(codes + (p * N + column[:, None]) * 32 + r[None, :])
+        four = planes(words, f16, asm)
+        for j in tl.static_range(4):
+            g = tl.minimum((p * 128 + 32 * j) // G, groups - 1)
+            k = p * 128 + 32 * j + r
+            if K % 128:
+                v = tl.load(x + row[None, :] + k[:, None], mask=(k < K)[:, None] & inside[None, :], other=0)
+            elif masked:
+                v = tl.load(x + row[None, :] + k[:, None], mask=inside[None, :], other=0)
+            else:
+                v = tl.load(x + row[None, :] + k[:, None])
+            if scaled:
+                a = tl.load(input_scale + k, mask=k < K, other=0)
+                v = narrow(wide(v, asm) * a[:, None], v.dtype, asm)
+            s = narrow(tl.load(scales + g * N + column).to(tl.float32), dtype, asm)
+            z = magic(tl.load(zeros + g * N + column) if asymmetric else tl.full((bn,), 8, tl.int16), f16)
+            acc = dot(times(minus(four[j], z[:, None], asm), s[:, None], asm), v, acc, asm)
+    place = m[None, :].to(tl.int64) * N + n[:, None]
+    tl.store(out + place, narrow(acc, out.dtype.element_ty, asm), mask=(n < N)[:, None] & inside[None, :])

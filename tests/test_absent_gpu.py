@@ -1,0 +1,74 @@
+"""What XLA makes for a GPU of programs with packed weights: no copy of a weight, no dense weight in memory."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+pytest.importorskip("jax_cuda12_plugin", reason="XLA's GPU compiler is not installed")
+pytest.importorskip("jax_triton", reason="jax-triton is not installed")
+
+from absent_gpu import compile_for_h200
+
+from awq_jax.kernels import grouped_int4_matmul, int4_matmul, triton
+from awq_jax.spec import QuantSpec
+from awq_jax.tensor import in_tiles, quantize
+
+pytestmark = pytest.mark.gpu_compiler
+
+WIDTH = 2048
+CODES = WIDTH * WIDTH // 2
+
+
+def weight(*lead: int, spec: QuantSpec = QuantSpec(), tiles: bool = True):  # noqa: B008
+    make = lambda w: in_tiles(quantize(w, spec)) if tiles else quantize(w, spec)
+    return jax.eval_shape(make, jax.ShapeDtypeStruct((*lead, WIDTH, WIDTH), jnp.bfloat16))
+
+
+def rows(*shape: int):
+    return jax.ShapeDtypeStruct((*shape, WIDTH), jnp.bfloat16)
+
+
+def temporary(compiled) -> int:
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("m", [1, 16, 1024])
+def test_a_matmul_is_one_kernel_and_no_temporary(m):
+    compiled = compile_for_h200(int4_matmul, rows(m), weight())
+    assert compiled.as_text().count("custom-call(") == 1
+    assert temporary(compiled) == 0
+
+
+def test_the_kernel_is_seen_to_save_the_dense_weight():
+    compiled = compile_for_h200(int4_matmul, rows(16), weight(tiles=False))
+    assert temporary(compiled) >= 2 * WIDTH * WIDTH
+
+
+def test_experts_and_ragged_rows_need_no_dense_weight():
+    assert temporary(compile_for_h200(int4_matmul, rows(4, 3), weight(4))) == 0
+    sizes = jax.ShapeDtypeStruct((4,), jnp.int32)
+    assert temporary(compile_for_h200(grouped_int4_matmul, rows(64), weight(4), sizes)) < 100_000
+
+
+def test_layers_read_in_place_are_not_copied():
+    def run(x, stack):
+        step = lambda layer, x: triton.matmul(x, stack, layer=layer)
+        return jax.lax.fori_loop(0, 4, step, x)
+
+    assert temporary(compile_for_h200(run, rows(1), weight(4))) < CODES // 16
+
+
+def test_scanned_layers_are_not_copied():
+    def run(x, stack):
+        return jax.lax.scan(lambda x, w: (int4_matmul(x, w), None), x, stack)[0]
+
+    assert temporary(compile_for_h200(run, rows(1), weight(4))) < CODES // 16
+
+
+def test_gradients_keep_the_packed_weight_between_the_passes():
+    def loss(x, stack):
+        return jax.lax.scan(lambda x, w: (int4_matmul(x, w), None), x, stack)[0].astype(jnp.float32).sum()
+
+    layers = 8
+    compiled = compile_for_h200(jax.grad(loss), rows(64), weight(layers))
+    assert temporary(compiled) < layers * 2 * WIDTH * WIDTH

@@ -1,0 +1,71 @@
+"""Every row of the table, compiled for every architecture that it serves: what the machine code must hold."""
+
+import pytest
+
+pytest.importorskip("triton", reason="triton has wheels for Linux only")
+
+from cubins import compiled
+
+from awq_jax.kernels import table
+
+ARCHITECTURES = (80, 86, 89, 90)
+SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+K, N = 4096, 4096
+
+
+def cases():
+    """(architecture, group, dtype, row of the table) for all that the table can be asked."""
+    for arch in ARCHITECTURES:
+        rule = [row for row in table.rows() if row.exact is None and arch >= row.arch]
+        reached = {table.tiling(arch, "bfloat16", 128, row.m, K, N): row for row in rule}
+        for i, t in enumerate(reached):
+            yield arch, 128, "bfloat16", t
+            if arch in (80, 90):
+                yield arch, 32, "float16" if i % 2 else "bfloat16", t
+        yield arch, 128, "bfloat16", table.grouped_tiling(arch, "bfloat16", 128, 8, K, N)
+    for row in table.rows():
+        if row.exact is not None:
+            yield row.arch, row.group, row.exact[1], row.tiling
+
+
+def constants(t: table.Tiling, group: int) -> dict:
+    decode, ragged = t.kernel == "decode", t.kernel == "ragged"
+    return {
+        **({"kb": t.kb} if decode else {}),
+        **({} if ragged else {"layered": False}),
+        "M": 8 * t.bm if not decode else t.bm,
+        "N": N,
+        "K": K,
+        "G": group,
+        "E": 1,
+        "asymmetric": True,
+        "scaled": False,
+        "bm": t.bm,
+        "bn": t.bn,
+    }
+
+
+@pytest.mark.parametrize(("arch", "group", "dtype", "t"), list(cases()), ids=str)
+def test_machine_code(arch, group, dtype, t):
+    cubin = compiled(t.kernel, dtype, arch, t.warps, t.stages, **constants(t, group))
+    assert cubin.stack == 0
+    assert cubin.registers <= min(255, 65536 // (32 * t.warps))
+    assert cubin.shared <= SHARED[arch]
+    loop = cubin.loops
+    assert loop["HMMA"] + loop["HGMMA"] > 0
+    assert loop["I2F"] + loop["I2FP"] == 0
+    unpacked = t.bn * 128 * (t.kb or 1) // (64 * t.warps)
+    assert loop["LOP3"] >= unpacked, "one lop3 makes two weights of a thread"
+    assert cubin.wide_copies > 0
+
+
+def test_a_spill_would_be_seen():
+    t = table.Tiling("tile", 128, 256, 4, 2)
+    assert compiled("tile", "bfloat16", 80, t.warps, t.stages, **constants(t, 128)).stack > 0
+
+
+@pytest.mark.parametrize("kernel", ["decode", "tile"])
+def test_with_an_input_scale_a_layer_and_odd_sizes(kernel):
+    t = table.tiling(90, "bfloat16", 64, 1 if kernel == "decode" else 4096, K, N)
+    odd = {**constants(t, 64), "M": t.bm - 1, "N": N - 3, "K": K - 40, "scaled": True, "layered": True, "E": 3}
+    assert compiled(kernel, "bfloat16", 90, t.warps, t.stages, **odd).stack == 0

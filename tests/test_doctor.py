@@ -1,0 +1,68 @@
+"""What `awq-jax doctor` finds and advises."""
+
+import importlib.metadata
+
+import jax
+import pytest
+
+from awq_jax import doctor
+from awq_jax.kernels import launch
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Pretends that exactly these versions are installed."""
+
+    def pretend(**versions: str) -> None:
+        names = {name.replace("_", "-"): version for name, version in versions.items()}
+
+        def version(name: str) -> str:
+            if name in names:
+                return names[name]
+            raise importlib.metadata.PackageNotFoundError(name)
+
+        monkeypatch.setattr(importlib.metadata, "version", version)
+
+    return pretend
+
+
+def finding(what: str) -> doctor.Finding:
+    return next(f for f in doctor.examine() if f.what == what)
+
+
+def test_this_machine():
+    assert finding("jax").found == jax.__version__
+    assert finding("decode (1 row)").found == "plain XLA"
+    assert "no GPU" in finding("device").found
+
+
+def test_without_a_plugin_it_says_what_to_install(installed):
+    installed(jax="0.11.2", jaxlib="0.11.2")
+    assert "awq-jax[cuda12]" in finding("device").advice
+    assert finding("triton").found == "not installed"
+
+
+def test_a_plugin_of_another_version_is_named(installed):
+    installed(jaxlib="0.11.2", jax_cuda12_plugin="0.10.2")
+    assert "jax-cuda12-plugin 0.10.2 and jaxlib 0.11.2 differ" in finding("device").advice
+    installed(jaxlib="0.11.2", jax_cuda12_plugin="0.11.2")
+    assert finding("device").advice == ""
+
+
+@pytest.mark.parametrize(("arch", "missing", "found"), [(90, None, "Triton, decode 8 x 16"), (75, None, "plain XLA")])
+def test_on_a_gpu(monkeypatch, arch, missing, found):
+    from awq_jax import kernels
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(launch, "missing", lambda: missing)
+    with kernels.target(arch):
+        assert finding("decode (1 row)").found == found
+
+
+def test_a_missing_package_is_the_reason(monkeypatch):
+    from awq_jax import kernels
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
+    with kernels.target(90):
+        assert "triton and jax-triton not installed: pip install" in finding("prefill (512 rows)").advice

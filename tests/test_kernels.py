@@ -1,0 +1,227 @@
+"""One suite for every implementation of the matmuls, against numpy in float64.
+
+Error bounds, for a result of sums S = sum_k |x_k w_k| over K terms, u = 2**-8 (bfloat16) or 2**-11 (float16) the unit
+roundoff:
+  - float32 accumulation, any order: at most K 2**-24 S;
+  - the result rounded to x's dtype: u |y|;
+  - a weight rounded to x's dtype before the product, as plain XLA does: u S; with the scale rounded first, as the
+    kernel of many rows does: (2 u + u**2) S, and once more u S for x rounded after its input scale.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton", reason="triton has wheels for Linux only")
+
+import interpreted
+
+from awq_jax.kernels import api, grouped_int4_matmul, int4_matmul, triton
+from awq_jax.spec import QuantSpec
+from awq_jax.tensor import QuantizedTensor, in_tiles, quantize, with_input_scale
+
+IMPLEMENTATIONS = ("triton", "xla")
+SPEC = QuantSpec(4, 32)
+dense_weight = jax.jit(lambda w: w.dequantize())
+multiply = jax.jit(int4_matmul, static_argnames="implementation")
+grouped_multiply = jax.jit(grouped_int4_matmul, static_argnames="implementation")
+ROUNDING = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
+
+
+@pytest.fixture(autouse=True)
+def _interpreter(monkeypatch):
+    monkeypatch.setattr(triton, "launch", interpreted.launch)
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def weight(*shape: int, spec: QuantSpec = SPEC, scaled: bool = False, seed: int = 0) -> QuantizedTensor:
+    w = quantize(normal(*shape, seed=seed) + 0.3, spec)
+    return in_tiles(with_input_scale(w, np.exp(normal(*shape[:-1], seed=seed + 1))) if scaled else w)
+
+
+def exact(x, w: QuantizedTensor) -> tuple[np.ndarray, np.ndarray]:
+    """The product and the product of magnitudes, in float64, of one matrix or of as many as there are rows of w."""
+    dense = np.asarray(dense_weight(w), np.float64)
+    x = np.asarray(x, np.float64)
+    return x @ dense, np.abs(x) @ np.abs(dense)
+
+
+def check(y, x, w: QuantizedTensor, reference=None) -> None:
+    product, magnitude = exact(x, w) if reference is None else reference
+    u = ROUNDING[x.dtype.name]
+    bound = (x.shape[-1] * 2.0**-24 + 4 * u) * magnitude + u * np.abs(product) + 1e-6
+    assert y.dtype == x.dtype
+    error = np.abs(np.asarray(y, np.float64) - product)
+    assert np.all(error <= bound), f"{np.max(error / bound)} times the bound"
+
+
+@st.composite
+def cases(draw):
+    spec = QuantSpec(4, draw(st.sampled_from([32, 64, 128, -1])), draw(st.booleans()))
+    rows = draw(st.sampled_from([1, 3, 8, 9, 16, 17, 33, 70]))
+    k, n = draw(st.sampled_from([1, 20, 64, 100, 128, 256, 300])), draw(st.sampled_from([1, 5, 16, 70]))
+    return (
+        rows,
+        k,
+        n,
+        spec,
+        draw(st.booleans()),
+        draw(st.sampled_from(["bfloat16", "float16"])),
+        draw(st.integers(0, 99)),
+    )
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@settings(max_examples=12)
+@given(case=cases())
+def test_the_product_is_within_its_bound(implementation, case):
+    rows, k, n, spec, scaled, dtype, seed = case
+    x = jnp.asarray(normal(rows, k, seed=seed), dtype)
+    w = weight(k, n, spec=spec, scaled=scaled, seed=seed)
+    check(multiply(x, w, implementation=implementation), x, w)
+
+
+@pytest.mark.parametrize("rows", [2, 40])
+def test_few_rows_lose_nothing_to_rounded_weights_and_many_little(rows):
+    """The decode kernel multiplies exact integers: its result is the exact one, rounded."""
+    x, w = jnp.asarray(normal(rows, 256), jnp.bfloat16), weight(256, 32)
+    y = np.asarray(int4_matmul(x, w, implementation="triton"), np.float64)
+    product, magnitude = exact(x, w)
+    only_rounded = np.all(np.abs(y - product) <= 256 * 2.0**-24 * magnitude + 2.0**-8 * np.abs(product))
+    assert only_rounded == (rows <= 32)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_leading_axes_are_experts(implementation, rows, scaled):
+    x, w = jnp.asarray(normal(3, rows, 96), jnp.bfloat16), weight(3, 96, 20, scaled=scaled)
+    check(multiply(x, w, implementation=implementation), x, w)
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+def test_a_layer_of_a_stack_is_read_in_place(rows):
+    x, stack = jnp.asarray(normal(rows, 96), jnp.bfloat16), weight(4, 96, 20, scaled=True)
+    pick = jax.jit(lambda x, w, layer: triton.matmul(x, w, layer=layer))
+    for layer in (0, 3):
+        check(pick(x, stack, layer), x, jax.tree.map(lambda leaf, layer=layer: leaf[layer], stack))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    "sizes", [[3, 0, 17, 1], [0, 0, 0, 50], [0, 0, 0, 0], [13, 13, 13, 11], [1, 1, 1, 150]], ids=str
+)
+def test_ragged_groups_of_rows(implementation, sizes):
+    rows, scaled = 160 if sum(sizes) > 50 else 50, sizes[0] == 3
+    x, w = jnp.asarray(normal(rows, 160), jnp.bfloat16), weight(4, 160, 70, spec=QuantSpec(4, 64), scaled=scaled)
+    y = np.asarray(grouped_multiply(x, w, jnp.asarray(sizes), implementation=implementation))
+    start = 0
+    for i, size in enumerate(sizes):
+        part = slice(start, start + size)
+        check(y[part], x[part], jax.tree.map(lambda leaf, i=i: leaf[i], w))
+        start += size
+    np.testing.assert_array_equal(y[start:], 0)
+
+
+row_tiles = jax.jit(triton.row_tiles, static_argnums=(1, 2))
+
+
+@given(sizes=st.lists(st.integers(0, 100), min_size=5, max_size=5))
+@pytest.mark.parametrize("bm", [16, 128])
+def test_row_tiles_cover_every_row_once(bm, sizes):
+    rows = 500
+    owner = np.repeat([*range(5), -1], [*sizes, rows - sum(sizes)])
+    seen = np.zeros(rows, int)
+    for group, first, end in zip(*(np.asarray(a) for a in row_tiles(jnp.asarray(sizes), rows, bm)), strict=True):
+        part = slice(first, min(first + bm, end))
+        seen[part] += 1
+        assert np.all(owner[part] == group)
+    assert np.all(seen == 1)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_vmap_over_the_weight_the_activation_or_both(implementation):
+    one_of = lambda x, w: int4_matmul(x, w, implementation=implementation)
+    x, w = jnp.asarray(normal(3, 5, 64), jnp.bfloat16), weight(3, 64, 20, scaled=True)
+    one = jax.tree.map(lambda leaf: leaf[0], w)
+    check(jax.vmap(one_of)(x, w), x, w)
+    check(jax.vmap(one_of, (0, None))(x, one), x, one)
+    check(jax.vmap(one_of, (None, 0))(x[0], w), x[:1], w)
+    again = jax.vmap(jax.vmap(one_of, (0, None)))(x[:, :, None], w)
+    check(again[:, :, 0], x, w)
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+def test_gradients_are_those_of_the_dense_weight(rows):
+    x, w = jnp.asarray(normal(rows, 96), jnp.bfloat16), weight(96, 20, scaled=True)
+    dy = jnp.asarray(normal(rows, 20, seed=3), jnp.bfloat16)
+    _, pull = jax.vjp(lambda x, w: int4_matmul(x, w, implementation="triton"), x, w)
+    dx, dw = pull(dy)
+    expected, expected_w = jax.vjp(lambda x, w: int4_matmul(x, w, implementation="xla"), x, w)[1](dy)
+    np.testing.assert_array_equal(dx, expected)
+    np.testing.assert_array_equal(dw.scales, expected_w.scales)
+    assert dw.codes.dtype == jax.dtypes.float0
+
+
+def test_it_works_in_scan_and_remat():
+    x, stack = jnp.asarray(normal(3, 64), jnp.bfloat16), weight(4, 64, 64)
+    stack = dataclasses.replace(stack, scales=stack.scales / 16)
+
+    def run(implementation):
+        @jax.checkpoint
+        def step(x, w):
+            return jnp.tanh(int4_matmul(x, w, implementation=implementation)), None
+
+        return jax.value_and_grad(lambda x: jax.lax.scan(step, x, stack)[0].astype(jnp.float32).sum())(x)
+
+    for a, b in zip(run("triton"), run("xla"), strict=True):
+        np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=0.03, atol=0.03)
+
+
+def test_one_program_runs_the_kernel_on_cuda_and_plain_xla_elsewhere():
+    x, w = jnp.asarray(normal(3, 64), jnp.bfloat16), weight(64, 20)
+    np.testing.assert_array_equal(int4_matmul(x, w), int4_matmul(x, w, implementation="xla"))
+    assert "platform_index" in str(jax.make_jaxpr(int4_matmul)(x, w))
+
+
+REFUSED = {
+    "rows": (lambda: (jnp.ones((2, 64), jnp.bfloat16), quantize(normal(64, 4), QuantSpec(4, 32))), "awq_jax.prepare"),
+    "bits": (lambda: (jnp.ones((2, 64), jnp.bfloat16), quantize(normal(64, 4), QuantSpec(3, 32))), "3-bit"),
+    "float32": (lambda: (jnp.ones((2, 64)), weight(64, 4)), "cast x"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_case_that_one_refuses_the_next_runs_unless_one_is_named(name):
+    case, reason = REFUSED[name]
+    x, w = case()
+    with pytest.raises(NotImplementedError, match=reason):
+        int4_matmul(x, w, implementation="triton")
+    np.testing.assert_array_equal(int4_matmul(x, w), int4_matmul(x, w, implementation="xla"))
+
+
+def test_when_nothing_can_all_reasons_are_told():
+    def no(reason):
+        def refuse(*_):
+            raise NotImplementedError(reason)
+
+        return refuse, refuse
+
+    with pytest.raises(NotImplementedError, match=r"one: too big.*two: too small"):
+        api.first_that_can({"one": no("too big"), "two": no("too small")}, None, 0)
+    with pytest.raises(ValueError, match="three"):
+        api.first_that_can({"one": no("too big")}, "three", 0)
+
+
+def test_scales_of_the_wrong_shape_are_named():
+    w = weight(64, 8)
+    with pytest.raises(ValueError, match=r"scales has shape \(2, 7\)"):
+        int4_matmul(jnp.ones((1, 64), jnp.bfloat16), dataclasses.replace(w, scales=w.scales[:, :7]))

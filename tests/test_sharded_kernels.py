@@ -1,0 +1,102 @@
+"""How a kernel is cut under jit and in shard_map, on 8 virtual devices, with plain XLA in the kernel's place.
+
+In a process of its own: the number of devices is fixed when jax starts.
+"""
+
+import os
+import subprocess
+import sys
+from textwrap import dedent
+
+import pytest
+
+SETUP = """
+import functools as ft
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from awq_jax.kernels import reference, rules, sharded
+from awq_jax.spec import QuantSpec
+from awq_jax.tensor import in_tiles, quantize, with_input_scale
+
+mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "model"))
+normal = lambda *shape, seed=0: np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+seen = []
+
+def kernel(x, w, dtype=None):
+    seen.append((x.shape, w.codes.shape, w.scales.shape))
+    return reference.matmul(x, w).astype(dtype or x.dtype)
+
+def weight(*shape, group=128, scaled=False):
+    w = quantize(normal(*shape), QuantSpec(4, group))
+    return in_tiles(with_input_scale(w, np.exp(normal(*shape[:-1], seed=2))) if scaled else w)
+
+def place(tree, spec):
+    return jax.tree.map(lambda a: jax.device_put(a, NamedSharding(mesh, P(*spec[: a.ndim]))), tree)
+
+def check(x, w, x_spec, w_spec, part, out):
+    f = jax.jit(ft.partial(sharded.matmul, kernel))
+    expected = reference.matmul(x, w)
+    xs, ws = place(x, x_spec), place(w, w_spec)
+    seen.clear()
+    compiled = f.lower(xs, ws).compile()
+    assert part in seen, seen
+    y = compiled(xs, ws)
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-3)
+    assert y.sharding.is_equivalent_to(NamedSharding(mesh, P(*out)), y.ndim), y.sharding
+    text = compiled.as_text()
+    assert not any("all-gather" in line and "s16" in line for line in text.splitlines()), "a weight is gathered"
+    return text
+"""
+
+CASES = {
+    "columns": """
+        check(normal(6, 256, seed=1), weight(256, 64), (), (None, "model"),
+              ((1, 6, 256), (1, 2, 512), (1, 2, 16)), (None, "model"))
+    """,
+    "columns and rows of x": """
+        check(normal(6, 256, seed=1), weight(256, 64, scaled=True), ("data",), (None, "model"),
+              ((1, 3, 256), (1, 2, 512), (1, 2, 16)), ("data", "model"))
+    """,
+    "inputs, whole groups": """
+        for group in (128, 64, 32):
+            text = check(normal(6, 512, seed=1), weight(512, 64, group=group), (None, "model"), ("model",),
+                         ((1, 6, 128), (1, 1, 2048), (1, 128 // group, 64)), ())
+            assert "all-reduce" in text
+    """,
+    "inputs that would cut a group stay whole": """
+        check(normal(6, 512, seed=1), weight(512, 64, group=-1), (None, "model"), (),
+              ((1, 6, 512), (1, 4, 2048), (1, 1, 64)), ())
+    """,
+    "experts": """
+        check(normal(4, 6, 256, seed=1), weight(4, 256, 64), ("model",), ("model",),
+              ((1, 6, 256), (1, 2, 2048), (1, 2, 64)), ("model",))
+    """,
+    "shard_map": """
+        f = jax.jit(jax.shard_map(ft.partial(sharded.matmul, kernel), mesh=mesh,
+                                  in_specs=(P("data"), P(None, "model")), out_specs=P("data", "model")))
+        x, w = normal(6, 256, seed=1), weight(256, 64)
+        np.testing.assert_allclose(f(x, w), reference.matmul(x, w), rtol=1e-4, atol=1e-3)
+        assert ((1, 3, 256), (1, 2, 512), (1, 2, 16)) in seen
+    """,
+    "vmap and grad": """
+        f = rules.with_rules(ft.partial(sharded.matmul, kernel))
+        x, w = place(normal(6, 256, seed=1), ("data",)), place(weight(256, 64), (None, "model"))
+        loss = lambda f: lambda x: (f(x, w) ** 2).sum()
+        expected = jax.grad(loss(reference.matmul))(x)
+        np.testing.assert_allclose(jax.jit(jax.grad(loss(f)))(x), expected, rtol=1e-3, atol=1)
+        batch = jax.jit(jax.vmap(f, (0, None)))(jnp.stack([x, -x]), w)
+        np.testing.assert_allclose(batch[1], -reference.matmul(x, w), rtol=1e-4, atol=1e-3)
+    """,
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_on_eight_devices(name):
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, "-c", SETUP + dedent(CASES[name])],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
