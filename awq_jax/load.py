@@ -18,6 +18,7 @@ from awq_jax.formats import orbax
 from awq_jax.formats.checkpoint import Checkpoint, open_checkpoint
 from awq_jax.formats.errors import InputError
 from awq_jax.models.generate import generate
+from awq_jax.tensor import prepare
 
 
 @dataclass(frozen=True)
@@ -136,4 +137,5 @@ def load(path: str | Path) -> Model:
         params = parts.pop("outer") | parts
     else:
         params = module.load(checkpoint.read, config)
-    return Model(module, config, jax.tree.map(jnp.asarray, params), checkpoint.tokenizer())
+    params = jax.tree.map(jnp.asarray, params)
+    return Model(module, config, prepare(params) if jax.default_backend() == "gpu" else params, checkpoint.tokenizer())
