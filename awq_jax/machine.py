@@ -22,6 +22,15 @@ def fast_dtype() -> Any:
     return dtype_for(jax.default_backend(), processor, str(capability))
 
 
+def free_memory() -> int:
+    """Bytes that can still be taken without swapping; 0 where the system does not tell."""
+    try:
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        return 0
+    return int(found[1]) * 1024 if found else 0
+
+
 def dtype_for(backend: str, processor: str, capability: str = "") -> Any:
     """bfloat16 on accelerators and on x86 that has instructions for it; NVIDIA's have from 8.0 on.
 

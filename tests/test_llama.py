@@ -231,14 +231,18 @@ def test_samples_follow_the_distribution():
     np.testing.assert_allclose(np.bincount(drawn, minlength=11) / 4000, expected, atol=0.03)
 
 
-def test_generation_runs_on_quantized_params():
+@pytest.mark.parametrize("memory", [0, 2**40], ids=["from codes", "made dense before"])
+def test_generation_runs_on_quantized_params(memory, monkeypatch, doors):
     config, params = model()
     quantized = on_kernels(lambda w: quantize(w, QuantSpec(group_size=32)), params)
     dense = on_kernels(lambda w: w.dequantize(), quantized)
+    doors["dense"] = 0
+    monkeypatch.setattr("awq_jax.models.generate.free_memory", lambda: memory)
     tokens = random_tokens(config, length=5)
     np.testing.assert_array_equal(
         generate(config, quantized, tokens, max_new_tokens=6), generate(config, dense, tokens, max_new_tokens=6)
     )
+    assert (doors["kernel"] > 0, doors["dense"] > 0) == (memory == 0, memory > 0)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from awq_jax.machine import free_memory
 from awq_jax.models.llama import Config, Llama, init_cache
+from awq_jax.tensor import is_quantized
 
 
 def generate(
@@ -35,6 +37,9 @@ def generate(
       eos: tokens that end a row. What follows in the row is `eos[0]`; once all rows have ended nothing is
         computed any more.
 
+    On a CPU, where nothing multiplies codes faster than floats, kernels are made dense once, before the first token, if
+    half of the free memory holds them; else at every token.
+
     Compiled once for each config, prompt shape, `max_new_tokens`, `eos`, and once for sampling; the host waits for
     the last token only.
 
@@ -57,10 +62,17 @@ def generate(
         key if temperature > 0 else None,
         max_new_tokens=max_new_tokens,
         eos=(int(eos),) if isinstance(eos, int) else tuple(map(int, eos)),
+        dense=jax.default_backend() == "cpu" and 2 * dense_bytes(params, config.dtype) < free_memory(),
     )
 
 
-@ft.partial(jax.jit, static_argnames=("config", "max_new_tokens", "eos"))
+def dense_bytes(params: Any, dtype: Any) -> int:
+    """What the QuantizedTensors among `params` would take as arrays of `dtype`."""
+    leaves = jax.tree.leaves(params, is_leaf=is_quantized)
+    return sum(w.size for w in leaves if is_quantized(w)) * jnp.dtype(dtype).itemsize
+
+
+@ft.partial(jax.jit, static_argnames=("config", "max_new_tokens", "eos", "dense"))
 def _generate(
     config: Config,
     params: Any,
@@ -70,7 +82,11 @@ def _generate(
     *,
     max_new_tokens: int,
     eos: tuple[int, ...],
+    dense: bool,
 ) -> Int[Array, "b total"]:
+    if dense:
+        whole = lambda w: w.dequantize().astype(config.dtype) if is_quantized(w) else w
+        params = jax.tree.map(whole, params, is_leaf=is_quantized)
     b, t = prompt.shape
     total = t + max_new_tokens
     run: Any = ft.partial(Llama(config).apply, {"params": params})
