@@ -11,6 +11,15 @@ settings.register_profile("awq_jax", deadline=None, max_examples=30, derandomize
 settings.load_profile("awq_jax")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def programs_are_dropped():
+    """What a module compiled: a process has room for so many memory maps only."""
+    yield
+    import jax
+
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The .gguf of SmolLM2-135M in the user's cache, fetched on first use."""

@@ -129,7 +129,7 @@ def test_the_report_stands_in_the_folder(made, name):
         spec = site.pop("spec")
         assert spec == {"bits": recipe.bits, "group_size": recipe.group_size, "symmetric": recipe.symmetric}
         assert site == {k: v for k, v in vars(told).items() if k != "spec"}
-        assert 0 < site["error"] <= site["nearest_error"] * (1 + 1e-5) < 0.1
+        assert 0 < site["error"] <= site["nearest_error"] * (1 + 1e-5) < 0.2
 
 
 def test_seconds_are_told_by_stage(made):

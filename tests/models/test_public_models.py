@@ -19,7 +19,6 @@ from awq_jax.search import Grid, no_clip, to_nearest
 from awq_jax.tensor import is_quantized
 
 GATHERED = "gather"
-QKV_BIASES = ("query/bias", "key/bias", "value/bias")
 
 
 @dataclass(frozen=True)
@@ -56,12 +55,10 @@ FOUND = {
         prefix="params/",
         groups=("attention/query attention/key attention/value", "attention/out", "Dense_1", "Dense_0"),
         folded="attention/query attention/out Dense_1",
-        skipped={f"attention/{bias}": "add" for bias in QKV_BIASES},
     ),
     "flax_nnx_attention": Found(
         groups=("attention/query attention/key attention/value", "attention/out", "up", "down"),
         folded="attention/query attention/out down",
-        skipped={f"attention/{bias}": "add" for bias in QKV_BIASES} | {"up/bias": "add"},
     ),
     "nanodl_gemma": Found(
         prefix="params/decoder/",
@@ -114,7 +111,6 @@ FOUND = {
         folded="attn/qkv attn/proj mlp/fc1 head",
         skipped={
             "patch_embed/proj": "conv_general_dilated",
-            "patch_embed/proj/bias": "add",
             "global_pos_embed": "add",
             "cls_token": "broadcast_in_dim",
             "reg_tokens": "broadcast_in_dim",
@@ -139,7 +135,7 @@ FOUND = {
             "dense_3",
         ),
         folded="grouped_query_attention/query grouped_query_attention/attention_output dense dense_2 dense_3",
-        skipped={f"grouped_query_attention/{bias}": "add" for bias in QKV_BIASES} | {"embedding/embeddings": GATHERED},
+        skipped={"embedding/embeddings": GATHERED},
     ),
     "penzai_gemma": Found(
         prefix="transformer/",
