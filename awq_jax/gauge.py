@@ -13,7 +13,6 @@ architecture is known here; shared-expert gates, routers and tied weights are si
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,7 +24,7 @@ from scipy.sparse.csgraph import connected_components
 
 from awq_jax.compat import scan_split
 from awq_jax.gauge_rules import RULES, rule
-from awq_jax.gauge_values import Dot, Ids, Value, Walk, known, param_value, varies
+from awq_jax.gauge_values import Ids, Value, Walk, known, param_value
 from awq_jax.sharding import cuts_of
 from awq_jax.tensor import in_param
 from awq_jax.views import STRUCTURAL, Cuts, View, pieces
@@ -95,29 +94,27 @@ def _shard_map(
     seen: dict[str | None, View] = {}
     for x, spec in zip(xs, in_specs, strict=True):
         cuts = cuts_of(spec, len(x.shape), mesh)
-        walk.freeze([t for t in x.terms if is_cut(t, cuts)], "cut into shards")
         shape = tuple(n // k for n, k in zip(x.shape, pieces(cuts), strict=True))
-        terms = tuple(t[tuple(slice(n) for n in shape)] for t in x.terms)
+        uncut = walk.freeze_along(_cut_axes(cuts), x.terms, "cut into shards")
         view = x.view.shard(cuts) if x.param is not None and x.view is not None else None
         if view is None or seen.get(x.param, view) != view:
             walk.use(x, "shard_map")
-            terms = tuple(t for t in terms if not is_cut(t, cuts))
-            inside.append(Value(shape, terms, constant=x.constant, product_of=x.product_of, origin=x.origin))
+            inside.append(Value(shape, uncut, constant=x.constant, product_of=x.product_of, origin=x.origin))
         else:
             seen[x.param] = view
+            terms = tuple(t[tuple(slice(n) for n in shape)] for t in x.terms)
             inside.append(Value(shape, terms, x.root, view, x.param))
     outs = []
     for shape, spec, y in zip(out, out_specs, evaluate(walk, jaxpr, inside), strict=True):
         cuts = cuts_of(spec, len(shape), mesh)
-        walk.freeze([t for t in y.terms if is_cut(t, cuts)], "cut into shards")
+        terms = walk.freeze_along(_cut_axes(cuts), y.terms, "cut into shards")
         walk.use(y, "shard_map")
-        terms = tuple(t for t in y.terms if not is_cut(t, cuts))
         outs.append(Value(shape, terms, product_of=y.product_of, origin=y.origin))
     return outs
 
 
-def is_cut(t: Ids, cuts: Cuts) -> bool:
-    return varies(t, [k for k, cut in enumerate(cuts) if cut])
+def _cut_axes(cuts: Cuts) -> list[int]:
+    return [k for k, cut in enumerate(cuts) if cut]
 
 
 @rule("while")
@@ -251,14 +248,6 @@ def solve(walk: Walk, frozen: list[tuple[Ids, str]]) -> Components:
     return Components(walk, component, sign, np.where(why[plus] >= 0, why[plus], why[minus]), [*reasons])
 
 
-def channels(dot: Dot) -> int:
-    """The most channels that a matmul reads or writes, its experts' together: a bias or a norm has no more entries."""
-    layout = dot.layout
-    ordered = [layout.sizes[a] for a in layout.order]
-    lead, rest = ordered[: layout.n_lead], ordered[layout.n_lead :]
-    return math.prod(lead) * max(math.prod(rest[: layout.n_in]), math.prod(rest[layout.n_in :]))
-
-
 def components(jaxpr: Any, params: dict[int, tuple[str, tuple[int, ...]]]) -> Components:
     """Every gauge freedom of a closed jaxpr; `params` names the arguments that are params (position -> name, shape)."""
     dead, offsets, joint = np.ones(1, bool), {}, {}
@@ -273,13 +262,13 @@ def components(jaxpr: Any, params: dict[int, tuple[str, tuple[int, ...]]]) -> Co
         for (name, _), ids in walk.ids.items():
             if len(walk.ndims.get(name, ())) > 1:
                 walk.freeze([ids], "used both inside a scan over its layers and outside")
-        widest = max(map(channels, walk.dots), default=0)
+        widest = walk.widest
         loose = {}
         for name, shape in params.values():
             stack = walk.stacks[name]
             free = tuple(in_param(stack, k) for k in range(len(shape) - len(stack)))
-            if name not in walk.found and 1 < len(free) < 4 and math.prod(shape[k] for k in free) <= widest:
-                loose |= {name: (free,)} if walk.is_elementwise(name) else {}
+            if name not in walk.found and 1 < len(free) < 4 and walk.is_vector(name, shape, widest):
+                loose[name] = (free,)
         wanted = {n: axes for n, axes in (loose | walk.found).items() if axes}
         if (walk.offsets, wanted) != (offsets, joint):
             dead, offsets, joint, known_frozen = np.ones(1, bool), walk.offsets, wanted, []

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from awq_jax.gauge_values import Dot, Ids, Value, Walk, reshape_ids, varies
-from awq_jax.sharding import names_of
+from awq_jax.kernels.sharded import names_of
 from awq_jax.tensor import Layout, in_param
 from awq_jax.views import STRUCTURAL, is_grouped_by_rows, is_pointwise, pointwise_slices
 
@@ -112,10 +112,9 @@ def _all_gather(walk: Walk, out: tuple, x: Value, all_gather_dimension: int, til
         walk.freeze(x.terms, "all_gather")
         walk.use(x, "all_gather")
         return [Value(out[0])]
-    walk.freeze([t for t in x.terms if t.shape[k] > 1], "all_gather")
-    terms = tuple(t for t in x.terms if t.shape[k] == 1)
-    whole = p["axis_index_groups"] is None and x.view is not None
-    view = x.view.gather(k, names_of(p["axis_name"])) if whole and x.view is not None else None
+    terms = walk.freeze_along([k], x.terms, "all_gather")
+    in_groups = p["axis_index_groups"] is not None
+    view = None if x.view is None or in_groups else x.view.gather(k, names_of(p["axis_name"]))
     if x.param is not None and view is not None:
         return [Value(out[0], terms, x.root, view, x.param)]
     walk.use(x, "all_gather")
@@ -184,8 +183,8 @@ def _pad(walk: Walk, out: tuple, x: Value, filler: Value, padding_config: Any, *
 
 @rule("reduce_sum", "reduce_max", "reduce_min")
 def _reduce(walk: Walk, out: tuple, x: Value, axes: Any, **p: Any) -> list[Value]:
-    walk.freeze([t for t in x.terms if varies(t, axes)], f"{p['primitive']} over its channels (a norm)")
-    return [Value(out[0], tuple(t.squeeze(tuple(axes)) for t in x.terms if not varies(t, axes)))]
+    terms = walk.freeze_along(axes, x.terms, f"{p['primitive']} over its channels (a norm)")
+    return [Value(out[0], tuple(t.squeeze(tuple(axes)) for t in terms))]
 
 
 @rule("dot_general")
@@ -246,17 +245,7 @@ def _record(walk: Walk, w: Value, x: Value, contracted: Any, batch: Any, theirs:
     shape = tuple(x.shape[k] for k in (*their_batch, *tokens, *theirs))
     reads = (x.root, seen.sizes, seen.order[: seen.n_lead + seen.n_in], walk.scope)
     walk.dots.append(
-        Dot(
-            w.param,
-            layout,
-            w.view.stack,
-            w.view.picks,
-            reads,
-            shape,
-            len(their_batch),
-            in_ids.ravel(),
-            x.product_of,
-        )
+        Dot(w.param, layout, w.view.stack, w.view.picks, reads, shape, len(their_batch), in_ids.ravel(), x.product_of)
     )
 
 
@@ -269,9 +258,8 @@ def _ragged_dot(walk: Walk, out: tuple, x: Value, w: Value, sizes: Value, **p: A
     (cx, cw), _ = numbers.dot_dimension_numbers
     groups = tuple(numbers.rhs_group_dimensions)
     _record(walk, w, x, cw, groups, cx, ())
-    walk.freeze([t for t in w.terms if varies(t, groups)], "experts read sorted rows")
     (free,) = (k for k in range(3) if k not in (*cw, *groups))
-    alike = Value(w.shape, tuple(t for t in w.terms if not varies(t, groups)))
+    alike = Value(w.shape, walk.freeze_along(groups, w.terms, "experts read sorted rows"))
     matrix = map_terms(alike, (w.shape[cw[0]], w.shape[free]), lambda t: t.transpose(*cw, free, *groups)[..., 0])
     return _dot(walk, out, x, matrix, dimension_numbers=((cx, (0,)), ((), ())))
 

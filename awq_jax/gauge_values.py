@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from awq_jax.tensor import Layout, in_param
+from awq_jax.tensor import Layout, in_param, one_layer
 from awq_jax.views import View
 
 Ids = np.ndarray
@@ -53,6 +53,13 @@ class Dot:
     in_ids: Ids
     after: str | None
 
+    @property
+    def channels(self) -> int:
+        """The most that it reads or writes, its experts' together: a bias or a norm has no more entries."""
+        ordered = [self.layout.sizes[a] for a in self.layout.order]
+        lead, rest = ordered[: self.layout.n_lead], ordered[self.layout.n_lead :]
+        return math.prod(lead) * max(math.prod(rest[: self.layout.n_in]), math.prod(rest[self.layout.n_in :]))
+
 
 @dataclass
 class Walk:
@@ -87,9 +94,18 @@ class Walk:
         if value.param is not None:
             self.uses.setdefault(value.param, set()).add(by)
 
-    def is_elementwise(self, param: str) -> bool:
-        """Whether a param is only added and multiplied: with several axes (heads, features) it is one long vector."""
-        return self.uses.get(param, {""}) <= ELEMENTWISE
+    @property
+    def widest(self) -> int:
+        """The most channels of any matmul."""
+        return max((dot.channels for dot in self.dots), default=0)
+
+    def is_vector(self, param: str, shape: tuple[int, ...], widest: int) -> bool:
+        """Whether a layer of a param is one long vector, however many axes it has (heads, features).
+
+        It is only added and multiplied, and has no more entries than the widest matmul has channels.
+        """
+        is_elementwise = self.uses.get(param, {""}) <= ELEMENTWISE
+        return is_elementwise and math.prod(one_layer(shape, self.stacks[param])) <= widest
 
     @contextmanager
     def inside(self, what: str) -> Iterator[None]:
@@ -100,6 +116,12 @@ class Walk:
 
     def freeze(self, terms: Iterable[Ids], reason: str) -> None:
         self.frozen += [(t.ravel(), reason) for t in terms]
+
+    def freeze_along(self, axes: Iterable[int], terms: Iterable[Ids], reason: str) -> tuple[Ids, ...]:
+        """Freeze the terms that vary along any of `axes`; the others."""
+        terms, axes = tuple(terms), tuple(axes)
+        self.freeze([t for t in terms if varies(t, axes)], reason)
+        return tuple(t for t in terms if not varies(t, axes))
 
     def alive(self, terms: Iterable[Ids]) -> tuple[Ids, ...]:
         """`terms` without the unknowns that an earlier pass proved to be zero."""

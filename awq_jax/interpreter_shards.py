@@ -18,7 +18,8 @@ from jaxtyping import Array
 
 from awq_jax.compat import varying
 from awq_jax.interpreter import OnDot, Records, Weight, bind, dense, evaluate
-from awq_jax.sharding import as_shard, cuts_of, gathered, leaf_specs, names_of
+from awq_jax.kernels.sharded import names_of
+from awq_jax.sharding import as_shard, cuts_of, gathered, leaf_specs
 from awq_jax.tensor import Layout, is_quantized
 from awq_jax.views import names_in
 

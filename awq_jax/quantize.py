@@ -18,7 +18,7 @@ from awq_jax.search.params import scale_of_fold, solve_sites
 from awq_jax.sharding import placed_like
 from awq_jax.sites import named_leaves
 from awq_jax.spec import QuantSpec
-from awq_jax.tensor import is_quantized, stack_places
+from awq_jax.tensor import is_quantized, one_layer
 from awq_jax.transform import Calibration
 
 
@@ -112,8 +112,8 @@ def check_params(params: Any, calibration: Calibration) -> None:
             )
         if is_quantized(leaves[name]):
             raise ValueError(f"{name} is quantized already: give the dense params.")
-        shape, layers = np.shape(leaves[name]), stack_places(site.stack)
-        if tuple(n for k, n in enumerate(shape) if k not in layers) != site.layout.shape:
+        shape = np.shape(leaves[name])
+        if one_layer(shape, site.stack) != site.layout.shape:
             raise ValueError(f"{name} has shape {shape}, calibrated was {site}: give the same params.")
 
 

@@ -12,15 +12,9 @@ from jaxtyping import Array
 
 from awq_jax.kernels import BLOCK
 from awq_jax.kernels.packing import ROWS
+from awq_jax.kernels.sharded import names_of
 from awq_jax.tensor import QuantizedTensor, is_quantized
-from awq_jax.views import Cuts, pieces
-
-Names = tuple[str, ...]
-
-
-def names_of(axis: Any) -> Names:
-    """The mesh axes that an entry of a PartitionSpec, or an axis_name, stands for."""
-    return () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
+from awq_jax.views import Cuts, names_in, pieces
 
 
 def cuts_of(spec: PartitionSpec, ndim: int, mesh: Any) -> Cuts:
@@ -41,7 +35,7 @@ def leaf_specs(w: QuantizedTensor, spec: PartitionSpec, mesh: Any) -> QuantizedT
     n, whole = pieces(cuts)[-2], BLOCK if w.packing == "tiles" else ROWS
     if n > 1 and (w.pad or w.scales.shape[-2] % n or w.in_features // n % whole):
         return None
-    names = [tuple(name for name, _ in cut) or None for cut in cuts]
+    names = [names_in((cut,)) or None for cut in cuts]
     of_matrix = PartitionSpec(*names)
     zeros = None if w.zeros is None else of_matrix
     of_input = None if w.input_scale is None else PartitionSpec(*names[:-1])

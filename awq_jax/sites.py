@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,10 +10,10 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 
-from awq_jax.gauge import Components, channels, components
+from awq_jax.gauge import Components, components
 from awq_jax.gauge_values import Dot, Walk
-from awq_jax.sharding import names_of
-from awq_jax.tensor import Layout, is_quantized, stack_places
+from awq_jax.kernels.sharded import names_of
+from awq_jax.tensor import Layout, is_quantized, one_layer, stack_places
 
 
 @dataclass(frozen=True)
@@ -174,10 +173,13 @@ def sites(fn: Callable[..., Any], params: Any, *inputs: Any) -> Traced:
         )
     for name, beside in _adapters(out, {name: uses[0].after for name, uses in dots.items()}).items():
         out[name] = replace(out[name], kept=f"an adapter of {beside}")
+    widest = found.walk.widest
     skipped = {
         name: "read in two ways" if name in dots else _names(found.walk.uses.get(name, ())) or "not used"
         for name, leaf in leaves.items()
-        if name not in out and _is_matrix(found.walk, name, leaf)
+        if name not in out
+        and len(one_layer(np.shape(leaf), found.walk.stacks[name])) > 1
+        and not found.walk.is_vector(name, np.shape(leaf), widest)
     }
     return Traced(out, _folds(found, {n: dots[n][0] for n in out}), skipped)
 
@@ -188,14 +190,6 @@ def _is_explicitly_cut(leaf: Any) -> bool:
         return False
     names = {name for entry in sharding.spec for name in names_of(entry)}
     return any(sharding.mesh.axis_types[sharding.mesh.axis_names.index(name)] == AxisType.Explicit for name in names)
-
-
-def _is_matrix(walk: Walk, name: str, leaf: Any) -> bool:
-    """Whether a layer of it has two axes and is no bias or norm of several heads."""
-    layers = stack_places(walk.stacks[name])
-    shape = [n for k, n in enumerate(np.shape(leaf)) if k not in layers]
-    is_vector = walk.is_elementwise(name) and math.prod(shape) <= max(map(channels, walk.dots), default=0)
-    return len(shape) > 1 and not is_vector
 
 
 def _same_input(leaf: Any, uses: list[Dot]) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools as ft
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -36,6 +36,12 @@ def in_param(stack: tuple[int, ...], axis: int) -> int:
 def stack_places(stack: tuple[int, ...]) -> tuple[int, ...]:
     """Which axes of a param are its axes of layers, first the one that is sliced first."""
     return tuple(in_param(stack[:depth], k) for depth, k in enumerate(stack))
+
+
+def one_layer(shape: Sequence[int], stack: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of one layer of a param of `shape`; `stack` as in Layout."""
+    places = stack_places(stack)
+    return tuple(n for k, n in enumerate(shape) if k not in places)
 
 
 @dataclass(frozen=True)

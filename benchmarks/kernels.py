@@ -16,6 +16,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +54,7 @@ def seconds(multiply: Callable[..., Any], x: Any, weights: list[Any], repeats: i
     """The median time of one matmul."""
     count = max(len(weights), 8)
     run = chain(multiply, count)
-    jax.block_until_ready(run(x, weights))
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(run(x, weights))
-        times.append(time.perf_counter() - start)
-    return statistics.median(times) / count
+    return timed(lambda: run(x, weights), repeats) / count
 
 
 def ceilings(small: bool) -> dict[str, float]:
@@ -149,8 +144,8 @@ def tune() -> list[dict[str, Any]]:
                     continue
                 times[t] = seconds(ft.partial(triton.matmul, tiling=t), x, packed, repeats=3)
             t = min(times, key=times.__getitem__)
-            named = {"kernel": t.kernel, "bm": t.bm, "bn": t.bn, "kb": t.kb, "warps": t.warps, "stages": t.stages}
-            best.append({"arch": architecture(), "dtype": "bfloat16", "group": 128, "m": m, "k": k, "n": n, **named})
+            case = {"arch": architecture(), "dtype": "bfloat16", "group": 128, "m": m, "k": k, "n": n}
+            best.append(case | asdict(t))
     return best
 
 

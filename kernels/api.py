@@ -19,11 +19,14 @@ kernel = ft.partial(sharded.matmul, triton.matmul)
 
 # By name, in the order in which they are tried. Asked for by name the kernel itself runs, not its choice of platforms.
 IMPLEMENTATIONS: Mapping[str, tuple[Implementation, Implementation]] = {
-    "triton": (rules.with_rules(rules.everywhere(kernel)), rules.with_rules(kernel)),
+    "triton": (rules.with_rules(rules.everywhere(kernel, reference.matmul)), rules.with_rules(kernel)),
     "xla": (reference.matmul, reference.matmul),
 }
 GROUPED: Mapping[str, tuple[Implementation, Implementation]] = {
-    "triton": (rules.with_grouped_rules(triton.grouped_matmul), triton.grouped_matmul),
+    "triton": (
+        rules.with_grouped_rules(rules.everywhere(triton.grouped_matmul, reference.grouped_matmul)),
+        triton.grouped_matmul,
+    ),
     "xla": (reference.grouped_matmul, reference.grouped_matmul),
 }
 

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 from jaxtyping import Array, Float
 
+from awq_jax.kernels.tiles import WORDS
+
 
 class PackedWeight(Protocol):
     """What a kernel reads of a quantized weight of logical shape (*lead, i, o).
@@ -53,7 +55,7 @@ def check_shapes(x: Float[Array, "*b i"], w: PackedWeight) -> None:
             "Move the contracted axis of x to the end."
         )
     lead, i = w.codes.shape[:-2], w.in_features
-    outs = w.codes.shape[-1] // (32 if w.packing == "tiles" else 1)
+    outs = w.codes.shape[-1] // (WORDS if w.packing == "tiles" else 1)
     expected = (*lead, -(-i // w.spec.group(i)), outs)
     for name, found, shape in (
         ("scales", w.scales, expected),

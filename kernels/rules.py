@@ -20,13 +20,20 @@ Matmul = Callable[..., Any]
 
 
 @ft.cache
-def everywhere(kernel: Matmul) -> Matmul:
-    """`kernel` on CUDA, `reference.matmul` elsewhere, in one program."""
+def everywhere(kernel: Matmul, plain: Matmul) -> Matmul:
+    """`kernel` on CUDA, `plain` elsewhere, in one program."""
+    return lambda *args: lax.platform_dependent(*args, cuda=kernel, default=plain)
 
-    def matmul(x: Any, w: Any) -> Any:
-        return lax.platform_dependent(x, w, cuda=kernel, default=reference.matmul)
 
-    return matmul
+def differentiable(matmul: Matmul, plain: Matmul) -> Matmul:
+    """`matmul` with the gradients of `plain`."""
+    with_gradients = jax.custom_vjp(lambda *args: matmul(*args))
+
+    def backward(saved: Any, dy: Any) -> Any:
+        return jax.vjp(plain, *saved)[1](dy)
+
+    with_gradients.defvjp(lambda *args: (matmul(*args), args), backward)
+    return with_gradients
 
 
 @ft.cache
@@ -43,33 +50,17 @@ def with_rules(matmul: Matmul) -> Matmul:
         spread = lambda leaf, is_batched: leaf if is_batched else jnp.broadcast_to(leaf, (size, *leaf.shape))
         return batchable(spread(x, x_batched), jax.tree.map(spread, w, w_batched)), True
 
-    differentiable = jax.custom_vjp(lambda x, w: batchable(x, w))
-
-    def backward(saved: Any, dy: Any) -> Any:
-        return jax.vjp(reference.matmul, *saved)[1](dy)
-
-    differentiable.defvjp(lambda x, w: (batchable(x, w), (x, w)), backward)
-    return differentiable
+    return differentiable(batchable, reference.matmul)
 
 
 @ft.cache
-def with_grouped_rules(kernel: Matmul) -> Matmul:
+def with_grouped_rules(matmul: Matmul) -> Matmul:
     """The same for a grouped matmul (x, w, group_sizes); a vmap of it runs plain XLA."""
-
-    def everywhere(x: Any, w: Any, sizes: Any) -> Any:
-        return lax.platform_dependent(x, w, sizes, cuda=kernel, default=reference.grouped_matmul)
-
-    batchable = jax.custom_batching.custom_vmap(everywhere)
+    batchable = jax.custom_batching.custom_vmap(matmul)
 
     @batchable.def_vmap
     def rule(size: int, batched: Any, *args: Any) -> tuple[Any, bool]:
         axes = jax.tree.map(lambda b: 0 if b else None, batched)
         return jax.vmap(reference.grouped_matmul, in_axes=tuple(axes), axis_size=size)(*args), True
 
-    differentiable = jax.custom_vjp(lambda x, w, sizes: batchable(x, w, sizes))
-
-    def backward(saved: Any, dy: Any) -> Any:
-        return jax.vjp(reference.grouped_matmul, *saved)[1](dy)
-
-    differentiable.defvjp(lambda *args: (batchable(*args), args), backward)
-    return differentiable
+    return differentiable(batchable, reference.grouped_matmul)

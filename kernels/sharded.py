@@ -58,8 +58,8 @@ def partitioned(kernel: Kernel, structure: Any, names: tuple[str, ...], k: int) 
         def first_free(size: int, *wanted: Any) -> Any:
             """The first of the wanted axes that cuts `size` evenly and that nothing else is cut by."""
             for axes in wanted:
-                if axes is not None and not set(flat(axes)) & set(cut) and size % ways(mesh, axes) == 0:
-                    cut.extend(flat(axes))
+                if axes is not None and not set(names_of(axes)) & set(cut) and size % ways(mesh, axes) == 0:
+                    cut.extend(names_of(axes))
                     return axes
             return None
 
@@ -118,10 +118,11 @@ def spec(sharding: Any, ndim: int) -> tuple[Any, ...]:
     return (*axes, *(None,) * (ndim - len(axes)))
 
 
-def flat(axes: Any) -> tuple[str, ...]:
-    return () if axes is None else axes if isinstance(axes, tuple) else (axes,)
+def names_of(axis: Any) -> tuple[str, ...]:
+    """The mesh axes that an entry of a PartitionSpec, or an axis_name, stands for."""
+    return () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
 
 
 def ways(mesh: Any, axes: Any) -> int:
     """Into how many parts these mesh axes cut."""
-    return math.prod(mesh.shape[name] for name in flat(axes))
+    return math.prod(mesh.shape[name] for name in names_of(axes))

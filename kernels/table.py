@@ -46,8 +46,8 @@ def _row(r: dict, measured: bool = False) -> Row:
     return Row(tiling, r["arch"], r["group"], r.get("m", UNLIMITED), exact)
 
 
-def bucket(m: int) -> int:
-    """The power of two that `m` rows are looked up as."""
+def power_of_two(m: int) -> int:
+    """The smallest one that is at least m: what m rows are looked up as."""
     return 1 << max(0, m - 1).bit_length()
 
 
@@ -55,7 +55,7 @@ def tiling(arch: int | None, dtype: str, group: int, m: int, k: int, n: int) -> 
     """The tiling for x (m, k) and a weight (k, n); without a GPU that of the oldest one that has a kernel."""
     arch = arch or 80
     for row in rows():
-        if row.exact == (arch, dtype, group, bucket(m), k, n):
+        if row.exact == (arch, dtype, group, power_of_two(m), k, n):
             return row.tiling
         if row.exact is None and arch >= row.arch and group >= row.group and m <= row.m:
             return row.tiling

@@ -75,7 +75,7 @@ def matmul(
         E=experts,
         bm=t.bm,
         bn=t.bn,
-        **({"kb": min(t.kb, power_of_two(-(-k // 128)))} if t.kernel == "decode" else {}),
+        **({"kb": min(t.kb, table.power_of_two(-(-k // 128)))} if t.kernel == "decode" else {}),
         **constants(x, w),
     )
     return y.reshape(*x.shape[:-1], n)
@@ -151,8 +151,3 @@ def constants(x: Float[Array, "*b i"], w: PackedWeight) -> dict[str, Any]:
         "f16": x.dtype == jnp.float16,
         "asm": True,
     }
-
-
-def power_of_two(n: int) -> int:
-    """The smallest one that is at least n."""
-    return 1 << max(0, n - 1).bit_length()

@@ -16,10 +16,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from awq_jax.moments import Moments
-from awq_jax.search.rounding import to_nearest
-from awq_jax.search.solve import find_scale, rounding_error, solve
+from awq_jax.search.solve import find_scale, rounded_to_nearest, solve
 from awq_jax.spec import QuantSpec
-from awq_jax.tensor import Layout, QuantizedTensor, assemble, group_ranges
+from awq_jax.tensor import Layout, QuantizedTensor, assemble
 
 
 @ft.partial(jax.jit, static_argnames=("layouts", "n", "spec", "strategy"))
@@ -77,13 +76,14 @@ def solve_sites(
 
     def one(w: Float[Array, "i o"], moments: Moments, folded: Float[Array, " i"] | None) -> Any:
         dense = w if folded is None else w / folded[:, None]
-        nearest = rounding_error(dense, *to_nearest(dense, *group_ranges(dense, spec), moments, spec), moments=moments)
+        _, nearest = rounded_to_nearest(dense, moments, spec)
         if folded is not None:
             moments = moments.scaled(1 / folded)
-        if scale is None:
-            return solve(w, moments, spec=spec, clip=clip, rounding=rounding)._replace(nearest_error=nearest), None
-        _, s, error = find_scale(w, moments, jnp.arange(len(w)), n=len(w), spec=spec, strategy=scale)
-        found = solve(w * s[:, None], moments.scaled(1 / s), spec=spec, clip=clip, rounding=rounding)
+        s, error = None, 0.0
+        if scale is not None:
+            _, s, error = find_scale(w, moments, jnp.arange(len(w)), n=len(w), spec=spec, strategy=scale)
+            w, moments = w * s[:, None], moments.scaled(1 / s)
+        found = solve(w, moments, spec=spec, clip=clip, rounding=rounding)
         # A strategy that found no scale shows only in its own error: there was no scale to round with.
         return found._replace(error=found.error + 0 * error, nearest_error=nearest), s
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from awq_jax.moments import Moments
 from awq_jax.search.grid import scale_error
 from awq_jax.search.loss import output_error
-from awq_jax.search.rounding import to_nearest
+from awq_jax.search.rounding import Codes, to_nearest
 from awq_jax.spec import QuantSpec
 from awq_jax.tensor import group_ranges
 
@@ -69,6 +69,12 @@ def rounding_error(
     return output_error(flat - w, moments)
 
 
+def rounded_to_nearest(w: Float[Array, "i o"], moments: Moments, spec: QuantSpec) -> tuple[Codes, Float[Array, " o"]]:
+    """The codes of `w` rounded to nearest in its groups' whole ranges, and their `rounding_error`."""
+    codes = to_nearest(w, *group_ranges(w, spec), moments, spec)
+    return codes, rounding_error(w, *codes, moments=moments)
+
+
 @ft.partial(jax.jit, static_argnames=("spec", "clip", "rounding"))
 def solve(w: Float[Array, "i o"], moments: Moments, *, spec: QuantSpec, clip: Any, rounding: Any) -> Solution:
     """`w` clipped and rounded against the moments of its input; columns are independent of each other.
@@ -78,9 +84,8 @@ def solve(w: Float[Array, "i o"], moments: Moments, *, spec: QuantSpec, clip: An
     low, high = clip(w, moments, spec)
     low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
     chosen = rounding(w, low, high, moments, spec)
-    plain = to_nearest(w, *group_ranges(w, spec), moments, spec)
     error = rounding_error(w, *chosen, moments=moments)
-    nearest_error = rounding_error(w, *plain, moments=moments)
+    plain, nearest_error = rounded_to_nearest(w, moments, spec)
     # Not where the error is no number: that must be seen.
     back = error > nearest_error
     codes, steps, zeros = (jnp.where(back, a, b) for a, b in zip(plain, chosen, strict=True))
