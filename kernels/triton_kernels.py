@@ -269,15 +269,15 @@ def ragged(
     t = tl.program_id(0)
     e = tl.load(experts + t).to(tl.int64)
     m = tl.load(firsts + t) + tl.arange(0, bm)
-    inside = m < tl.load(ends + t)
+    end = tl.load(ends + t)
     product(
-        x, codes, scales, zeros, input_scale, out, tl.maximum(e, 0), m, inside & (e >= 0), tl.program_id(1),
+        x, codes, scales, zeros, input_scale, out, tl.maximum(e, 0), m, m < tl.where(e < 0, 0, end), tl.program_id(1),
         N, K, G, asymmetric, scaled, f16, bm, bn, asm, True,
     )  # fmt: skip
     if e < 0:
         n = tl.program_id(1) * bn + tl.arange(0, bn)
         place = m[:, None].to(tl.int64) * N + n[None, :]
-        tl.store(out + place, tl.full((bm, bn), 0, out.dtype.element_ty), mask=inside[:, None] & (n < N)[None, :])
+        tl.store(out + place, tl.full((bm, bn), 0, out.dtype.element_ty), mask=(m < end)[:, None] & (n < N)[None, :])
 
 
 @triton.jit
