@@ -1,8 +1,10 @@
-"""Bits by site for a budget: sites whose error falls most per bit get more of them.
+"""Bits by site for a budget: groups of sites whose rounding changes the function most per bit get more of them.
 
-The divergence of a model's output adds up over its sites, nearly, and rises with each site's relative output error. So
-this is a knapsack: each group of sites that share an input takes one of a few widths. Upgrades are bought in the order
-of error saved per bit, which is the optimum up to the last purchase where errors are convex in the bits.
+The divergence of a model's output adds up over its sites, nearly. So this is a knapsack: each group of sites that share
+an input takes one of a few widths. What a group costs is measured: the function runs with nothing but it rounded. On
+SmolLM2's layers that tells the divergence of the whole model within a factor of 1.6 (correlation .89 over 120 groups),
+while the sites' own relative output errors tell it within 2.5 (.39): what is large beside the site's output need not be
+so beside the residual it is added to.
 """
 
 from __future__ import annotations
@@ -19,17 +21,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from awq_jax.moments import Moments
 from awq_jax.quantize import plan
 from awq_jax.recipe import Recipe
-from awq_jax.search.loss import group_blocks, group_error
-from awq_jax.search.params import lent_by_others, looped, side_by_side
+from awq_jax.search.params import looped
 from awq_jax.sites import named_leaves
 from awq_jax.spec import QuantSpec, Rule
 from awq_jax.tensor import Layout, group, group_ranges, round_trip
 from awq_jax.transform import Calibration
 
 CHOICES = (2, 3, 4, 5, 6, 8)
+
+
+MEASURED = 3
+"""The width at which the function is run."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,8 @@ class Offer:
     Args:
       sites: their names.
       weights: how many weights they have.
-      errors: for each of CHOICES the sites' relative output errors, summed, when rounded to nearest.
+      errors: for each of CHOICES the relative squared error of the function's output when only they are rounded, to
+        nearest: measured at MEASURED bits, at others in proportion to the squared error of the weights.
     """
 
     sites: tuple[str, ...]
@@ -55,37 +60,47 @@ def offers(params: Any, calibration: Calibration, recipe: Recipe, prefix: str = 
         rule = recipe.rule_of(prefix + name)
         if rule is None or rule.bits is None:
             groups.setdefault((sites[name].group, spec), []).append(name)
+    run = jax.jit(calibration.fn)
+    dense = run(params, *calibration.example)
     out = []
     for (_, spec), names in groups.items():
-        found = nearest_errors(
-            tuple(leaves[name] for name in names),
-            calibration.of(names[0]),
-            layouts=tuple(sites[name].layout for name in names),
-            specs=tuple(replace(spec, bits=bits) for bits in CHOICES),
-        )
+        near = {name: rounded_to_nearest(leaves[name], layout=sites[name].layout, spec=spec) for name in names}
+        changed = {name: near[name][0] if name in near else leaf for name, leaf in leaves.items()}
+        rounded = run(jax.tree.unflatten(jax.tree.structure(params), changed.values()), *calibration.example)
+        squares = np.sum([found for _, found in near.values()], 0)
+        errors = relative_error(rounded, dense) * squares / max(squares[CHOICES.index(MEASURED)], 1e-30)
         weights = sum(int(np.size(leaves[name])) for name in names)
-        out.append(Offer(tuple(prefix + n for n in names), weights, tuple(map(float, found))))
+        out.append(Offer(tuple(prefix + n for n in names), weights, tuple(map(float, errors))))
     return out
 
 
-@ft.partial(jax.jit, static_argnames=("layouts", "specs"))
-def nearest_errors(
-    leaves: tuple[Array, ...], moments: Moments, *, layouts: tuple[Layout, ...], specs: tuple[QuantSpec, ...]
-) -> Float[Array, " specs"]:
-    """Errors of rounding to nearest, relative to the output's energy, summed over layers, experts and params."""
-    w = side_by_side(leaves, layouts)
-    moments = lent_by_others(moments, layouts[0].n_lead)
-    widths = np.cumsum([layout.matrix(leaf).shape[-1] for leaf, layout in zip(leaves, layouts, strict=True)])
+@ft.partial(jax.jit, static_argnames=("layout", "spec"))
+def rounded_to_nearest(leaf: Array, *, layout: Layout, spec: QuantSpec) -> tuple[Array, Float[Array, " choices"]]:
+    """A param rounded to MEASURED bits, and the squared error of its weights at each of CHOICES."""
 
-    def one(w: Float[Array, "i o"], moments: Moments) -> Float[Array, " specs"]:
-        gram = group_blocks(moments, specs[0])
-        grouped, ranges = group(w, specs[0]), group_ranges(w, specs[0])
-        parts = lambda columns: jnp.stack([part.sum() for part in jnp.split(columns, widths[:-1])])
-        energy = jnp.maximum(parts(group_error(grouped, gram).sum(0)), 1e-30)
-        errors = [parts(group_error(round_trip(grouped, *ranges, s) - grouped, gram).sum(0)) for s in specs]
-        return jnp.stack([(e / energy).sum() for e in errors])
+    def one(w: Float[Array, "i o"]) -> tuple[Float[Array, "i o"], Float[Array, " choices"]]:
+        grouped, ranges = group(w, spec), group_ranges(w, spec)
+        trips = {bits: round_trip(grouped, *ranges, replace(spec, bits=bits)) for bits in CHOICES}
+        errors = jnp.stack([jnp.square(trip - grouped).sum() for trip in trips.values()])
+        return trips[MEASURED].reshape(-1, w.shape[1])[: len(w)], errors
 
-    return looped(one, w.ndim - 2, w, moments).reshape(-1, len(specs)).sum(0)
+    matrix = layout.matrix(jnp.asarray(leaf, jnp.float32))
+    near, errors = looped(one, matrix.ndim - 2, matrix)
+    return layout.param(near).astype(leaf.dtype), errors.reshape(-1, len(CHOICES)).sum(0)
+
+
+@jax.jit
+def relative_error(changed: Any, outputs: Any) -> Float[Array, ""]:
+    """The squared error of each vector of the outputs (last axis) relative to its energy, in the mean."""
+
+    def errors(y: Array, exact: Array) -> Float[Array, " vectors"]:
+        y, exact = (jnp.atleast_1d(jnp.asarray(a, jnp.float32)) for a in (y, exact))
+        energy = jnp.square(exact).sum(-1)
+        return jnp.where(energy > 0, jnp.square(y - exact).sum(-1) / energy, 0).ravel()
+
+    pairs = zip(jax.tree.leaves(changed), jax.tree.leaves(outputs), strict=True)
+    floats = [errors(y, exact) for y, exact in pairs if jnp.issubdtype(exact.dtype, jnp.inexact)]
+    return jnp.concatenate(floats).mean()
 
 
 def allocate(offered: Sequence[Offer], average: float) -> dict[str, int]:

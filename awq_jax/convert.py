@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
@@ -24,7 +25,6 @@ from awq_jax.quantize import SiteReport
 from awq_jax.recipe import Recipe
 from awq_jax.refine import refine
 from awq_jax.sites import named_leaves
-from awq_jax.spec import WHOLE_COLUMN
 from awq_jax.stream import Clock, Decoder, Feed, stream
 from awq_jax.tensor import is_quantized
 from awq_jax.transform import Calibration
@@ -135,16 +135,15 @@ def quantize_checkpoint(
 
 
 def survey(decoder: Decoder, tokens: Any, recipe: Recipe, progress: Callable[[str, int, int], None]) -> list[Offer]:
-    """What every group of sites loses at every width, from a pass over the blocks that changes nothing."""
+    """What rounding every group of sites to every width does to its block, from a pass that changes nothing."""
     found: list[Offer] = []
 
     def look(name: str, params: Any, calibration: Calibration, recipe: Recipe) -> tuple[Any, tuple[()]]:
         found.extend(offers(params, calibration, recipe, f"{name}/"))
         return params, ()
 
-    block = recipe.gram_block if recipe.group_size == WHOLE_COLUMN else max(128, recipe.group_size)
     looked = lambda _, done, total: progress("block looked at", done, total)
-    stream(decoder, tokens, replace(recipe, gram_block=block), lambda part, params: None, solve=look, progress=looked)
+    stream(decoder, tokens[:1], recipe, lambda part, params: None, solve=look, progress=looked)
     return found
 
 
@@ -164,7 +163,8 @@ def writer(
     """`(write(part, params), finish())` of a format."""
     kept: orbax.Writer | autoawq.Writer
     if format == "orbax":
-        kept, named = orbax.Writer(folder, checkpoint, recipe), lambda part, params: params
+        kept = orbax.Writer(folder, checkpoint, recipe)
+        named = lambda part, params: halved(params) if checkpoint.kind == "gguf" else params
     else:
         kept, named = autoawq.Writer(folder, checkpoint, recipe), module.to_names
 
@@ -173,6 +173,16 @@ def writer(
         kept.write(part, named(part, params))
 
     return write, kept.finish
+
+
+def halved(params: Any) -> Any:
+    """Matrices that stay dense in float16, where it holds them: a GGUF gives float32 for what it stores in less."""
+
+    def half(w: Any) -> Any:
+        fits = not is_quantized(w) and w.ndim > 1 and float(jnp.abs(w).max()) <= jnp.finfo(jnp.float16).max
+        return w.astype(jnp.float16) if fits else w
+
+    return jax.tree.map(half, params, is_leaf=is_quantized)
 
 
 def refuse_non_finite(part: str, params: Any) -> None:

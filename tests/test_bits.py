@@ -3,6 +3,7 @@
 import itertools
 import re
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import zoo
@@ -84,18 +85,33 @@ def test_the_average_is_kept(name):
     assert all(len(bits) == 1 for bits in groups.values())
 
 
-def test_errors_are_those_of_rounding_to_nearest():
+def test_errors_are_what_rounding_does_to_the_function():
     rng = np.random.default_rng(0)
-    x, w = rng.normal(size=(50, 64)).astype("f4"), rng.normal(size=(64, 6)).astype("f4")
-    fn = lambda p, x: x @ p
-    (offer,) = offers(w, awq.calibrate(fn, w, [(x,)], block=32), awq.Recipe(group_size=32))
-    assert offer.weights == w.size
-    for bits, error in zip(CHOICES, offer.errors, strict=True):
-        change = (np.asarray(quantize(w, QuantSpec(bits, 32)).dequantize()) - w).reshape(2, 32, 6)
-        parts = x.reshape(50, 2, 32)
-        energy = sum(np.square(parts[:, k] @ w.reshape(2, 32, 6)[k]).sum() for k in range(2))
-        expected = sum(np.square(parts[:, k] @ change[k]).sum() for k in range(2)) / energy
-        assert error == pytest.approx(expected, rel=1e-3)
+    x = rng.normal(size=(5, 10, 64)).astype("f4")
+    params = {k: rng.normal(size=shape).astype("f4") for k, shape in {"a": (64, 48), "b": (48, 6)}.items()}
+    fn = lambda p, x: (jnp.tanh(x @ p["a"]) @ p["b"], jnp.arange(3))
+    found = offers(params, awq.calibrate(fn, params, [(x,)]), awq.Recipe(group_size=32))
+    near = {k: {b: np.asarray(quantize(w, QuantSpec(b, 32)).dequantize()) for b in CHOICES} for k, w in params.items()}
+    exact = np.tanh(x @ params["a"]) @ params["b"]
+    for offer in found:
+        (site,) = offer.sites
+        p = params | {site: near[site][3]}
+        change = np.square(np.tanh(x @ p["a"]) @ p["b"] - exact).sum(-1) / np.square(exact).sum(-1)
+        squares = {b: np.square(near[site][b] - params[site]).sum() for b in CHOICES}
+        assert offer.weights == params[site].size
+        for bits, error in zip(CHOICES, offer.errors, strict=True):
+            assert error == pytest.approx(change.mean() * squares[bits] / squares[3], rel=1e-3)
+    assert len(found) == 2
+
+
+def test_a_block_whose_output_is_lost_in_the_residual_gets_fewer_bits():
+    rng = np.random.default_rng(0)
+    params = {k: rng.normal(size=(64, 64)).astype("f4") / 8 for k in ("loud", "faint")}
+    fn = lambda p, x: x + x @ p["loud"] + 0.01 * (x @ p["faint"])
+    x = rng.normal(size=(50, 64)).astype("f4")
+    rules = (awq.Rule("faint", group_size=64),)  # so that it is a group of its own
+    recipe = with_average_bits(params, awq.calibrate(fn, params, [(x,)]), 4, awq.Recipe(group_size=32, rules=rules))
+    assert recipe.spec_of("loud").bits > 4 > recipe.spec_of("faint").bits
 
 
 def test_the_command_takes_a_fraction(tmp_path):

@@ -216,6 +216,16 @@ def test_a_gguf_file_becomes_a_folder_that_is_complete(root):
     assert small.tokenizer.chat_template == big.tokenizer.chat_template
 
 
+def test_what_stays_dense_of_a_gguf_file_takes_two_bytes_a_weight(root):
+    file = tiny_gguf(root / "halves.gguf")
+    done = awq.quantize_checkpoint(file, root / "halves", QUICK, format="orbax", **TEXT)
+    small, big = awq.load(done.path), awq.load(file)
+    embedding = small.params["embed"]["embedding"]
+    assert embedding.dtype == jnp.float16
+    np.testing.assert_allclose(embedding, big.params["embed"]["embedding"], rtol=2**-11, atol=2**-25)
+    assert small.params["norm"]["scale"].dtype == jnp.float32
+
+
 @pytest.mark.parametrize(("dtype", "format"), [("bfloat16", "awq"), ("bfloat16", "orbax"), ("float16", "awq")])
 def test_half_precision(root, dtype, format):
     half = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)

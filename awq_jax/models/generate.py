@@ -37,8 +37,8 @@ def generate(
       eos: tokens that end a row. What follows in the row is `eos[0]`; once all rows have ended nothing is
         computed any more.
 
-    On a CPU, where nothing multiplies codes faster than floats, kernels are made dense once, before the first token, if
-    half of the free memory holds them; else at every token.
+    On a CPU, where nothing multiplies codes or half floats faster than floats, matrices are made dense in the config's
+    dtype once, before the first token, if half of the free memory holds them; else at every token.
 
     Compiled once for each config, prompt shape, `max_new_tokens`, `eos`, and once for sampling; the host waits for
     the last token only.
@@ -67,9 +67,14 @@ def generate(
 
 
 def dense_bytes(params: Any, dtype: Any) -> int:
-    """What the QuantizedTensors among `params` would take as arrays of `dtype`."""
+    """What the matrices of `params` that are not arrays of `dtype` would take as such."""
     leaves = jax.tree.leaves(params, is_leaf=is_quantized)
-    return sum(w.size for w in leaves if is_quantized(w)) * jnp.dtype(dtype).itemsize
+    return sum(w.size for w in leaves if is_other(w, dtype)) * jnp.dtype(dtype).itemsize
+
+
+def is_other(w: Any, dtype: Any) -> bool:
+    """Whether a param is a matrix that is no array of `dtype`."""
+    return is_quantized(w) or (w.ndim > 1 and w.dtype != dtype)
 
 
 @ft.partial(jax.jit, static_argnames=("config", "max_new_tokens", "eos", "dense"))
@@ -85,7 +90,8 @@ def _generate(
     dense: bool,
 ) -> Int[Array, "b total"]:
     if dense:
-        whole = lambda w: w.dequantize().astype(config.dtype) if is_quantized(w) else w
+        of_dtype = lambda w: (w.dequantize() if is_quantized(w) else w).astype(config.dtype)
+        whole = lambda w: of_dtype(w) if is_other(w, config.dtype) else w
         params = jax.tree.map(whole, params, is_leaf=is_quantized)
     b, t = prompt.shape
     total = t + max_new_tokens
