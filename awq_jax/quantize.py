@@ -119,7 +119,7 @@ def check_params(params: Any, calibration: Calibration) -> None:
 
 def _quantize(params: Any, calibration: Calibration, recipe: Recipe, prefix: str) -> tuple[Any, tuple[SiteReport, ...]]:
     if not prefix:
-        recipe.check_rules(calibration.traced.sites)
+        recipe.check_rules(calibration.traced.sites, calibration.traced.skipped)
     todo = plan(calibration, recipe, prefix)
     scales: dict[str, Array] = {}
     if todo.folds:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -69,14 +69,16 @@ class Recipe:
             return spec
         return None if last.skip else replace(spec, **last.changes)
 
-    def check_rules(self, names: Iterable[str]) -> None:
-        """Refuse a rule that matches none of a model's sites."""
+    def check_rules(self, names: Iterable[str], others: Mapping[str, str] | None = None) -> None:
+        """Refuse a rule that matches none of a model's sites; `others` tells why a param is none."""
         names = list(names)
         for rule in self.rules:
             if not any(re.search(rule.pattern, name) for name in names):
+                found = [f"{name} ({why})" for name, why in (others or {}).items() if re.search(rule.pattern, name)]
+                no_sites = f" It matches {_some(found)}, which cannot be quantized." if found else ""
                 raise ValueError(
-                    f"rule {rule.pattern!r} matches none of the {len(names)} sites: {_some(names)}. Rules are regular "
-                    "expressions, searched anywhere in these names."
+                    f"rule {rule.pattern!r} matches none of the {len(names)} sites: {_some(names)}.{no_sites} Rules are "
+                    "regular expressions, searched anywhere in these names."
                 )
 
     def rule_of(self, name: str) -> Rule | None:

@@ -438,3 +438,11 @@ def test_a_rule_that_matches_nothing_is_refused():
     recipe = dataclasses.replace(CHEAP, rules=(Rule("dwon", skip=True),))
     with pytest.raises(ValueError, match=r"rule 'dwon' matches none of the 2 sites: up, down\. Rules are regular"):
         quantize(MLP, mlp_calibration(), recipe)
+
+
+def test_a_rule_that_matches_what_is_no_site_is_told_why():
+    fn = lambda p, x: (x * p["table"][:6]) @ p["up"]
+    params = {"table": np.ones((12, 6), "f4"), "up": np.eye(6, dtype="f4")}
+    recipe = dataclasses.replace(CHEAP, rules=(Rule("table", bits=8),))
+    with pytest.raises(ValueError, match=r"sites: up\. It matches table \(slice\), which cannot be quantized"):
+        quantize(params, calibrate(fn, params, [(np.eye(6, dtype="f4"),)]), recipe)
