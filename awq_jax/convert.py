@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -14,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
 
-from awq_jax.bits import CHOICES, Offer, allocate, offers, with_bits
+from awq_jax.bits import CHOICES, Group, Offer, allocate, quantized_alone, with_bits
 from awq_jax.calib import calibration_tokens
+from awq_jax.distill import kl_of_logits
 from awq_jax.formats import autoawq, orbax
 from awq_jax.formats.checkpoint import Checkpoint, open_checkpoint
 from awq_jax.formats.errors import InputError
@@ -32,6 +34,8 @@ from awq_jax.transform import Calibration
 Format = Literal["awq", "orbax"]
 REPORT = "quantization_report.json"
 BEFORE = "error before distillation"
+SURVEYED = 128
+"""Tokens on which the divergence of every group of sites is measured."""
 
 
 @dataclass(frozen=True)
@@ -135,16 +139,27 @@ def quantize_checkpoint(
 
 
 def survey(decoder: Decoder, tokens: Any, recipe: Recipe, progress: Callable[[str, int, int], None]) -> list[Offer]:
-    """What rounding every group of sites to every width does to its block, from a pass that changes nothing."""
-    found: list[Offer] = []
+    """The divergence of the model with every group of sites quantized alone.
+
+    A pass over the blocks that changes none. What each group does to the hidden states of one sequence goes on through
+    the blocks that follow, beside what the others did, up to the head.
+    """
+    module, config, block = decoder.module, decoder.config, jax.jit(decoder.block)
+    outer = module.outer_params(decoder.read, config)
+    hidden = [module.embed(config, outer, jnp.asarray(tokens[:1, :SURVEYED]))]
+    groups: list[Group] = []
 
     def look(name: str, params: Any, calibration: Calibration, recipe: Recipe) -> tuple[Any, tuple[()]]:
-        found.extend(offers(params, calibration, recipe, f"{name}/"))
+        found = [(g, block(p, hidden[0])) for g, p in quantized_alone(params, calibration, recipe, f"{name}/")]
+        groups.extend(g for g, _ in found)
+        hidden[:] = [*(block(params, h) for h in hidden), *(h for _, h in found)]
         return params, ()
 
     looked = lambda _, done, total: progress("block looked at", done, total)
-    stream(decoder, tokens[:1], recipe, lambda part, params: None, solve=look, progress=looked)
-    return found
+    stream(decoder, tokens, recipe, lambda part, params: None, solve=look, progress=looked)
+    head = jax.jit(partial(module.head, config))
+    exact = head(outer, hidden[0])
+    return [Offer.of(g, kl_of_logits(exact, head(outer, h))) for g, h in zip(groups, hidden[1:], strict=True)]
 
 
 def widened(read: Callable[[str], Any]) -> Callable[[str], Any]:

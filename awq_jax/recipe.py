@@ -75,10 +75,10 @@ class Recipe:
         for rule in self.rules:
             if not any(re.search(rule.pattern, name) for name in names):
                 found = [f"{name} ({why})" for name, why in (others or {}).items() if re.search(rule.pattern, name)]
-                no_sites = f" It matches {_some(found)}, which cannot be quantized." if found else ""
+                no_site = f" It matches {_some(found)}, which cannot be quantized." if found else ""
                 raise ValueError(
-                    f"rule {rule.pattern!r} matches none of the {len(names)} sites: {_some(names)}.{no_sites} Rules are "
-                    "regular expressions, searched anywhere in these names."
+                    f"rule {rule.pattern!r} matches none of the {len(names)} sites: {_some(names)}.{no_site} Rules "
+                    "are regular expressions, searched anywhere in these names."
                 )
 
     def rule_of(self, name: str) -> Rule | None:

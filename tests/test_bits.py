@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,10 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import awq_jax as awq
-from awq_jax.bits import CHOICES, Offer, allocate, offers, with_average_bits
+from awq_jax.bits import CHOICES, Group, Offer, allocate, quantized_alone, relative_error, with_average_bits
 from awq_jax.sites import named_leaves
 from awq_jax.spec import QuantSpec
 from awq_jax.tensor import is_quantized, quantize
+
+NEAREST = replace(awq.PRESETS["rtn"], group_size=32)
 
 
 def falling(start, ratios):
@@ -24,7 +27,7 @@ def falling(start, ratios):
 
 OFFERS = st.lists(
     st.builds(
-        lambda weights, start, ratio: Offer(("x",), weights, falling(start, [ratio] * 5)),
+        lambda weights, start, ratio: Offer(Group(("x",), weights), falling(start, [ratio] * 5)),
         st.integers(1, 50), st.floats(0.01, 1), st.floats(0.1, 0.6),
     ),
     min_size=1, max_size=4,
@@ -34,23 +37,23 @@ OFFERS = st.lists(
 @settings(deadline=None, max_examples=60)
 @given(OFFERS, st.floats(2, 8))
 def test_the_knapsack_is_near_the_best_there_is(offered, average):
-    offered = [Offer((str(k),), o.weights, o.errors) for k, o in enumerate(offered)]
+    offered = [Offer(Group((str(k),), o.group.weights), o.errors) for k, o in enumerate(offered)]
     bits = allocate(offered, average)
-    spent = sum(bits[o.sites[0]] * o.weights for o in offered)
-    budget = average * sum(o.weights for o in offered)
+    spent = sum(bits[o.group.sites[0]] * o.group.weights for o in offered)
+    budget = average * sum(o.group.weights for o in offered)
     assert spent <= budget + 1e-3
-    found = sum(o.errors[CHOICES.index(bits[o.sites[0]])] for o in offered)
+    found = sum(o.errors[CHOICES.index(bits[o.group.sites[0]])] for o in offered)
     every = [
         sum(o.errors[CHOICES.index(b)] for o, b in zip(offered, chosen, strict=True))
         for chosen in itertools.product(CHOICES, repeat=len(offered))
-        if sum(b * o.weights for o, b in zip(offered, chosen, strict=True)) <= budget
+        if sum(b * o.group.weights for o, b in zip(offered, chosen, strict=True)) <= budget
     ]
     least, most = min(every), max(every)
     assert found <= least + 0.35 * (most - least) + 1e-6
 
 
 def test_whole_averages_of_equal_sites_are_shared_out_evenly():
-    alike = [Offer((str(k),), 10, falling(1, [0.25] * 5)) for k in range(3)]
+    alike = [Offer(Group((str(k),), 10), falling(1, [0.25] * 5)) for k in range(3)]
     assert set(allocate(alike, 4).values()) == {4}
 
 
@@ -68,7 +71,7 @@ def zoo_calibration(name):
 @pytest.mark.parametrize("name", ["llama", "llama_scanned", "moe_scanned"])
 def test_the_average_is_kept(name):
     model, calibration = zoo_calibration(name)
-    recipe = awq.Recipe(group_size=32, rules=(awq.Rule("head", bits=8), awq.Rule("/o", skip=True)))
+    recipe = replace(NEAREST, rules=(awq.Rule("head", bits=8), awq.Rule("/o", skip=True)))
     found = with_average_bits(model.params, calibration, 3.3, recipe)
     q, report = awq.quantize(model.params, calibration, found)
     sizes = {r.name: r.spec for r in report if r.spec and r.name != "head"}
@@ -85,23 +88,37 @@ def test_the_average_is_kept(name):
     assert all(len(bits) == 1 for bits in groups.values())
 
 
-def test_errors_are_what_rounding_does_to_the_function():
+def test_errors_fall_with_the_square_of_the_step():
+    w = np.random.default_rng(0).normal(size=(512, 64)).astype("f4")
+    offer = Offer.of(Group(("w",), w.size), 1.0)
+    lost = [np.square(np.asarray(quantize(w, QuantSpec(bits, 64)).dequantize()) - w).sum() for bits in CHOICES]
+    np.testing.assert_allclose(offer.errors, np.array(lost) / lost[CHOICES.index(3)], rtol=0.03)
+
+
+def test_one_group_is_quantized_at_a_time():
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(5, 10, 64)).astype("f4")
-    params = {k: rng.normal(size=shape).astype("f4") for k, shape in {"a": (64, 48), "b": (48, 6)}.items()}
-    fn = lambda p, x: (jnp.tanh(x @ p["a"]) @ p["b"], jnp.arange(3))
-    found = offers(params, awq.calibrate(fn, params, [(x,)]), awq.Recipe(group_size=32))
-    near = {k: {b: np.asarray(quantize(w, QuantSpec(b, 32)).dequantize()) for b in CHOICES} for k, w in params.items()}
-    exact = np.tanh(x @ params["a"]) @ params["b"]
-    for offer in found:
-        (site,) = offer.sites
-        p = params | {site: near[site][3]}
-        change = np.square(np.tanh(x @ p["a"]) @ p["b"] - exact).sum(-1) / np.square(exact).sum(-1)
-        squares = {b: np.square(near[site][b] - params[site]).sum() for b in CHOICES}
-        assert offer.weights == params[site].size
-        for bits, error in zip(CHOICES, offer.errors, strict=True):
-            assert error == pytest.approx(change.mean() * squares[bits] / squares[3], rel=1e-3)
-    assert len(found) == 2
+    x = rng.normal(size=(50, 64)).astype("f4")
+    params = {k: rng.normal(size=(64, 32)).astype("f4") for k in "abc"}
+    fn = lambda p, x: (x @ p["a"], x @ p["b"], jnp.tanh(2 * x) @ p["c"])
+    recipe = awq.Recipe(group_size=32, fold=True)
+    calibration = awq.calibrate(fn, params, [(x,)])
+    found = {group.sites: (group, p) for group, p in quantized_alone(params, calibration, recipe)}
+    assert set(found) == {("a", "b"), ("c",)}
+    alone = awq.quantize(params, calibration, awq.Recipe(bits=3, group_size=32))[0]
+    for sites, (group, p) in found.items():
+        assert group.weights == 64 * 32 * len(sites)
+        for name in params:
+            expected = alone[name].dequantize() if name in sites else params[name]
+            np.testing.assert_array_equal(p[name], expected)
+
+
+def test_the_error_of_outputs_is_relative_by_vector():
+    rng = np.random.default_rng(0)
+    exact = {"y": rng.normal(size=(3, 5, 8)) * [[[1], [10], [100], [1], [0]]], "n": np.arange(3), "loss": np.array(2.0)}
+    changed = {"y": exact["y"] + rng.normal(size=(3, 5, 8)), "n": np.arange(3) + 7, "loss": np.array(3.0)}
+    energy = np.square(exact["y"]).sum(-1)[:, :4]
+    each = np.square(changed["y"] - exact["y"]).sum(-1)[:, :4] / energy
+    assert relative_error(changed, exact) == pytest.approx((each.sum() + 0.25) / 16, rel=1e-5)
 
 
 def test_a_block_whose_output_is_lost_in_the_residual_gets_fewer_bits():
@@ -135,8 +152,8 @@ def test_rules_named_like_sites_and_groups_of_their_own():
     params = {k: rng.normal(size=(64, 32)).astype("f4") for k in "ab"}
     x = rng.normal(size=(50, 64)).astype("f4")
     calibration = awq.calibrate(lambda p, x: (x @ p["a"], x @ p["b"]), params, [(x,)])
-    recipe = awq.Recipe(group_size=32, rules=(awq.Rule("^a$", symmetric=True), awq.Rule("b", group_size=64)))
+    recipe = replace(NEAREST, rules=(awq.Rule("^a$", symmetric=True), awq.Rule("b", group_size=64)))
     found = with_average_bits(params, calibration, 3.5, with_average_bits(params, calibration, 5, recipe))
     q, _ = awq.quantize(params, calibration, found)
     assert (q["a"].spec.symmetric, q["b"].spec.group_size) == (True, 64)
-    assert len(offers(params, calibration, recipe)) == 2
+    assert len([*quantized_alone(params, calibration, recipe)]) == 2
