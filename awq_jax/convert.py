@@ -34,7 +34,7 @@ from awq_jax.transform import Calibration
 Format = Literal["awq", "orbax"]
 REPORT = "quantization_report.json"
 BEFORE = "error before distillation"
-SURVEYED = 128
+SURVEYED = 512
 """Tokens on which the divergence of every group of sites is measured."""
 
 
