@@ -40,8 +40,8 @@ def int4_matmul(x: Float[Array, "*b i"], w: PackedWeight, *, implementation: str
       implementation: "triton" or "xla"; None takes the first that supports the case.
 
     Raises:
-      ValueError: the last axis of x is not w's input axis, the weight's leaves disagree, or no such
-        implementation.
+      ValueError: the last axis of x is not w's input axis, its leading axes are not w's, the weight's leaves disagree,
+        or no such implementation.
       NotImplementedError: the named implementation cannot run this case; the message says why.
 
     Reads i * o / 2 bytes of codes and 3 i * o / group of scales and zeros: their bytes are the time up to some 60 rows.
@@ -65,7 +65,7 @@ def grouped_int4_matmul(
         implementation.
       NotImplementedError: the named implementation cannot run this case; the message says why.
     """
-    check_shapes(x, w)
+    check_shapes(x, w, grouped=True)
     return first_that_can(GROUPED, implementation, x, w, group_sizes)
 
 

@@ -35,11 +35,15 @@ def dequantize(w: PackedWeight) -> Float[Array, "*lead i o"]:
 
 def matmul(x: Float[Array, "*b i"], w: PackedWeight) -> Float[Array, "*b o"]:
     """`x @ w`, batched over the weight's leading axes; accumulates in float32."""
-    if w.input_scale is not None:
-        lead = w.input_scale.shape[:-1]
-        between = (1,) * (x.ndim - len(lead) - 1)
-        x = (x * w.input_scale.reshape(*lead, *between, -1)).astype(x.dtype)
-    return dense_matmul(x, dequantize(w).astype(x.dtype))
+    return dense_matmul(scaled(x, w.input_scale), dequantize(w).astype(x.dtype))
+
+
+def scaled(x: Float[Array, "*b i"], scale: Float[Array, "*lead i"] | None) -> Float[Array, "*b i"]:
+    """x times the input scale, whose leading axes are those of x; in x's dtype."""
+    if scale is None:
+        return x
+    between = (1,) * (x.ndim - scale.ndim)
+    return (x * scale.reshape(*scale.shape[:-1], *between, scale.shape[-1])).astype(x.dtype)
 
 
 def grouped_matmul(x: Float[Array, "m i"], w: PackedWeight, group_sizes: Int[Array, " e"]) -> Float[Array, "m o"]:

@@ -1,4 +1,8 @@
-"""The matmul by the Triton kernels: NVIDIA GPUs from compute capability 8.0, 4-bit weights in tiles."""
+"""The matmul by the Triton kernels: NVIDIA GPUs from compute capability 8.0, 4-bit weights in tiles.
+
+The input scale is multiplied into x before, by XLA, which does it where x is made: in a kernel's loop it would be done
+again for every tile of columns, and cost more instructions than the weights.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,10 @@ from awq_jax.kernels import table
 from awq_jax.kernels.contract import PackedWeight
 from awq_jax.kernels.gpu import OLDEST, architecture
 from awq_jax.kernels.launch import launch
+from awq_jax.kernels.reference import scaled
 from awq_jax.kernels.table import Tiling
+
+MOST_EXPERTS = 65535
 
 
 def check(dtype: Any, w: PackedWeight) -> None:
@@ -58,12 +65,15 @@ def matmul(
     dtype = jnp.dtype(dtype or x.dtype)
     if 0 in (experts * rows, n, k):
         return jnp.zeros((*x.shape[:-1], n), dtype)
+    if experts > MOST_EXPERTS:
+        raise NotImplementedError(f"{experts} matrices at once: a grid of programs has {MOST_EXPERTS} in its last axis")
     t = tiling or table.tiling(architecture(), x.dtype.name, w.spec.group(k), rows, k, n)
     tiles = (-(-n // t.bn), -(-rows // t.bm))
     grid = (*tiles, experts) if t.kernel == "decode" else (math.prod(tiles), 1, experts)
+    scale = w.input_scale if layer is None or w.input_scale is None else w.input_scale[layer]
     y = launch(
         t.kernel,
-        x,
+        scaled(x, scale),
         *pointers(w),
         w.scales if layer is None else jnp.asarray(layer, jnp.int32)[None],
         out=jax.ShapeDtypeStruct((experts, rows, n), dtype),
@@ -93,6 +103,9 @@ def grouped_matmul(x: Float[Array, "m i"], w: PackedWeight, group_sizes: Int[Arr
         return jnp.zeros((rows, n), x.dtype)
     t = table.grouped_tiling(architecture(), x.dtype.name, w.spec.group(k), -(-rows // experts), k, n)
     which = row_tiles(group_sizes, rows, t.bm)
+    if w.input_scale is not None:
+        owner = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(rows), side="right")
+        x = scaled(x, w.input_scale[jnp.minimum(owner, experts - 1)])
     return launch(
         "ragged",
         x,
@@ -113,11 +126,12 @@ def grouped_matmul(x: Float[Array, "m i"], w: PackedWeight, group_sizes: Int[Arr
 def row_tiles(group_sizes: Int[Array, " e"], rows: int, bm: int) -> tuple[Int[Array, " t"], ...]:
     """Tiles of at most bm rows, none across two groups: group, first row and end of the group of each.
 
-    The rows beyond all groups are tiles of group -1. As many tiles as any sizes need; those not needed are empty.
+    The rows beyond all groups are tiles of group -1. As many tiles as any sizes need; those not needed are empty. Of
+    sizes that add up to more than `rows` the last rows are not there.
     """
-    sizes = jnp.asarray(group_sizes, jnp.int32)
-    sizes = jnp.append(sizes, rows - sizes.sum())
-    ends, counts = jnp.cumsum(sizes), -(-sizes // bm)
+    ends = jnp.append(jnp.minimum(jnp.cumsum(jnp.asarray(group_sizes, jnp.int32)), rows), rows).astype(jnp.int32)
+    sizes = jnp.diff(ends, prepend=0)
+    counts = -(-sizes // bm)
     last = jnp.cumsum(counts)
     t = jnp.arange(-(-rows // bm) + sizes.size, dtype=jnp.int32)
     group = jnp.searchsorted(last, t, side="right").astype(jnp.int32)
@@ -132,12 +146,11 @@ def row_tiles(group_sizes: Int[Array, " e"], rows: int, bm: int) -> tuple[Int[Ar
 
 
 def pointers(w: PackedWeight) -> tuple[Array, ...]:
-    """codes, scales, zeros, input_scale; the scales again for what the weight lacks, which the kernel will not read."""
+    """codes, scales, zeros; the scales again for zeros that the weight lacks, which the kernel will not read."""
     return (
         w.codes,
         w.scales,
         w.scales if w.zeros is None else w.zeros,
-        w.scales if w.input_scale is None else w.input_scale,
     )
 
 
@@ -147,7 +160,6 @@ def constants(x: Float[Array, "*b i"], w: PackedWeight) -> dict[str, Any]:
         "K": w.in_features,
         "G": w.spec.group(w.in_features),
         "asymmetric": w.zeros is not None,
-        "scaled": w.input_scale is not None,
         "f16": x.dtype == jnp.float16,
         "asm": True,
     }

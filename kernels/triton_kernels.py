@@ -63,6 +63,32 @@ def planes(words, f16: tl.constexpr, asm: tl.constexpr):
         )
 
 
+@triton.constexpr_function
+def span(k, group):
+    """How many rows of a block of 128 surely share a group: a power of two, 32 or more."""
+    return 128 if group >= k else min(128, group & -group)
+
+
+@triton.jit
+def ask_for(rows, groups: tl.constexpr, N: tl.constexpr, n, bn: tl.constexpr):
+    """Columns n .. n + bn of rows (groups, N) are on their way into the L2 cache.
+
+    Scales and zeros are too narrow for the copies that Triton issues rounds ahead: without this each round of a loop
+    would wait for memory.
+    """
+    g = tl.arange(0, power_of_two(groups))
+    column = tl.minimum(n + 16 * tl.arange(0, bn // 16), N - 1)
+    place = tl.minimum(g, groups - 1)[:, None] * N + column[None, :]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [rows + place], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.constexpr_function
+def power_of_two(n):
+    return 1 << (n - 1).bit_length()
+
+
 @triton.jit
 def add(a, b):
     return a + b
@@ -127,7 +153,6 @@ def decode(
     codes,
     scales,
     zeros,
-    input_scale,
     layer,
     out,
     M: tl.constexpr,
@@ -136,7 +161,6 @@ def decode(
     G: tl.constexpr,
     E: tl.constexpr,
     asymmetric: tl.constexpr,
-    scaled: tl.constexpr,
     layered: tl.constexpr,
     f16: tl.constexpr,
     bm: tl.constexpr,
@@ -144,12 +168,13 @@ def decode(
     kb: tl.constexpr,
     asm: tl.constexpr,
 ):
-    """x (E, M, K), codes (E, P, N, 32), scales and zeros (E, groups, N), input_scale (E, K) -> out (E, M, N).
+    """x (E, M, K), codes (E, P, N, 32), scales and zeros (E, groups, N) -> out (E, M, N).
 
     Grid (N / bn, M / bm, E). With `layered` the weight has one more axis in front and layer (1,) says which.
     """
     P: tl.constexpr = (K + 127) // 128
     groups: tl.constexpr = (K + G - 1) // G
+    run: tl.constexpr = span(K, G)
     e = tl.program_id(2).to(tl.int64)
     ew = e
     if layered:
@@ -164,7 +189,10 @@ def decode(
     codes += ew * P * N * 32
     scales += ew * groups * N
     zeros += ew * groups * N
-    input_scale += ew * K
+    if asm:
+        ask_for(scales, groups, N, tl.program_id(0) * bn, bn)
+        if asymmetric:
+            ask_for(zeros, groups, N, tl.program_id(0) * bn, bn)
 
     acc = tl.full((kb, bn, bm), 0, tl.float32)
     for t in range((P + kb - 1) // kb):
@@ -176,21 +204,17 @@ def decode(
         part = tl.full((kb, bn, bm), 0, tl.float32)
         four = planes(words, f16, asm)
         for j in tl.static_range(4):
-            g = tl.minimum((block * 128 + 32 * j) // G, groups - 1)
-            place = g[:, None] * N + column[None, :]
             k = p[:, None] * 128 + 32 * j + r[None, :]
             inside = (m < M)[None, None, :]
             if K % (128 * kb):
                 inside = inside & (k < K)[:, :, None]
             v = tl.load(x + m[None, None, :] * K + k[:, :, None], mask=inside, other=0)
-            if scaled:
-                a = tl.load(input_scale + k, mask=k < K, other=0)
-                v = narrow(wide(v, asm) * a[:, :, None], v.dtype, asm)
+            g = tl.minimum((block * 128 + 32 * j // run * run) // G, groups - 1)
+            place = g[:, None] * N + column[None, :]
             z = magic(tl.load(zeros + place) if asymmetric else tl.full((kb, bn), 8, tl.int16), f16)
             part = dot(minus(four[j], z[:, :, None], asm), v, part, asm)
-            if (32 * (j + 1)) % G == 0 or j == 3:
-                s = tl.load(scales + place).to(tl.float32)
-                acc += part * s[:, :, None]
+            if 32 * (j + 1) % run == 0:
+                acc += part * tl.load(scales + place).to(tl.float32)[:, :, None]
                 if j < 3:
                     part = tl.full((kb, bn, bm), 0, tl.float32)
     y = tl.reduce(acc, 0, add)
@@ -208,7 +232,6 @@ def tile(
     codes,
     scales,
     zeros,
-    input_scale,
     layer,
     out,
     M: tl.constexpr,
@@ -217,7 +240,6 @@ def tile(
     G: tl.constexpr,
     E: tl.constexpr,
     asymmetric: tl.constexpr,
-    scaled: tl.constexpr,
     layered: tl.constexpr,
     f16: tl.constexpr,
     bm: tl.constexpr,
@@ -234,8 +256,8 @@ def tile(
         ew = e + tl.load(layer).to(tl.int64) * E
     m = pid_m * bm + tl.arange(0, bm)
     product(
-        x + e * M * K, codes, scales, zeros, input_scale, out + e * M * N, ew, m, m < M, pid_n,
-        N, K, G, asymmetric, scaled, f16, bm, bn, asm, M % bm != 0,
+        x + e * M * K, codes, scales, zeros, out + e * M * N, ew, m, m < M, pid_n, (K + 127) // 128,
+        N, K, G, asymmetric, f16, bm, bn, asm, M % bm != 0,
     )  # fmt: skip
 
 
@@ -245,7 +267,6 @@ def ragged(
     codes,
     scales,
     zeros,
-    input_scale,
     experts,
     firsts,
     ends,
@@ -256,7 +277,6 @@ def ragged(
     G: tl.constexpr,
     E: tl.constexpr,
     asymmetric: tl.constexpr,
-    scaled: tl.constexpr,
     f16: tl.constexpr,
     bm: tl.constexpr,
     bn: tl.constexpr,
@@ -266,18 +286,14 @@ def ragged(
 
     Grid (tiles, N / bn). An expert of -1 is a tile of rows beyond all groups: it writes zeros.
     """
+    P: tl.constexpr = (K + 127) // 128
     t = tl.program_id(0)
     e = tl.load(experts + t).to(tl.int64)
     m = tl.load(firsts + t) + tl.arange(0, bm)
-    end = tl.load(ends + t)
     product(
-        x, codes, scales, zeros, input_scale, out, tl.maximum(e, 0), m, m < tl.where(e < 0, 0, end), tl.program_id(1),
-        N, K, G, asymmetric, scaled, f16, bm, bn, asm, True,
+        x, codes, scales, zeros, out, tl.maximum(e, 0), m, m < tl.load(ends + t), tl.program_id(1),
+        tl.where(e < 0, 0, P), N, K, G, asymmetric, f16, bm, bn, asm, True,
     )  # fmt: skip
-    if e < 0:
-        n = tl.program_id(1) * bn + tl.arange(0, bn)
-        place = m[:, None].to(tl.int64) * N + n[None, :]
-        tl.store(out + place, tl.full((bm, bn), 0, out.dtype.element_ty), mask=(m < end)[:, None] & (n < N)[None, :])
 
 
 @triton.jit
@@ -296,26 +312,29 @@ def product(
     codes,
     scales,
     zeros,
-    input_scale,
     out,
     e,
     m,
     inside,
     pid_n,
+    blocks,
     N: tl.constexpr,
     K: tl.constexpr,
     G: tl.constexpr,
     asymmetric: tl.constexpr,
-    scaled: tl.constexpr,
     f16: tl.constexpr,
     bm: tl.constexpr,
     bn: tl.constexpr,
     asm: tl.constexpr,
     masked: tl.constexpr,
 ):
-    """Rows m of x, where `inside`, times the bn columns of tile pid_n of weight e, stored in those rows of out."""
+    """Rows m of x, where `inside`, times the bn columns of tile pid_n of weight e, stored in those rows of out.
+
+    `blocks` is how many blocks of K are multiplied: all, or 0 for zeros.
+    """
     P: tl.constexpr = (K + 127) // 128
     groups: tl.constexpr = (K + G - 1) // G
+    run: tl.constexpr = span(K, G)
     dtype: tl.constexpr = tl.float16 if f16 else tl.bfloat16
     n = pid_n * bn + tl.arange(0, bn)
     column = n
@@ -325,15 +344,17 @@ def product(
     codes += e * P * N * 32
     scales += e * groups * N
     zeros += e * groups * N
-    input_scale += e * K
     row = m.to(tl.int64) * K
+    if asm:
+        ask_for(scales, groups, N, pid_n * bn, bn)
+        if asymmetric:
+            ask_for(zeros, groups, N, pid_n * bn, bn)
 
     acc = tl.full((bn, bm), 0, tl.float32)
-    for p in range(P):
+    for p in range(blocks):
         words = tl.load(codes + (p * N + column[:, None]) * 32 + r[None, :])
         four = planes(words, f16, asm)
         for j in tl.static_range(4):
-            g = tl.minimum((p * 128 + 32 * j) // G, groups - 1)
             k = p * 128 + 32 * j + r
             if K % 128:
                 v = tl.load(x + row[None, :] + k[:, None], mask=(k < K)[:, None] & inside[None, :], other=0)
@@ -341,11 +362,10 @@ def product(
                 v = tl.load(x + row[None, :] + k[:, None], mask=inside[None, :], other=0)
             else:
                 v = tl.load(x + row[None, :] + k[:, None])
-            if scaled:
-                a = tl.load(input_scale + k, mask=k < K, other=0)
-                v = narrow(wide(v, asm) * a[:, None], v.dtype, asm)
-            s = narrow(tl.load(scales + g * N + column).to(tl.float32), dtype, asm)
-            z = magic(tl.load(zeros + g * N + column) if asymmetric else tl.full((bn,), 8, tl.int16), f16)
+            g = tl.minimum((p * 128 + 32 * j // run * run) // G, groups - 1)
+            place = g * N + column
+            s = narrow(tl.load(scales + place).to(tl.float32), dtype, asm)
+            z = magic(tl.load(zeros + place) if asymmetric else tl.full((bn,), 8, tl.int16), f16)
             acc = dot(times(minus(four[j], z[:, None], asm), s[:, None], asm), v, acc, asm)
     place = m[None, :].to(tl.int64) * N + n[:, None]
     tl.store(out + place, narrow(acc, out.dtype.element_ty, asm), mask=(n < N)[:, None] & inside[None, :])

@@ -19,7 +19,6 @@ POINTERS = {
     "codes": "*i16",
     "scales": "*fp16",
     "zeros": "*u8",
-    "input_scale": "*fp32",
     **dict.fromkeys(("layer", "experts", "firsts", "ends"), "*i32"),
 }
 

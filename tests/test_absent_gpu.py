@@ -11,7 +11,7 @@ from absent_gpu import compile_for_h200
 
 from awq_jax.kernels import grouped_int4_matmul, int4_matmul, triton
 from awq_jax.spec import QuantSpec
-from awq_jax.tensor import in_tiles, quantize
+from awq_jax.tensor import in_tiles, quantize, with_input_scale
 
 pytestmark = pytest.mark.gpu_compiler
 
@@ -37,6 +37,16 @@ def test_a_matmul_is_one_kernel_and_no_temporary(m):
     compiled = compile_for_h200(int4_matmul, rows(m), weight())
     assert compiled.as_text().count("custom-call(") == 1
     assert temporary(compiled) == 0
+
+
+def test_the_input_scale_is_multiplied_where_x_is_made():
+    def run(x, w):
+        return int4_matmul(jax.nn.silu(x), w)
+
+    scale = jax.ShapeDtypeStruct((WIDTH,), jnp.float32)
+    for w in (weight(), with_input_scale(weight(), scale)):
+        text = compile_for_h200(run, rows(1), w).as_text()
+        assert (text.count(" custom-call("), text.count(" fusion(")) == (1, 1)
 
 
 def test_the_kernel_is_seen_to_save_the_dense_weight():

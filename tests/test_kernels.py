@@ -9,6 +9,7 @@ roundoff:
 """
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ pytest.importorskip("triton", reason="triton has wheels for Linux only")
 import interpreted
 
 from awq_jax.kernels import api, grouped_int4_matmul, int4_matmul, triton
+from awq_jax.kernels.gpu import architecture
 from awq_jax.spec import QuantSpec
 from awq_jax.tensor import QuantizedTensor, in_tiles, quantize, with_input_scale
 
@@ -65,7 +67,7 @@ def check(y, x, w: QuantizedTensor, reference=None) -> None:
 
 @st.composite
 def cases(draw):
-    spec = QuantSpec(4, draw(st.sampled_from([32, 64, 128, -1])), draw(st.booleans()))
+    spec = QuantSpec(4, draw(st.sampled_from([32, 64, 96, 128, 160, 192, -1])), draw(st.booleans()))
     rows = draw(st.sampled_from([1, 3, 8, 9, 16, 17, 33, 70]))
     k, n = draw(st.sampled_from([1, 20, 64, 100, 128, 256, 300])), draw(st.sampled_from([1, 5, 16, 70]))
     return (
@@ -87,6 +89,16 @@ def test_the_product_is_within_its_bound(implementation, case):
     x = jnp.asarray(normal(rows, k, seed=seed), dtype)
     w = weight(k, n, spec=spec, scaled=scaled, seed=seed)
     check(multiply(x, w, implementation=implementation), x, w)
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("group", [96, 160, 192, 224, 384])
+def test_groups_that_end_within_a_block(group, rows):
+    """The scales differ by orders of magnitude from group to group."""
+    w = weight(700, 20, spec=QuantSpec(4, group))
+    w = dataclasses.replace(w, scales=w.scales * np.exp(2 * normal(*w.scales.shape, seed=2)).astype(np.float16))
+    x = jnp.asarray(normal(rows, 700), jnp.bfloat16)
+    check(multiply(x, w, implementation="triton"), x, w)
 
 
 @pytest.mark.parametrize("rows", [2, 40])
@@ -134,11 +146,10 @@ def test_ragged_groups_of_rows(implementation, sizes):
 row_tiles = jax.jit(triton.row_tiles, static_argnums=(1, 2))
 
 
-@given(sizes=st.lists(st.integers(0, 100), min_size=5, max_size=5))
+@given(sizes=st.lists(st.integers(0, 100), min_size=5, max_size=5), rows=st.sampled_from([500, 200]))
 @pytest.mark.parametrize("bm", [16, 128])
-def test_row_tiles_cover_every_row_once(bm, sizes):
-    rows = 500
-    owner = np.repeat([*range(5), -1], [*sizes, rows - sum(sizes)])
+def test_row_tiles_cover_every_row_once(bm, sizes, rows):
+    owner = np.repeat([*range(5), -1], [*sizes, rows])[:rows]
     seen = np.zeros(rows, int)
     for group, first, end in zip(*(np.asarray(a) for a in row_tiles(jnp.asarray(sizes), rows, bm)), strict=True):
         part = slice(first, min(first + bm, end))
@@ -219,6 +230,26 @@ def test_when_nothing_can_all_reasons_are_told():
         api.first_that_can({"one": no("too big"), "two": no("too small")}, None, 0)
     with pytest.raises(ValueError, match="three"):
         api.first_that_can({"one": no("too big")}, "three", 0)
+
+
+def test_leading_axes_that_x_lacks_are_named():
+    for implementation in (None, "triton"):
+        with pytest.raises(ValueError, match=r"leading axes \(3,\) must lead x too"):
+            int4_matmul(jnp.ones((4, 2, 64), jnp.bfloat16), weight(3, 64, 8), implementation=implementation)
+
+
+def test_more_matrices_than_a_grid_has_programs_are_refused():
+    w = jax.eval_shape(lambda: weight(70_000, 32, 1))
+    with pytest.raises(NotImplementedError, match="70000 matrices"):
+        jax.eval_shape(triton.matmul, jax.ShapeDtypeStruct((70_000, 1, 32), jnp.bfloat16), w)
+
+
+def test_a_gpu_of_another_maker_has_no_architecture(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for capability, expected in (("gfx942", None), ("9.0", 90), ("12.0", 120)):
+        device = SimpleNamespace(compute_capability=capability)
+        monkeypatch.setattr(jax, "local_devices", lambda device=device: [device])
+        assert architecture() == expected
 
 
 def test_scales_of_the_wrong_shape_are_named():
