@@ -132,7 +132,8 @@ def measure(small: bool) -> dict[str, Any]:
 
 def tune() -> list[dict[str, Any]]:
     """The fastest tiling of each shape and bucket of rows, as rows of the table."""
-    candidates = [row.tiling for row in table.rows() if row.exact is None]
+    arch = architecture()
+    candidates = [t for t in dict.fromkeys(row.tiling for row in table.rows() if row.exact is None) if t.fits(arch)]
     best = []
     for k, n in SHAPES[:4]:
         packed, _ = weights_of(k, n, small=False)
@@ -144,7 +145,7 @@ def tune() -> list[dict[str, Any]]:
                     continue
                 times[t] = seconds(ft.partial(triton.matmul, tiling=t), x, packed, repeats=3)
             t = min(times, key=times.__getitem__)
-            case = {"arch": architecture(), "dtype": "bfloat16", "group": 128, "m": m, "k": k, "n": n}
+            case = {"arch": arch, "dtype": "bfloat16", "group": 128, "m": m, "k": k, "n": n}
             best.append(case | asdict(t))
     return best
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 UNLIMITED = 2**31
+SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
+"""KiB of shared memory that a program may take, by architecture."""
 
 
 @dataclass(frozen=True)
@@ -21,16 +23,34 @@ class Tiling:
     stages: int
     kb: int = 0
 
+    def shared(self, arch: int) -> int:
+        """Bytes of shared memory, or a little more: what is read ahead of codes and of x in 2 bytes.
+
+        The tensor cores of sm_90 and sm_100 read x from there, so its part of the round that is multiplied stays too.
+        """
+        blocks, ahead = max(self.kb, 1), self.stages - 1
+        stays = self.kernel != "decode" and 90 <= arch < 120
+        return blocks * (ahead * 64 * self.bn + (ahead + stays) * 256 * self.bm) + 1024
+
+    def fits(self, arch: int) -> bool:
+        return self.shared(arch) <= limit(arch)
+
 
 @dataclass(frozen=True)
 class Row:
-    """A tiling, and the cases it is for: architecture and group at least these, rows of x at most m."""
+    """A tiling, and the cases it is for: architecture, group and columns at least these, rows of x at most m."""
 
     tiling: Tiling
     arch: int
     group: int
     m: int = UNLIMITED
+    n: int = 0
     exact: tuple[int, str, int, int, int, int] | None = None
+
+
+def limit(arch: int) -> int:
+    """Bytes of shared memory that a program may take; where that is not known, what the smallest take."""
+    return SHARED.get(arch, min(SHARED.values())) * 1024
 
 
 @ft.cache
@@ -43,7 +63,7 @@ def rows() -> tuple[Row, ...]:
 def _row(r: dict, measured: bool = False) -> Row:
     tiling = Tiling(r["kernel"], r["bm"], r["bn"], r["warps"], r["stages"], r.get("kb", 0))
     exact = tuple(r[key] for key in ("arch", "dtype", "group", "m", "k", "n")) if measured else None
-    return Row(tiling, r["arch"], r["group"], r.get("m", UNLIMITED), exact)
+    return Row(tiling, r["arch"], r["group"], r.get("m", UNLIMITED), r.get("n", 0), exact)
 
 
 def power_of_two(m: int) -> int:
@@ -51,18 +71,18 @@ def power_of_two(m: int) -> int:
     return 1 << max(0, m - 1).bit_length()
 
 
-def tiling(arch: int | None, dtype: str, group: int, m: int, k: int, n: int) -> Tiling:
-    """The tiling for x (m, k) and a weight (k, n); without a GPU that of the oldest one that has a kernel."""
-    arch = arch or 80
+def tiling(arch: int, dtype: str, group: int, m: int, k: int, n: int) -> Tiling:
+    """The tiling for x (m, k) and a weight (k, n)."""
     for row in rows():
         if row.exact == (arch, dtype, group, power_of_two(m), k, n):
             return row.tiling
-        if row.exact is None and arch >= row.arch and group >= row.group and m <= row.m:
+        at_least = arch >= row.arch and group >= row.group and n >= row.n
+        if row.exact is None and at_least and m <= row.m and row.tiling.fits(arch):
             return row.tiling
     raise NotImplementedError(f"no tiling for sm_{arch}, groups of {group}, {m} rows")
 
 
-def grouped_tiling(arch: int | None, dtype: str, group: int, m: int, k: int, n: int) -> Tiling:
+def grouped_tiling(arch: int, dtype: str, group: int, m: int, k: int, n: int) -> Tiling:
     """The tiling for ragged groups of some m rows each, which only the kernel of many rows has."""
     found = tiling(arch, dtype, group, max(m, 33), k, n)
     return Tiling("ragged", 16, 64, 4, 4) if m <= 16 else found

@@ -56,6 +56,7 @@ def matmul(
 
     Raises:
       NotImplementedError: the kernels cannot run this case; the message says why.
+      ValueError: the tiling takes more shared memory than the GPU has.
     """
     check(x.dtype, w)
     lead = w.codes.shape[:-2] if layer is None else w.codes.shape[1:-2]
@@ -67,7 +68,14 @@ def matmul(
         return jnp.zeros((*x.shape[:-1], n), dtype)
     if experts > MOST_EXPERTS:
         raise NotImplementedError(f"{experts} matrices at once: a grid of programs has {MOST_EXPERTS} in its last axis")
-    t = tiling or table.tiling(architecture(), x.dtype.name, w.spec.group(k), rows, k, n)
+    arch = architecture() or OLDEST
+    known = table.tiling(arch, x.dtype.name, w.spec.group(k), rows, k, n)
+    t = tiling or known
+    if not t.fits(arch):
+        raise ValueError(
+            f"{t} takes {t.shared(arch)} bytes of shared memory, sm_{arch} has {table.limit(arch)}: "
+            f"lower stages, or leave it to the table, which gives {known}."
+        )
     tiles = (-(-n // t.bn), -(-rows // t.bm))
     grid = (*tiles, experts) if t.kernel == "decode" else (math.prod(tiles), 1, experts)
     scale = w.input_scale if layer is None or w.input_scale is None else w.input_scale[layer]
@@ -101,7 +109,7 @@ def grouped_matmul(x: Float[Array, "m i"], w: PackedWeight, group_sizes: Int[Arr
     experts, (rows, k), n = w.codes.shape[0], x.shape, w.scales.shape[-1]
     if 0 in (experts, rows, n, k):
         return jnp.zeros((rows, n), x.dtype)
-    t = table.grouped_tiling(architecture(), x.dtype.name, w.spec.group(k), -(-rows // experts), k, n)
+    t = table.grouped_tiling(architecture() or OLDEST, x.dtype.name, w.spec.group(k), -(-rows // experts), k, n)
     which = row_tiles(group_sizes, rows, t.bm)
     if w.input_scale is not None:
         owner = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(rows), side="right")

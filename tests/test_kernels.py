@@ -22,7 +22,7 @@ pytest.importorskip("triton", reason="triton has wheels for Linux only")
 
 import interpreted
 
-from awq_jax.kernels import api, grouped_int4_matmul, int4_matmul, triton
+from awq_jax.kernels import api, grouped_int4_matmul, int4_matmul, table, target, triton
 from awq_jax.kernels.gpu import architecture
 from awq_jax.spec import QuantSpec
 from awq_jax.tensor import QuantizedTensor, in_tiles, quantize, with_input_scale
@@ -242,6 +242,23 @@ def test_more_matrices_than_a_grid_has_programs_are_refused():
     w = jax.eval_shape(lambda: weight(70_000, 32, 1))
     with pytest.raises(NotImplementedError, match="70000 matrices"):
         jax.eval_shape(triton.matmul, jax.ShapeDtypeStruct((70_000, 1, 32), jnp.bfloat16), w)
+
+
+def test_a_tiling_beyond_the_shared_memory_is_refused_and_another_named():
+    x, w = jnp.ones((1, 256), jnp.bfloat16), weight(256, 16)
+    big = table.Tiling("decode", 8, 32, 8, 5, kb=8)
+    with target(90):
+        triton.matmul(x, w, tiling=big)
+    with target(89), pytest.raises(ValueError, match=r"sm_89 has 101376: .* gives Tiling\(kernel='decode'"):
+        triton.matmul(x, w, tiling=big)
+
+
+@pytest.mark.parametrize("arch", [*table.SHARED, 200])
+def test_the_table_never_asks_for_more_shared_memory_than_there_is(arch):
+    for m in (1, 8, 16, 32, 64, 128, 256, 4096):
+        for n in (64, 1024, 4096, 8192, 28672):
+            assert table.tiling(arch, "bfloat16", 32, m, 4096, n).fits(arch)
+            assert table.grouped_tiling(arch, "bfloat16", 32, m, 4096, n).fits(arch)
 
 
 def test_a_gpu_of_another_maker_has_no_architecture(monkeypatch):
