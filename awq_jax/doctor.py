@@ -77,9 +77,9 @@ def _serves(rows: int) -> tuple[str, str]:
         triton.check(jnp.bfloat16, w)
         if reason := launch.missing():
             raise NotImplementedError(reason)
+        tiling = table.tiling(arch, "bfloat16", 128, rows, 4096, 4096)
     except NotImplementedError as e:
         return "plain XLA", str(e)
-    tiling = table.tiling(arch, "bfloat16", 128, rows, 4096, 4096)
     return (
         f"Triton, {tiling.kernel} {tiling.bm} x {tiling.bn}",
         "weights in tiles: awq_jax.prepare(params) after loading",

@@ -8,7 +8,9 @@ from contextvars import ContextVar
 
 import jax
 
-OLDEST = 80
+OLDEST = 75
+TENSOR_CORES = 80
+"""From which architecture on Triton multiplies on the tensor cores."""
 _named: ContextVar[int | None] = ContextVar("awq_jax_target", default=None)
 
 

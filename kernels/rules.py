@@ -38,7 +38,7 @@ def differentiable(matmul: Matmul, plain: Matmul) -> Matmul:
 
 @ft.cache
 def with_rules(matmul: Matmul) -> Matmul:
-    """`matmul(x, w)` that vmap and grad know."""
+    """`matmul(x, w)` that vmap and grad know; plain XLA where it refuses what vmap makes of a case."""
     batchable = jax.custom_batching.custom_vmap(matmul)
 
     @batchable.def_vmap
@@ -46,9 +46,15 @@ def with_rules(matmul: Matmul) -> Matmul:
         x_batched, w_batched = batched
         lead = w.codes.ndim - 2
         if not any(jax.tree.leaves(w_batched)):
-            return jnp.moveaxis(batchable(jnp.moveaxis(x, 0, lead), w), lead, 0), True
+            return jnp.moveaxis(accepted(jnp.moveaxis(x, 0, lead), w), lead, 0), True
         spread = lambda leaf, is_batched: leaf if is_batched else jnp.broadcast_to(leaf, (size, *leaf.shape))
-        return batchable(spread(x, x_batched), jax.tree.map(spread, w, w_batched)), True
+        return accepted(spread(x, x_batched), jax.tree.map(spread, w, w_batched)), True
+
+    def accepted(x: Any, w: Any) -> Any:
+        try:
+            return batchable(x, w)
+        except NotImplementedError:
+            return reference.matmul(x, w)
 
     return differentiable(batchable, reference.matmul)
 

@@ -7,14 +7,16 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from awq_jax.kernels.gpu import TENSOR_CORES
+
 UNLIMITED = 2**31
-SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
+SHARED = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
 """KiB of shared memory that a program may take, by architecture."""
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """What a program of a kernel owns: bm rows of x, bn columns; kb blocks of 128 rows at once (decode)."""
+    """What a program of a kernel owns: bm rows of x, bn columns; kb blocks of 128 rows at once (decode, gemv)."""
 
     kernel: str
     bm: int
@@ -29,7 +31,7 @@ class Tiling:
         The tensor cores of sm_90 and sm_100 read x from there, so its part of the round that is multiplied stays too.
         """
         blocks, ahead = max(self.kb, 1), self.stages - 1
-        stays = self.kernel != "decode" and 90 <= arch < 120
+        stays = self.kernel in ("tile", "ragged") and 90 <= arch < 120
         return blocks * (ahead * 64 * self.bn + (ahead + stays) * 256 * self.bm) + 1024
 
     def fits(self, arch: int) -> bool:
@@ -72,14 +74,21 @@ def power_of_two(m: int) -> int:
 
 
 def tiling(arch: int, dtype: str, group: int, m: int, k: int, n: int) -> Tiling:
-    """The tiling for x (m, k) and a weight (k, n)."""
+    """The tiling for x (m, k) and a weight (k, n).
+
+    Raises:
+      NotImplementedError: too many rows of a dtype, or on a GPU, for which there are no tensor cores.
+    """
+    on_tensor_cores = arch >= TENSOR_CORES and dtype != "float32"
     for row in rows():
         if row.exact == (arch, dtype, group, power_of_two(m), k, n):
             return row.tiling
         at_least = arch >= row.arch and group >= row.group and n >= row.n
-        if row.exact is None and at_least and m <= row.m and row.tiling.fits(arch):
+        fits = on_tensor_cores == (row.tiling.kernel != "gemv") and row.tiling.fits(arch)
+        if row.exact is None and at_least and m <= row.m and fits:
             return row.tiling
-    raise NotImplementedError(f"no tiling for sm_{arch}, groups of {group}, {m} rows")
+    most = max(row.m for row in rows() if row.tiling.kernel == "gemv")
+    raise NotImplementedError(f"more than {most} rows of {dtype} on sm_{arch} would need tensor cores that take them")
 
 
 def grouped_tiling(arch: int, dtype: str, group: int, m: int, k: int, n: int) -> Tiling:

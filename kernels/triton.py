@@ -1,4 +1,7 @@
-"""The matmul by the Triton kernels: NVIDIA GPUs from compute capability 8.0, 4-bit weights in tiles.
+"""The matmul by the Triton kernels: NVIDIA GPUs, 4-bit weights in tiles.
+
+From compute capability 8.0 on bfloat16 and float16 are multiplied on the tensor cores. On 7.5, and in float32 anywhere,
+a few rows (decode) are multiplied without them; more are left to plain XLA, which makes the weight dense.
 
 The input scale is multiplied into x before, by XLA, which does it where x is made: in a kernel's loop it would be done
 again for every tile of columns, and cost more instructions than the weights.
@@ -15,10 +18,11 @@ from jaxtyping import Array, Float, Int
 
 from awq_jax.kernels import table
 from awq_jax.kernels.contract import PackedWeight
-from awq_jax.kernels.gpu import OLDEST, architecture
+from awq_jax.kernels.gpu import OLDEST, TENSOR_CORES, architecture
 from awq_jax.kernels.launch import launch
 from awq_jax.kernels.reference import scaled
 from awq_jax.kernels.table import Tiling
+from awq_jax.kernels.tiles import BLOCK
 
 MOST_EXPERTS = 65535
 
@@ -29,11 +33,11 @@ def check(dtype: Any, w: PackedWeight) -> None:
         raise NotImplementedError(f"{w.spec.bits}-bit codes: the kernels read 4 bits")
     if w.packing != "tiles":
         raise NotImplementedError("codes are packed in rows: call awq_jax.prepare(params) once after loading")
-    if dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"x is {jnp.dtype(dtype)}, the tensor cores take bfloat16 or float16: cast x")
+    if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        raise NotImplementedError(f"x is {jnp.dtype(dtype)}, the kernels take bfloat16, float16 or float32: cast x")
     arch = architecture()
     if arch is not None and arch < OLDEST:
-        raise NotImplementedError(f"the GPU is sm_{arch}, Triton uses tensor cores from sm_{OLDEST}")
+        raise NotImplementedError(f"the GPU is sm_{arch}, Triton compiles from sm_{OLDEST}")
 
 
 def matmul(
@@ -47,7 +51,7 @@ def matmul(
     """`x @ w`, batched over the weight's leading axes; float32 accumulators.
 
     Args:
-      x: bfloat16 or float16; the weight's leading axes are leading axes of x too.
+      x: bfloat16, float16 or float32; the weight's leading axes are leading axes of x too.
       w: 4 bits, in tiles.
       layer: w has an axis of layers in front, and this one is meant. It is read in place: a slice handed to a
         custom call would be copied by XLA.
@@ -68,7 +72,7 @@ def matmul(
         return jnp.zeros((*x.shape[:-1], n), dtype)
     if experts > MOST_EXPERTS:
         raise NotImplementedError(f"{experts} matrices at once: a grid of programs has {MOST_EXPERTS} in its last axis")
-    arch = architecture() or OLDEST
+    arch = architecture() or TENSOR_CORES
     known = table.tiling(arch, x.dtype.name, w.spec.group(k), rows, k, n)
     t = tiling or known
     if not t.fits(arch):
@@ -76,8 +80,10 @@ def matmul(
             f"{t} takes {t.shared(arch)} bytes of shared memory, sm_{arch} has {table.limit(arch)}: "
             f"lower stages, or leave it to the table, which gives {known}."
         )
-    tiles = (-(-n // t.bn), -(-rows // t.bm))
-    grid = (*tiles, experts) if t.kernel == "decode" else (math.prod(tiles), 1, experts)
+    n_tiles, m_tiles = -(-n // t.bn), -(-rows // t.bm)
+    grid = {"decode": (n_tiles, m_tiles), "tile": (n_tiles * m_tiles, 1), "gemv": (m_tiles, n_tiles)}[t.kernel]
+    sizes = {"bm": t.bm, "bn": t.bn, "kb": min(t.kb, table.power_of_two(-(-k // BLOCK)))}
+    unused = {"decode": (), "tile": ("kb",), "gemv": ("bm", "f16")}[t.kernel]
     scale = w.input_scale if layer is None or w.input_scale is None else w.input_scale[layer]
     y = launch(
         t.kernel,
@@ -85,16 +91,13 @@ def matmul(
         *pointers(w),
         w.scales if layer is None else jnp.asarray(layer, jnp.int32)[None],
         out=jax.ShapeDtypeStruct((experts, rows, n), dtype),
-        grid=grid,
+        grid=(*grid, experts),
         warps=t.warps,
         stages=t.stages,
         M=rows,
         layered=layer is not None,
         E=experts,
-        bm=t.bm,
-        bn=t.bn,
-        **({"kb": min(t.kb, table.power_of_two(-(-k // 128)))} if t.kernel == "decode" else {}),
-        **constants(x, w),
+        **{name: value for name, value in (sizes | constants(x, w)).items() if name not in unused},
     )
     return y.reshape(*x.shape[:-1], n)
 
@@ -106,10 +109,13 @@ def grouped_matmul(x: Float[Array, "m i"], w: PackedWeight, group_sizes: Int[Arr
       NotImplementedError: the kernels cannot run this case; the message says why.
     """
     check(x.dtype, w)
+    arch = architecture() or TENSOR_CORES
+    if arch < TENSOR_CORES or x.dtype == jnp.float32:
+        raise NotImplementedError(f"sorted rows of {x.dtype} on sm_{arch} would need tensor cores that take them")
     experts, (rows, k), n = w.codes.shape[0], x.shape, w.scales.shape[-1]
     if 0 in (experts, rows, n, k):
         return jnp.zeros((rows, n), x.dtype)
-    t = table.grouped_tiling(architecture() or OLDEST, x.dtype.name, w.spec.group(k), -(-rows // experts), k, n)
+    t = table.grouped_tiling(arch, x.dtype.name, w.spec.group(k), -(-rows // experts), k, n)
     which = row_tiles(group_sizes, rows, t.bm)
     if w.input_scale is not None:
         owner = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(rows), side="right")

@@ -11,6 +11,8 @@ float32 sums of a group, not the weights: the integers q - z enter the tensor co
 `tile` is for many rows, where the tensor cores are the time: one accumulator, scales multiplied into the weight, both
 in x's dtype. Two roundings a weight.
 
+`gemv` is for few rows where there are no tensor cores, for a GPU of sm_75 or for float32.
+
 Nothing here imports jax. Sizes are compile-time constants. With `asm=False` the same arithmetic is written as the
 interpreter runs it: no inline assembly, bfloat16 computed in float32 and rounded. So that a second copy of this
 module can be interpreted while the first compiles, it calls none of the functions of triton.language that are
@@ -148,6 +150,16 @@ def magic(codes, f16: tl.constexpr):
 
 
 @triton.jit
+def matrices(layer, E: tl.constexpr, layered: tl.constexpr):
+    """Which matrix of x and of the result a program of the third axis works on, and which of the weight."""
+    e = tl.program_id(2).to(tl.int64)
+    ew = e
+    if layered:
+        ew = e + tl.load(layer).to(tl.int64) * E
+    return e, ew
+
+
+@triton.jit
 def decode(
     x,
     codes,
@@ -175,10 +187,7 @@ def decode(
     P: tl.constexpr = (K + 127) // 128
     groups: tl.constexpr = (K + G - 1) // G
     run: tl.constexpr = span(K, G)
-    e = tl.program_id(2).to(tl.int64)
-    ew = e
-    if layered:
-        ew = e + tl.load(layer).to(tl.int64) * E
+    e, ew = matrices(layer, E, layered)
     n = tl.program_id(0) * bn + tl.arange(0, bn)
     m = tl.program_id(1) * bm + tl.arange(0, bm)
     column = n
@@ -227,6 +236,70 @@ def decode(
 
 
 @triton.jit
+def gemv(
+    x,
+    codes,
+    scales,
+    zeros,
+    layer,
+    out,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    E: tl.constexpr,
+    asymmetric: tl.constexpr,
+    layered: tl.constexpr,
+    bn: tl.constexpr,
+    kb: tl.constexpr,
+    asm: tl.constexpr,
+):
+    """As `decode`, without tensor cores. One program multiplies one row of x, in float32. Grid (M, N / bn, E).
+
+    A code stays where it is in its word: 0x4B000000 | q << 4 j read as float32 is 2**23 + q 2**4j.
+    """
+    P: tl.constexpr = (K + 127) // 128
+    groups: tl.constexpr = (K + G - 1) // G
+    run: tl.constexpr = span(K, G)
+    e, ew = matrices(layer, E, layered)
+    n = tl.program_id(1) * bn + tl.arange(0, bn)
+    column = n
+    if N % bn:
+        column = tl.minimum(n, N - 1)
+    r = tl.arange(0, 32)
+    x += (e * M + tl.program_id(0)) * K
+    codes += ew * P * N * 32
+    scales += ew * groups * N
+    zeros += ew * groups * N
+
+    acc = tl.full((kb, bn, 32), 0, tl.float32)
+    for t in range((P + kb - 1) // kb):
+        p = t * kb + tl.arange(0, kb)
+        block = p
+        if P % kb:
+            block = tl.minimum(p, P - 1)
+        words = tl.load(codes + (block[:, None, None] * N + column[None, :, None]) * 32 + r[None, None, :])
+        words = words.to(tl.uint16, bitcast=True).to(tl.uint32)
+        part = tl.full((kb, bn, 32), 0, tl.float32)
+        for j in tl.static_range(4):
+            k = p[:, None] * 128 + 32 * j + r[None, :]
+            v = wide(tl.load(x + k, mask=k < K, other=0) if K % (128 * kb) else tl.load(x + k), asm)
+            g = tl.minimum((block * 128 + 32 * j // run * run) // G, groups - 1)
+            place = g[:, None] * N + column[None, :]
+            z = tl.load(zeros + place).to(tl.uint32) if asymmetric else tl.full((kb, bn), 8, tl.uint32)
+            lifted = (words & (15 << 4 * j) | 0x4B000000).to(tl.float32, bitcast=True)
+            below = (z | 0x4B000000).to(tl.float32, bitcast=True) - (2.0**23 - 2.0 ** (23 - 4 * j))
+            part += (lifted * 2.0 ** (-4 * j) - below[:, :, None]) * v[:, None, :]
+            if 32 * (j + 1) % run == 0:
+                acc += part * tl.load(scales + place).to(tl.float32)[:, :, None]
+                if j < 3:
+                    part = tl.full((kb, bn, 32), 0, tl.float32)
+    y = tl.reduce(tl.reduce(acc, 2, add), 0, add)
+    out += (e * M + tl.program_id(0)) * N
+    tl.store(out + n, narrow(y, out.dtype.element_ty, asm), mask=n < N)
+
+
+@triton.jit
 def tile(
     x,
     codes,
@@ -247,13 +320,10 @@ def tile(
     asm: tl.constexpr,
 ):
     """As `decode`, for many rows. Grid (M / bm * N / bn, 1, E)."""
-    e = tl.program_id(2).to(tl.int64)
+    e, ew = matrices(layer, E, layered)
     rows: tl.constexpr = (M + bm - 1) // bm
     columns: tl.constexpr = (N + bn - 1) // bn
     pid_m, pid_n = swizzled(tl.program_id(0), rows, columns)
-    ew = e
-    if layered:
-        ew = e + tl.load(layer).to(tl.int64) * E
     m = pid_m * bm + tl.arange(0, bm)
     product(
         x + e * M * K, codes, scales, zeros, out + e * M * N, ew, m, m < M, pid_n, (K + 127) // 128,

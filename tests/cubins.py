@@ -37,10 +37,10 @@ class Cubin:
 
 def compiled(kernel: str, dtype: str, arch: int, warps: int, stages: int, **constants: object) -> Cubin:
     function = getattr(triton_kernels, kernel)
-    short = {"bfloat16": "bf16", "float16": "fp16"}[dtype]
+    short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[dtype]
     types = {**POINTERS, "x": f"*{short}", "out": f"*{short}"}
-    constants |= {"f16": dtype == "float16", "asm": True}
     names = function.arg_names
+    constants |= {"asm": True} | ({"f16": dtype == "float16"} if "f16" in names else {})
     source = ASTSource(
         fn=function,
         signature={name: types.get(name, "constexpr") for name in names},

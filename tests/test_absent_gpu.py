@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("jax_cuda12_plugin", reason="XLA's GPU compiler is not installed")
 pytest.importorskip("jax_triton", reason="jax-triton is not installed")
 
-from absent_gpu import compile_for_h200
+from absent_gpu import compile_for, compile_for_h200
 
 from awq_jax.kernels import grouped_int4_matmul, int4_matmul, triton
 from awq_jax.spec import QuantSpec
@@ -37,6 +37,15 @@ def test_a_matmul_is_one_kernel_and_no_temporary(m):
     compiled = compile_for_h200(int4_matmul, rows(m), weight())
     assert compiled.as_text().count("custom-call(") == 1
     assert temporary(compiled) == 0
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.bfloat16])
+def test_on_a_t4_a_few_rows_read_only_the_codes(dtype):
+    x = lambda m: jax.ShapeDtypeStruct((m, WIDTH), dtype)
+    compiled = compile_for(75, int4_matmul, x(1), weight())
+    assert compiled.as_text().count("custom-call(") == 1
+    assert temporary(compiled) == 0
+    assert temporary(compile_for(75, int4_matmul, x(9), weight())) >= jnp.dtype(dtype).itemsize * WIDTH**2
 
 
 def test_the_input_scale_is_multiplied_where_x_is_made():

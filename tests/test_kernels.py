@@ -32,7 +32,7 @@ SPEC = QuantSpec(4, 32)
 dense_weight = jax.jit(lambda w: w.dequantize())
 multiply = jax.jit(int4_matmul, static_argnames="implementation")
 grouped_multiply = jax.jit(grouped_int4_matmul, static_argnames="implementation")
-ROUNDING = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
+ROUNDING = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +101,31 @@ def test_groups_that_end_within_a_block(group, rows):
     check(multiply(x, w, implementation="triton"), x, w)
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("group", [32, 96, 128, -1])
+@pytest.mark.parametrize(("arch", "dtype"), [(75, "bfloat16"), (75, "float16"), (75, "float32"), (90, "float32")])
+def test_without_tensor_cores_a_few_rows_are_exact_and_rounded(arch, dtype, group, symmetric):
+    for rows, k, n in ((1, 300, 20), (8, 128, 5)):
+        x, w = jnp.asarray(normal(rows, k), dtype), weight(k, n, spec=QuantSpec(4, group, symmetric))
+        with target(arch):
+            y = np.asarray(int4_matmul(x, w, implementation="triton"), np.float64)
+        product, magnitude = exact(x, w)
+        assert np.all(np.abs(y - product) <= k * 2.0**-24 * magnitude + ROUNDING[dtype] * np.abs(product))
+
+
+@pytest.mark.parametrize(("arch", "dtype"), [(75, "bfloat16"), (90, "float32")])
+def test_without_tensor_cores_many_rows_and_sorted_rows_are_left_to_plain_xla(arch, dtype):
+    x, w, experts = jnp.ones((9, 64), dtype), weight(64, 8), weight(2, 64, 8)
+    with target(arch):
+        with pytest.raises(NotImplementedError, match=f"more than 8 rows of {dtype} on sm_{arch}"):
+            int4_matmul(x, w, implementation="triton")
+        with pytest.raises(NotImplementedError, match=f"sorted rows of {dtype} on sm_{arch}"):
+            grouped_int4_matmul(x, experts, jnp.array([4, 5]), implementation="triton")
+        np.testing.assert_array_equal(int4_matmul(x, w), int4_matmul(x, w, implementation="xla"))
+        each_row = jax.vmap(jax.jit(lambda x: int4_matmul(x[None], w)[0]))
+        np.testing.assert_array_equal(each_row(x), int4_matmul(x, w, implementation="xla"))
+
+
 @pytest.mark.parametrize("rows", [2, 40])
 def test_few_rows_lose_nothing_to_rounded_weights_and_many_little(rows):
     """The decode kernel multiplies exact integers: its result is the exact one, rounded."""
@@ -112,16 +137,16 @@ def test_few_rows_lose_nothing_to_rounded_weights_and_many_little(rows):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize(("rows", "dtype"), [(3, "bfloat16"), (40, "bfloat16"), (3, "float32")])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_leading_axes_are_experts(implementation, rows, scaled):
-    x, w = jnp.asarray(normal(3, rows, 96), jnp.bfloat16), weight(3, 96, 20, scaled=scaled)
+def test_leading_axes_are_experts(implementation, rows, dtype, scaled):
+    x, w = jnp.asarray(normal(3, rows, 96), dtype), weight(3, 96, 20, scaled=scaled)
     check(multiply(x, w, implementation=implementation), x, w)
 
 
-@pytest.mark.parametrize("rows", [3, 40])
-def test_a_layer_of_a_stack_is_read_in_place(rows):
-    x, stack = jnp.asarray(normal(rows, 96), jnp.bfloat16), weight(4, 96, 20, scaled=True)
+@pytest.mark.parametrize(("rows", "dtype"), [(3, "bfloat16"), (40, "bfloat16"), (3, "float32")])
+def test_a_layer_of_a_stack_is_read_in_place(rows, dtype):
+    x, stack = jnp.asarray(normal(rows, 96), dtype), weight(4, 96, 20, scaled=True)
     pick = jax.jit(lambda x, w, layer: triton.matmul(x, w, layer=layer))
     for layer in (0, 3):
         check(pick(x, stack, layer), x, jax.tree.map(lambda leaf, layer=layer: leaf[layer], stack))
@@ -206,7 +231,8 @@ def test_one_program_runs_the_kernel_on_cuda_and_plain_xla_elsewhere():
 REFUSED = {
     "rows": (lambda: (jnp.ones((2, 64), jnp.bfloat16), quantize(normal(64, 4), QuantSpec(4, 32))), "awq_jax.prepare"),
     "bits": (lambda: (jnp.ones((2, 64), jnp.bfloat16), quantize(normal(64, 4), QuantSpec(3, 32))), "3-bit"),
-    "float32": (lambda: (jnp.ones((2, 64)), weight(64, 4)), "cast x"),
+    "float8": (lambda: (jnp.ones((2, 64), jnp.float8_e4m3fn), weight(64, 4)), "cast x"),
+    "rows of float32": (lambda: (jnp.ones((9, 64)), weight(64, 4)), "more than 8 rows of float32"),
 }
 
 
@@ -255,10 +281,10 @@ def test_a_tiling_beyond_the_shared_memory_is_refused_and_another_named():
 
 @pytest.mark.parametrize("arch", [*table.SHARED, 200])
 def test_the_table_never_asks_for_more_shared_memory_than_there_is(arch):
-    for m in (1, 8, 16, 32, 64, 128, 256, 4096):
+    for m in (1, 8) if arch < 80 else (1, 8, 16, 32, 64, 128, 256, 4096):
         for n in (64, 1024, 4096, 8192, 28672):
             assert table.tiling(arch, "bfloat16", 32, m, 4096, n).fits(arch)
-            assert table.grouped_tiling(arch, "bfloat16", 32, m, 4096, n).fits(arch)
+            assert arch < 80 or table.grouped_tiling(arch, "bfloat16", 32, m, 4096, n).fits(arch)
 
 
 def test_a_gpu_of_another_maker_has_no_architecture(monkeypatch):
