@@ -22,16 +22,17 @@ def missing() -> str | None:
 def launch(
     kernel: str,
     *arrays: jax.Array,
-    out: jax.ShapeDtypeStruct,
+    out: Any,
     grid: tuple[int, ...],
     warps: int,
     stages: int,
     **constants: Any,
-) -> jax.Array:
+) -> Any:
     """The result of a kernel of triton_kernels.py, compiled when the program around it is.
 
     Args:
       kernel: its name. Pointers of `arrays` come first among its arguments, then that of the result.
+      out: a ShapeDtypeStruct, or a tuple of them where there are several results.
       constants: its compile-time constants.
 
     Raises:

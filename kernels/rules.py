@@ -60,13 +60,14 @@ def with_rules(matmul: Matmul) -> Matmul:
 
 
 @ft.cache
-def with_grouped_rules(matmul: Matmul) -> Matmul:
-    """The same for a grouped matmul (x, w, group_sizes); a vmap of it runs plain XLA."""
+def with_rules_of(plain: Matmul, matmul: Matmul) -> Matmul:
+    """`matmul` with the gradients of `plain`, which runs instead where it is vmapped."""
     batchable = jax.custom_batching.custom_vmap(matmul)
 
     @batchable.def_vmap
-    def rule(size: int, batched: Any, *args: Any) -> tuple[Any, bool]:
+    def rule(size: int, batched: Any, *args: Any) -> tuple[Any, Any]:
         axes = jax.tree.map(lambda b: 0 if b else None, batched)
-        return jax.vmap(reference.grouped_matmul, in_axes=tuple(axes), axis_size=size)(*args), True
+        out = jax.vmap(plain, in_axes=tuple(axes), axis_size=size)(*args)
+        return out, jax.tree.map(lambda _: True, out)
 
-    return differentiable(batchable, reference.grouped_matmul)
+    return differentiable(batchable, plain)

@@ -102,6 +102,41 @@ def matmul(
     return y.reshape(*x.shape[:-1], n)
 
 
+def shared_matmul(x: Float[Array, "*b i"], *ws: PackedWeight) -> tuple[Float[Array, "*b o"], ...]:
+    """`x @ w` for each of two or three weights, few rows of x, in one launch: narrow weights fill a GPU together.
+
+    Raises:
+      NotImplementedError: one launch cannot run this case; the message says why.
+    """
+    for w in ws:
+        check(x.dtype, w)
+    rows, k, ns = math.prod(x.shape[:-1]), x.shape[-1], [w.scales.shape[-1] for w in ws]
+    alike = {(w.in_features, w.spec.group(k), w.zeros is None, w.codes.ndim) for w in ws}
+    if len(ws) not in (2, 3) or alike != {(k, ws[0].spec.group(k), ws[0].zeros is None, 2)} or 0 in (rows, k, *ns):
+        raise NotImplementedError("one launch multiplies two or three matrices with the same groups")
+    t = table.tiling(architecture() or TENSOR_CORES, x.dtype.name, ws[0].spec.group(k), rows, k, sum(ns))
+    if t.kernel != "decode":
+        raise NotImplementedError("one launch multiplies few rows, on the tensor cores")
+    padded = [*ws, ws[-1]][:3]
+    ns = [*ns, 0][:3]
+    fixed = {name: value for name, value in constants(x, ws[0]).items() if name != "N"}
+    ys = launch(
+        "decode_shared",
+        *(a for w in padded for a in (scaled(x, w.input_scale), *pointers(w))),
+        out=tuple(jax.ShapeDtypeStruct((rows, max(n, 1)), x.dtype) for n in ns),
+        grid=(sum(-(-n // t.bn) for n in ns), -(-rows // t.bm), 1),
+        warps=t.warps,
+        stages=t.stages,
+        M=rows,
+        **{f"N{i}": n for i, n in enumerate(ns)},
+        bm=t.bm,
+        bn=t.bn,
+        kb=min(t.kb, table.power_of_two(-(-k // BLOCK))),
+        **fixed,
+    )
+    return tuple(y.reshape(*x.shape[:-1], n) for y, n in zip(ys, ns, strict=True) if n)
+
+
 def grouped_matmul(x: Float[Array, "m i"], w: PackedWeight, group_sizes: Int[Array, " e"]) -> Float[Array, "m o"]:
     """Sorted rows, each times its group's matrix, as jax.lax.ragged_dot; rows beyond all groups give 0.
 

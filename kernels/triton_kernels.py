@@ -184,24 +184,95 @@ def decode(
 
     Grid (N / bn, M / bm, E). With `layered` the weight has one more axis in front and layer (1,) says which.
     """
+    e, ew = matrices(layer, E, layered)
+    few_rows(
+        x + e * M * K, codes, scales, zeros, out + e * M * N, ew, tl.program_id(0),
+        M, N, K, G, asymmetric, f16, bm, bn, kb, asm,
+    )  # fmt: skip
+
+
+@triton.jit
+def decode_shared(
+    x0,
+    codes0,
+    scales0,
+    zeros0,
+    x1,
+    codes1,
+    scales1,
+    zeros1,
+    x2,
+    codes2,
+    scales2,
+    zeros2,
+    out0,
+    out1,
+    out2,
+    M: tl.constexpr,
+    N0: tl.constexpr,
+    N1: tl.constexpr,
+    N2: tl.constexpr,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    asymmetric: tl.constexpr,
+    f16: tl.constexpr,
+    bm: tl.constexpr,
+    bn: tl.constexpr,
+    kb: tl.constexpr,
+    asm: tl.constexpr,
+):
+    """As `decode`, for two or three weights without further axes; N2 is 0 where there is no third.
+
+    Grid (N0 / bn + N1 / bn + N2 / bn, M / bm).
+    """
+    first: tl.constexpr = (N0 + bn - 1) // bn
+    second: tl.constexpr = first + (N1 + bn - 1) // bn
+    t = tl.program_id(0)
+    if t < first:
+        few_rows(x0, codes0, scales0, zeros0, out0, 0, t, M, N0, K, G, asymmetric, f16, bm, bn, kb, asm)
+    elif t < second:
+        few_rows(x1, codes1, scales1, zeros1, out1, 0, t - first, M, N1, K, G, asymmetric, f16, bm, bn, kb, asm)
+    elif N2:
+        few_rows(x2, codes2, scales2, zeros2, out2, 0, t - second, M, N2, K, G, asymmetric, f16, bm, bn, kb, asm)
+
+
+@triton.jit
+def few_rows(
+    x,
+    codes,
+    scales,
+    zeros,
+    out,
+    e,
+    pid_n,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    asymmetric: tl.constexpr,
+    f16: tl.constexpr,
+    bm: tl.constexpr,
+    bn: tl.constexpr,
+    kb: tl.constexpr,
+    asm: tl.constexpr,
+):
+    """Rows of x (M, K), of the second axis, times the bn columns of tile pid_n of weight e, into out (M, N)."""
     P: tl.constexpr = (K + 127) // 128
     groups: tl.constexpr = (K + G - 1) // G
     run: tl.constexpr = span(K, G)
-    e, ew = matrices(layer, E, layered)
-    n = tl.program_id(0) * bn + tl.arange(0, bn)
+    n = pid_n * bn + tl.arange(0, bn)
     m = tl.program_id(1) * bm + tl.arange(0, bm)
     column = n
     if N % bn:
         column = tl.minimum(n, N - 1)
     r = tl.arange(0, 32)
-    x += e * M * K
-    codes += ew * P * N * 32
-    scales += ew * groups * N
-    zeros += ew * groups * N
+    codes += e * P * N * 32
+    scales += e * groups * N
+    zeros += e * groups * N
     if asm:
-        ask_for(scales, groups, N, tl.program_id(0) * bn, bn)
+        ask_for(scales, groups, N, pid_n * bn, bn)
         if asymmetric:
-            ask_for(zeros, groups, N, tl.program_id(0) * bn, bn)
+            ask_for(zeros, groups, N, pid_n * bn, bn)
 
     acc = tl.full((kb, bn, bm), 0, tl.float32)
     for t in range((P + kb - 1) // kb):
@@ -227,7 +298,6 @@ def decode(
                 if j < 3:
                     part = tl.full((kb, bn, bm), 0, tl.float32)
     y = tl.reduce(acc, 0, add)
-    out += e * M * N
     tl.store(
         out + m[None, :] * N + n[:, None],
         narrow(y, out.dtype.element_ty, asm),

@@ -23,6 +23,9 @@ POINTERS = {
 }
 
 
+POINTERS |= {f"{name}{i}": POINTERS[name] for name in ("codes", "scales", "zeros") for i in range(3)}
+
+
 @dataclass(frozen=True)
 class Cubin:
     """registers a thread, stack (bytes spilled), shared memory; opcodes of the whole kernel and of its loops."""
@@ -38,7 +41,7 @@ class Cubin:
 def compiled(kernel: str, dtype: str, arch: int, warps: int, stages: int, **constants: object) -> Cubin:
     function = getattr(triton_kernels, kernel)
     short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[dtype]
-    types = {**POINTERS, "x": f"*{short}", "out": f"*{short}"}
+    types = POINTERS | {f"{name}{i}": f"*{short}" for name in ("x", "out") for i in ("", 0, 1, 2)}
     names = function.arg_names
     constants |= {"asm": True} | ({"f16": dtype == "float16"} if "f16" in names else {})
     source = ASTSource(

@@ -9,7 +9,7 @@ pytest.importorskip("jax_triton", reason="jax-triton is not installed")
 
 from absent_gpu import compile_for, compile_for_h200
 
-from awq_jax.kernels import grouped_int4_matmul, int4_matmul, triton
+from awq_jax.kernels import grouped_int4_matmul, int4_matmul, shared_int4_matmul, triton
 from awq_jax.spec import QuantSpec
 from awq_jax.tensor import in_tiles, quantize, with_input_scale
 
@@ -61,6 +61,15 @@ def test_the_input_scale_is_multiplied_where_x_is_made():
 def test_the_kernel_is_seen_to_save_the_dense_weight():
     compiled = compile_for_h200(int4_matmul, rows(16), weight(tiles=False))
     assert temporary(compiled) >= 2 * WIDTH * WIDTH
+
+
+def test_weights_of_one_input_are_one_kernel(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    for count in (2, 3):
+        compiled = compile_for_h200(shared_int4_matmul, rows(1), *[weight()] * count)
+        assert compiled.as_text().count(" custom-call(") == 1
+        assert temporary(compiled) < WIDTH
+    assert compile_for_h200(shared_int4_matmul, rows(64), weight(), weight()).as_text().count(" custom-call(") == 2
 
 
 def test_experts_and_ragged_rows_need_no_dense_weight():

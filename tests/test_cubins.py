@@ -68,6 +68,17 @@ def test_machine_code(arch, group, dtype, t):
     assert cubin.wide_copies > 0
 
 
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("m", [1, 16, 32])
+def test_three_weights_in_one_launch(arch, m):
+    t = table.tiling(arch, "bfloat16", 128, m, K, 6144)
+    sizes = {name: size for name, size in constants(t, 128).items() if name not in ("N", "E", "layered")}
+    cubin = compiled("decode_shared", "bfloat16", arch, t.warps, t.stages, N0=4096, N1=1024, N2=1024, **sizes)
+    one = compiled("decode", "bfloat16", arch, t.warps, t.stages, **constants(t, 128))
+    assert (cubin.stack, cubin.shared) == (0, one.shared)
+    assert cubin.wide_copies == 3 * one.wide_copies
+
+
 def test_a_spill_would_be_seen():
     t = table.Tiling("tile", 128, 256, 4, 2)
     assert compiled("tile", "bfloat16", 80, t.warps, t.stages, **constants(t, 128)).stack > 0

@@ -22,7 +22,8 @@ pytest.importorskip("triton", reason="triton has wheels for Linux only")
 
 import interpreted
 
-from awq_jax.kernels import api, grouped_int4_matmul, int4_matmul, table, target, triton
+from awq_jax.kernels import api, grouped_int4_matmul, int4_matmul, shared_int4_matmul, table, target, triton
+from awq_jax.kernels.api import separate
 from awq_jax.kernels.gpu import architecture
 from awq_jax.spec import QuantSpec
 from awq_jax.tensor import QuantizedTensor, in_tiles, quantize, with_input_scale
@@ -243,6 +244,58 @@ def test_a_case_that_one_refuses_the_next_runs_unless_one_is_named(name):
     with pytest.raises(NotImplementedError, match=reason):
         int4_matmul(x, w, implementation="triton")
     np.testing.assert_array_equal(int4_matmul(x, w), int4_matmul(x, w, implementation="xla"))
+
+
+@pytest.mark.parametrize("widths", [(70, 16, 5), (33, 20)])
+@pytest.mark.parametrize(("rows", "dtype"), [(1, "bfloat16"), (9, "float16"), (32, "bfloat16")])
+def test_weights_of_one_input_share_a_launch_and_give_the_same_numbers(monkeypatch, widths, rows, dtype):
+    launched = []
+
+    def launch(kernel, *args, **kwargs):
+        launched.append(kernel)
+        return interpreted.launch(kernel, *args, **kwargs)
+
+    monkeypatch.setattr(triton, "launch", launch)
+    x = jnp.asarray(normal(rows, 300), dtype)
+    ws = [weight(300, n, spec=QuantSpec(4, 96), scaled=i == 1, seed=i) for i, n in enumerate(widths)]
+    ys = triton.shared_matmul(x, *ws)
+    assert launched == ["decode_shared"]
+    for y, w in zip(ys, ws, strict=True):
+        check(y, x, w)
+        alone = triton.matmul(x, w)
+        np.testing.assert_allclose(np.asarray(y, np.float32), np.asarray(alone, np.float32), rtol=ROUNDING[dtype])
+
+
+def test_what_one_launch_cannot_do_separate_ones_do():
+    x, w, other = jnp.ones((3, 64), jnp.bfloat16), weight(64, 8), weight(64, 8, spec=QuantSpec(4, 64))
+    for ws in ((w, other), (w,), (w, w, w, w), (w, weight(64, 8, spec=QuantSpec(4, 32, True)))):
+        with pytest.raises(NotImplementedError, match="same groups"):
+            triton.shared_matmul(x, *ws)
+    for many in (jnp.ones((33, 64), jnp.bfloat16), jnp.ones((3, 64))):
+        with pytest.raises(NotImplementedError, match="few rows"):
+            triton.shared_matmul(many, w, w)
+    for y, alone in zip(shared_int4_matmul(x, w, other), separate(x, w, other), strict=True):
+        np.testing.assert_array_equal(y, alone)
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """One device, whose shared launches are counted."""
+    calls = []
+    run = triton.shared_matmul
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr(triton, "shared_matmul", lambda *args: calls.append(1) or run(*args))
+    return calls
+
+
+def test_a_shared_launch_has_the_gradients_and_the_vmap_of_separate_ones(one_device):
+    x, ws = jnp.asarray(normal(2, 3, 64), jnp.bfloat16), [weight(64, 8, scaled=True), weight(64, 5)]
+    total = lambda f: lambda x: sum(y.astype(jnp.float32).sum() for y in f(x, *ws))
+    np.testing.assert_array_equal(jax.grad(total(shared_int4_matmul))(x), jax.grad(total(separate))(x))
+    batched = jax.vmap(lambda x: shared_int4_matmul(x, *ws))(x)
+    for y, alone in zip(batched, separate(x, *ws), strict=True):
+        np.testing.assert_array_equal(y, alone)
+    assert one_device
 
 
 def test_when_nothing_can_all_reasons_are_told():
