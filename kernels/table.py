@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools as ft
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from awq_jax.kernels.gpu import TENSOR_CORES
@@ -16,13 +16,16 @@ SHARED = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227,
 
 @dataclass(frozen=True)
 class Tiling:
-    """What a program of a kernel owns: bm rows of x, bn columns; kb blocks of 128 rows at once (decode, gemv)."""
+    """What a program of a kernel owns: bm rows of x, bn columns; kb blocks of 128 rows at once (decode, gemv).
+
+    The kernel "dense" is none: XLA multiplies with the dense weight.
+    """
 
     kernel: str
-    bm: int
-    bn: int
-    warps: int
-    stages: int
+    bm: int = 0
+    bn: int = 0
+    warps: int = 0
+    stages: int = 0
     kb: int = 0
 
     def shared(self, arch: int) -> int:
@@ -63,7 +66,7 @@ def rows() -> tuple[Row, ...]:
 
 
 def _row(r: dict, measured: bool = False) -> Row:
-    tiling = Tiling(r["kernel"], r["bm"], r["bn"], r["warps"], r["stages"], r.get("kb", 0))
+    tiling = Tiling(**{field.name: r[field.name] for field in fields(Tiling) if field.name in r})
     exact = tuple(r[key] for key in ("arch", "dtype", "group", "m", "k", "n")) if measured else None
     return Row(tiling, r["arch"], r["group"], r.get("m", UNLIMITED), r.get("n", 0), exact)
 
@@ -91,7 +94,13 @@ def tiling(arch: int, dtype: str, group: int, m: int, k: int, n: int) -> Tiling:
     raise NotImplementedError(f"more than {most} rows of {dtype} on sm_{arch} would need tensor cores that take them")
 
 
+def kernel_tiling(arch: int, dtype: str, group: int, m: int, k: int, n: int) -> Tiling:
+    """The tiling of a kernel, also where there are so many rows that the dense weight is thought to be faster."""
+    most = max(row.m for row in rows() if row.tiling.kernel == "tile")
+    return tiling(arch, dtype, group, min(m, most), k, n)
+
+
 def grouped_tiling(arch: int, dtype: str, group: int, m: int, k: int, n: int) -> Tiling:
     """The tiling for ragged groups of some m rows each, which only the kernel of many rows has."""
-    found = tiling(arch, dtype, group, max(m, 33), k, n)
+    found = kernel_tiling(arch, dtype, group, max(m, 33), k, n)
     return Tiling("ragged", 16, 64, 4, 4) if m <= 16 else found

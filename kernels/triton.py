@@ -1,7 +1,8 @@
 """The matmul by the Triton kernels: NVIDIA GPUs, 4-bit weights in tiles.
 
 From compute capability 8.0 on bfloat16 and float16 are multiplied on the tensor cores. On 7.5, and in float32 anywhere,
-a few rows (decode) are multiplied without them; more are left to plain XLA, which makes the weight dense.
+a few rows (decode) are multiplied without them; more are left to plain XLA, which makes the weight dense. So is a long
+prefill, where the table says so: a weight made dense once is then cheaper than one unpacked for every tile of rows.
 
 The input scale is multiplied into x before, by XLA, which does it where x is made: in a kernel's loop it would be done
 again for every tile of columns, and cost more instructions than the weights.
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from awq_jax.kernels import table
+from awq_jax.kernels import reference, table
 from awq_jax.kernels.contract import PackedWeight
 from awq_jax.kernels.gpu import OLDEST, TENSOR_CORES, architecture
 from awq_jax.kernels.launch import launch
@@ -80,6 +81,8 @@ def matmul(
             f"{t} takes {t.shared(arch)} bytes of shared memory, sm_{arch} has {table.limit(arch)}: "
             f"lower stages, or leave it to the table, which gives {known}."
         )
+    if t.kernel == "dense":
+        return reference.matmul(x, w if layer is None else jax.tree.map(lambda leaf: leaf[layer], w), dtype=dtype)
     n_tiles, m_tiles = -(-n // t.bn), -(-rows // t.bm)
     grid = {"decode": (n_tiles, m_tiles), "tile": (n_tiles * m_tiles, 1), "gemv": (m_tiles, n_tiles)}[t.kernel]
     sizes = {"bm": t.bm, "bn": t.bn, "kb": min(t.kb, table.power_of_two(-(-k // BLOCK)))}

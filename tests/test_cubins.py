@@ -20,7 +20,7 @@ def most(arch: int) -> int:
 
 def cases():
     """(architecture, group, dtype, row of the table) for all that the table can be asked."""
-    asked = [(row.m, n) for row in table.rows() if row.exact is None for n in COLUMNS]
+    asked = [(row.m, n) for row in table.rows() if row.exact is None and row.tiling.kernel != "dense" for n in COLUMNS]
     for arch in ARCHITECTURES:
         for group in (32, 128) if arch in (80, 90) else (128,):
             reached = dict.fromkeys(table.tiling(arch, "bfloat16", group, min(m, most(arch)), K, n) for m, n in asked)
@@ -31,7 +31,7 @@ def cases():
         for dtype in ("bfloat16", "float16", "float32") if arch == 75 else ("float32",):
             yield arch, 64, dtype, table.tiling(arch, dtype, 64, 1, K, N)
     for row in table.rows():
-        if row.exact is not None:
+        if row.exact is not None and row.tiling.kernel != "dense":
             yield row.arch, row.group, row.exact[1], row.tiling
 
 
@@ -87,6 +87,6 @@ def test_a_spill_would_be_seen():
 @pytest.mark.parametrize("group", [64, 96])
 @pytest.mark.parametrize("kernel", ["decode", "tile"])
 def test_with_a_layer_and_odd_sizes(kernel, group):
-    t = table.tiling(90, "bfloat16", group, 1 if kernel == "decode" else 4096, K, N)
+    t = table.tiling(90, "bfloat16", group, 1 if kernel == "decode" else 1024, K, N)
     odd = {**constants(t, group), "M": t.bm - 1, "N": N - 3, "K": K - 40, "layered": True, "E": 3}
     assert compiled(kernel, "bfloat16", 90, t.warps, t.stages, **odd).stack == 0
