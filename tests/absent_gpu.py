@@ -58,13 +58,13 @@ def mesh(architecture: int) -> Mesh:
     return Mesh(np.array(topology.devices), ("x",))
 
 
-def compile_for(architecture: int, function, *args):
-    """The compiled program of arrays like `args`."""
+def compile_for(architecture: int, function, *args, **options):
+    """The compiled program of arrays like `args`; options of XLA."""
     place = NamedSharding(mesh(architecture), PartitionSpec())
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), args)
     with kernels.target(architecture):
         lowered = jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",))
-        return lowered.compile(compiler_options={"xla_gpu_autotune_level": 0})
+        return lowered.compile(compiler_options={"xla_gpu_autotune_level": 0, **options})
 
 
 compile_for_h200 = ft.partial(compile_for, 90)
