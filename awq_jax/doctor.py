@@ -68,7 +68,8 @@ def _serves(rows: int) -> tuple[str, str]:
     from awq_jax.spec import QuantSpec
     from awq_jax.tensor import in_tiles, quantize
 
-    if jax.default_backend() != "gpu":
+    arch = gpu.architecture()
+    if arch is None:
         return "plain XLA", ""
     dense = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)
     w = jax.eval_shape(lambda w: in_tiles(quantize(w, QuantSpec())), dense)
@@ -76,9 +77,9 @@ def _serves(rows: int) -> tuple[str, str]:
         triton.check(jnp.bfloat16, w)
         if reason := launch.missing():
             raise NotImplementedError(reason)
+        tiling = table.tiling(arch, "bfloat16", 128, rows, 4096, 4096)
     except NotImplementedError as e:
         return "plain XLA", str(e)
-    tiling = table.tiling(gpu.architecture(), "bfloat16", 128, rows, 4096, 4096)
     return (
         f"Triton, {tiling.kernel} {tiling.bm} x {tiling.bn}",
         "weights in tiles: awq_jax.prepare(params) after loading",

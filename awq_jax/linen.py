@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -9,7 +10,7 @@ import jax
 from jaxtyping import Array, Float
 
 from awq_jax.spec import QuantSpec
-from awq_jax.tensor import QuantizedTensor, dot, is_quantized, quantize
+from awq_jax.tensor import QuantizedTensor, dot, dots, is_quantized, quantize
 
 
 class QuantizedDense(nn.Module):
@@ -31,6 +32,12 @@ class QuantizedDense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        kernel, bias = self._params(x)
+        y = dot(x, kernel)
+        return y if bias is None else y + bias
+
+    def _params(self, x: Float[Array, "*b i"]) -> tuple[Array | QuantizedTensor, Array | None]:
+        """The kernel and the bias, dense ones in x's dtype."""
         kernel: Any
         # self.param would hold the leaves of a QuantizedTensor against the initializer's shape.
         if self.has_variable("params", "kernel"):
@@ -40,11 +47,28 @@ class QuantizedDense(nn.Module):
         if kernel.shape != (x.shape[-1], self.features):
             name = "/".join((*self.path, "kernel"))
             raise ValueError(f"{name} has shape {kernel.shape}, the layer asks for {(x.shape[-1], self.features)}.")
-        y = dot(x, kernel if is_quantized(kernel) else kernel.astype(x.dtype))
-        if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
-        return y
+        kernel = kernel if is_quantized(kernel) else kernel.astype(x.dtype)
+        if not self.use_bias:
+            return kernel, None
+        return kernel, self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
 
     def _new_kernel(self, key: jax.Array, in_features: int) -> Array | QuantizedTensor:
         dense = nn.initializers.lecun_normal()(key, (in_features, self.features))
         return dense if self.spec is None else quantize(dense, self.spec)
+
+
+class _Params(QuantizedDense):
+    """What a QuantizedDense multiplies x with and adds."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b i"]) -> tuple[Array | QuantizedTensor, Array | None]:
+        return self._params(x)
+
+
+def projections(x: Float[Array, "*b i"], features: Mapping[str, int], use_bias: bool = False) -> list[Array]:
+    """What the QuantizedDense layers of these names and features make of the same x, in a compact method.
+
+    Quantized kernels are multiplied in one launch where that can be.
+    """
+    kernels, biases = zip(*(_Params(o, use_bias, name=name)(x) for name, o in features.items()), strict=True)
+    return [y if bias is None else y + bias for y, bias in zip(dots(x, *kernels), biases, strict=True)]

@@ -334,6 +334,16 @@ def dot(
     return dense_matmul(x, w) if group_sizes is None else dense_grouped_matmul(x, w, group_sizes)
 
 
+def dots(x: Float[Array, "*b i"], *ws: Float[Array, "i o"] | QuantizedTensor) -> tuple[Float[Array, "*b o"], ...]:
+    """`dot` of x with each of ws; quantized ones in one launch where that can be.
+
+    Example:
+      >>> q, k, v = dots(x, *(params[name]["kernel"] for name in ("q", "k", "v")))
+    """
+    quantized = [w for w in ws if isinstance(w, QuantizedTensor)]
+    return kernels.shared_int4_matmul(x, *quantized) if len(quantized) == len(ws) else tuple(dot(x, w) for w in ws)
+
+
 @jax.jit
 def in_tiles(w: QuantizedTensor) -> QuantizedTensor:
     """`w` with its 4-bit codes in the order that the GPU kernels read."""

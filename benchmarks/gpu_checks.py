@@ -5,22 +5,38 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from awq_jax.kernels import grouped_int4_matmul, int4_matmul
+from awq_jax.kernels import grouped_int4_matmul, int4_matmul, triton
 from awq_jax.spec import QuantSpec
 from awq_jax.tensor import in_tiles, quantize
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("group", [32, 64, 128, -1])
-@pytest.mark.parametrize("rows", [1, 8, 13, 32, 64, 100, 300])
-def test_the_product(rows, group, dtype):
+def check(y, x, w) -> None:
+    dense, x = np.asarray(w.dequantize(), np.float64), np.asarray(x, np.float64)
+    bound = 4 * float(jnp.finfo(y.dtype).eps) + x.shape[-1] * 2.0**-24
+    assert np.all(np.abs(np.asarray(y, np.float64) - x @ dense) <= bound * (np.abs(x) @ np.abs(dense)))
+
+
+@pytest.mark.parametrize("group", [32, 96, 128, -1])
+@pytest.mark.parametrize(
+    ("rows", "dtype"),
+    [(rows, dtype) for dtype in ("bfloat16", "float16") for rows in (1, 8, 13, 32, 64, 100, 300, 1100)]
+    + [(1, "float32"), (8, "float32")],
+)
+def test_the_product(rows, dtype, group):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(rows, 1000)), dtype)
     w = in_tiles(quantize(rng.normal(size=(1000, 330)).astype(np.float32), QuantSpec(4, group)))
-    y = np.asarray(jax.jit(int4_matmul, static_argnames="implementation")(x, w, implementation="triton"), np.float64)
-    dense = np.asarray(w.dequantize(), np.float64)
-    magnitude = np.abs(np.asarray(x, np.float64)) @ np.abs(dense)
-    assert np.all(np.abs(y - np.asarray(x, np.float64) @ dense) <= 4 * float(jnp.finfo(dtype).eps) * magnitude)
+    check(jax.jit(int4_matmul, static_argnames="implementation")(x, w, implementation="triton"), x, w)
+
+
+@pytest.mark.parametrize("rows", [1, 13, 32])
+@pytest.mark.parametrize("widths", [(330, 64, 64), (330, 330)])
+def test_weights_of_one_input_in_one_launch(widths, rows):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(rows, 1000)), jnp.bfloat16)
+    ws = [in_tiles(quantize(rng.normal(size=(1000, n)).astype(np.float32), QuantSpec(4, 128))) for n in widths]
+    for y, w in zip(jax.jit(triton.shared_matmul)(x, *ws), ws, strict=True):
+        check(y, x, w)
 
 
 def test_ragged_rows():

@@ -1,11 +1,12 @@
-"""Time of the int4 matmul against dense bfloat16 and dequantize-then-dot, and against the machine's own ceilings.
+"""Time of the int4 matmul against dense bfloat16, dequantize-then-dot, other projects' and the machine's own ceilings.
 
 python benchmarks/kernels.py [--small] [--tune]
 
 Every figure is the median of several runs of one jitted program that makes many matmuls in a chain, each with another
-weight, so that at least 256 MB of weights pass by and none stays in the cache. Writes results/kernels.json; with
---tune the best tilings go into kernels/table.json. --small runs tiny shapes, so that a machine without a GPU can check
-the script.
+weight, so that at least 256 MB of weights pass by and none stays in the cache. Other projects' matmuls (peers.py) are
+timed where they are installed (pip install torch gemlite humming-kernels tokamax); who is left out, and why, is in the
+results. Writes results/kernels.json; with --tune the best tilings go into kernels/table.json. --small runs tiny shapes,
+so that a machine without a GPU can check the script.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from peers import PEERS, peer_seconds, reason, usable
 
 from awq_jax import kernels
 from awq_jax.kernels import table, triton
@@ -32,7 +34,8 @@ from awq_jax.tensor import in_tiles, quantize
 RESULTS = Path(__file__).parent / "results"
 TABLE = Path(kernels.__file__).with_name("table.json")
 SHAPES = ((4096, 4096), (4096, 6144), (14336, 4096), (4096, 28672), (8192, 57344))
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+BASELINE = "xla bf16"
 ROTATED = 256 * 2**20
 
 
@@ -92,27 +95,45 @@ def weights_of(k: int, n: int, small: bool) -> tuple[list[Any], list[Any]]:
     return packed, [make(jax.random.key(i)) for i in range(counts[1])]
 
 
-def peers(packed: list[Any], dense: list[Any], on_gpu: bool) -> dict[str, tuple[Callable[..., Any], list[Any]]]:
-    """What is compared, by name: a matmul and its weights."""
+def own(packed: list[Any], dense: list[Any], on_gpu: bool) -> dict[str, tuple[Callable[..., Any], list[Any]]]:
+    """What is compared, by name: a matmul and its weights. The first is what the others are held against."""
     found = {
-        "xla bf16": (lambda x, w: x @ w, dense),
+        BASELINE: (lambda x, w: x @ w, dense),
         "xla dequantize": (ft.partial(kernels.int4_matmul, implementation="xla"), packed),
     }
     if on_gpu:
-        found["triton"] = (ft.partial(kernels.int4_matmul, implementation="triton"), packed)
+        found["int4_matmul"] = (kernels.int4_matmul, packed)
+        found["triton"] = (always_the_kernel, packed)
     return found
 
 
-def measure(small: bool) -> dict[str, Any]:
+def always_the_kernel(x: Any, w: Any) -> Any:
+    """The kernel also where the table makes the weight dense: where the two cross is what is asked."""
+    t = table.kernel_tiling(architecture(), x.dtype.name, w.spec.group(x.shape[-1]), x.shape[0], *w.shape)
+    return triton.matmul(x, w, tiling=t)
+
+
+def measure(small: bool, out: Path) -> None:
+    """Times of every shape and number of rows, written after each shape: a run that is cut short leaves what it had."""
     on_gpu = jax.default_backend() == "gpu"
     top, rows = ceilings(small), []
+    others, left_out = usable(PEERS)
     for k, n in ((256, 256),) if small else SHAPES:
         packed, dense = weights_of(k, n, small)
+        converted = {name: [peer.convert(w) for w in packed] for name, peer in others.items()}
         for m in (1, 16) if small else ROWS:
             x = jax.random.normal(jax.random.key(0), (m, k), jnp.bfloat16)
-            for name, (multiply, weights) in peers(packed, dense, on_gpu).items():
-                t = seconds(multiply, x, weights)
-                read = sum(leaf.nbytes for leaf in jax.tree.leaves(weights[0])) + 2 * m * (k + n)
+            times = {
+                name: seconds(multiply, x, weights) for name, (multiply, weights) in own(packed, dense, on_gpu).items()
+            }
+            for name, weights in converted.items():
+                try:
+                    times[name] = peer_seconds(others[name], x, weights, seconds)
+                except Exception as e:
+                    left_out[f"{name}, {m} rows of {k} x {n}"] = reason(e)
+            for name, t in times.items():
+                weight = (dense if name == BASELINE else packed)[0]
+                read = sum(leaf.nbytes for leaf in jax.tree.leaves(weight)) + 2 * m * (k + n)
                 rows.append(
                     {
                         "k": k,
@@ -120,23 +141,30 @@ def measure(small: bool) -> dict[str, Any]:
                         "m": m,
                         "name": name,
                         "us": t * 1e6,
+                        "over_bf16": times[BASELINE] / t,
                         "of_bandwidth": read / t / top["bytes_per_s"],
                         "of_flops": 2 * m * k * n / t / top["flop_per_s"],
                     }
                 )
                 print(
-                    "{k:6} x {n:6}  m {m:5}  {name:15} {us:10.2f} us  {of_bandwidth:5.0%} of bytes/s".format(**rows[-1])
+                    "{k:6} x {n:6}  m {m:5}  {name:15} {us:10.2f} us  {over_bf16:5.2f} x bf16  "
+                    "{of_bandwidth:5.0%} of bytes/s".format(**rows[-1])
                 )
-    return {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "ceilings": top, "rows": rows}
+        device = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+        result = {**device, "ceilings": top, "rows": rows, "left_out": left_out}
+        out.write_text(json.dumps(result, indent=1) + "\n")
+    for name, why in left_out.items():
+        print(f"left out: {name}: {why}")
 
 
 def tune() -> list[dict[str, Any]]:
     """The fastest tiling of each shape and bucket of rows, as rows of the table."""
-    candidates = [row.tiling for row in table.rows() if row.exact is None]
+    arch = architecture()
+    candidates = [t for t in dict.fromkeys(row.tiling for row in table.rows() if row.exact is None) if t.fits(arch)]
     best = []
     for k, n in SHAPES[:4]:
         packed, _ = weights_of(k, n, small=False)
-        for m in (1, 8, 16, 32, 64, 256, 1024):
+        for m in (1, 8, 16, 32, 64, 256, 1024, 2048, 4096):
             x = jax.random.normal(jax.random.key(0), (m, k), jnp.bfloat16)
             times = {}
             for t in candidates:
@@ -144,7 +172,7 @@ def tune() -> list[dict[str, Any]]:
                     continue
                 times[t] = seconds(ft.partial(triton.matmul, tiling=t), x, packed, repeats=3)
             t = min(times, key=times.__getitem__)
-            case = {"arch": architecture(), "dtype": "bfloat16", "group": 128, "m": m, "k": k, "n": n}
+            case = {"arch": arch, "dtype": "bfloat16", "group": 128, "m": m, "k": k, "n": n}
             best.append(case | asdict(t))
     return best
 
@@ -162,9 +190,8 @@ def main() -> None:
         measured = {tuple(r[key] for key in keys): r for r in (*data["measured"], *fresh)}
         TABLE.write_text(json.dumps({**data, "measured": list(measured.values())}, indent=1) + "\n")
         table.rows.cache_clear()
-    result = measure(options.small)
     options.out.parent.mkdir(exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    measure(options.small, options.out)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,9 @@ IMPLEMENTATIONS: Mapping[str, tuple[Implementation, Implementation]] = {
 }
 GROUPED: Mapping[str, tuple[Implementation, Implementation]] = {
     "triton": (
-        rules.with_grouped_rules(rules.everywhere(triton.grouped_matmul, reference.grouped_matmul)),
+        rules.with_rules_of(
+            reference.grouped_matmul, rules.everywhere(triton.grouped_matmul, reference.grouped_matmul)
+        ),
         triton.grouped_matmul,
     ),
     "xla": (reference.grouped_matmul, reference.grouped_matmul),
@@ -40,14 +42,34 @@ def int4_matmul(x: Float[Array, "*b i"], w: PackedWeight, *, implementation: str
       implementation: "triton" or "xla"; None takes the first that supports the case.
 
     Raises:
-      ValueError: the last axis of x is not w's input axis, the weight's leaves disagree, or no such
-        implementation.
+      ValueError: the last axis of x is not w's input axis, its leading axes are not w's, the weight's leaves disagree,
+        or no such implementation.
       NotImplementedError: the named implementation cannot run this case; the message says why.
 
     Reads i * o / 2 bytes of codes and 3 i * o / group of scales and zeros: their bytes are the time up to some 60 rows.
     """
     check_shapes(x, w)
     return first_that_can(IMPLEMENTATIONS, implementation, x, w)
+
+
+def shared_int4_matmul(x: Float[Array, "*b i"], *ws: PackedWeight) -> tuple[Float[Array, "*b o"], ...]:
+    """`int4_matmul` of x with each of ws; in one launch where x has few rows and there is one device.
+
+    Among several devices XLA may have cut the weights, and cannot cut a launch. vmap and gradients are those of
+    separate matmuls.
+    """
+    for w in ws:
+        check_shapes(x, w)
+    if jax.device_count() == 1:
+        try:
+            return rules.with_rules_of(separate, rules.everywhere(triton.shared_matmul, separate))(x, *ws)
+        except NotImplementedError:
+            pass
+    return separate(x, *ws)
+
+
+def separate(x: Float[Array, "*b i"], *ws: PackedWeight) -> tuple[Float[Array, "*b o"], ...]:
+    return tuple(int4_matmul(x, w) for w in ws)
 
 
 def grouped_int4_matmul(
@@ -65,7 +87,7 @@ def grouped_int4_matmul(
         implementation.
       NotImplementedError: the named implementation cannot run this case; the message says why.
     """
-    check_shapes(x, w)
+    check_shapes(x, w, grouped=True)
     return first_that_can(GROUPED, implementation, x, w, group_sizes)
 
 

@@ -47,14 +47,21 @@ class PackedWeight(Protocol):
     def in_features(self) -> Any: ...
 
 
-def check_shapes(x: Float[Array, "*b i"], w: PackedWeight) -> None:
-    """Raises ValueError unless x has the weight's features, and scales, zeros and input scale the codes' shape."""
+def check_shapes(x: Float[Array, "*b i"], w: PackedWeight, *, grouped: bool = False) -> None:
+    """Raises ValueError unless x has the weight's features and, if not `grouped`, its leading axes; and unless scales,
+    zeros and input scale have the codes' shape.
+    """
     if x.shape[-1] != w.in_features:
         raise ValueError(
             f"x has {x.shape[-1]} features in its last axis, the weight takes {w.in_features}. "
             "Move the contracted axis of x to the end."
         )
     lead, i = w.codes.shape[:-2], w.in_features
+    if not grouped and x.shape[: len(lead)] != lead:
+        raise ValueError(
+            f"x has shape {x.shape}, the weight {(*lead, i, w.scales.shape[-1])}: the weight's leading axes {lead} "
+            "must lead x too. Broadcast x, or jax.vmap over the weight."
+        )
     outs = w.codes.shape[-1] // (WORDS if w.packing == "tiles" else 1)
     expected = (*lead, -(-i // w.spec.group(i)), outs)
     for name, found, shape in (

@@ -8,18 +8,20 @@ from contextvars import ContextVar
 
 import jax
 
-OLDEST = 80
+OLDEST = 75
+TENSOR_CORES = 80
+"""From which architecture on Triton multiplies on the tensor cores."""
 _named: ContextVar[int | None] = ContextVar("awq_jax_target", default=None)
 
 
 def architecture() -> int | None:
-    """90 for compute capability 9.0: the one that `target` names, else of the GPU here; None without a GPU."""
+    """90 for compute capability 9.0: the one that `target` names, else of NVIDIA's GPU here; None without one."""
     if _named.get() is not None:
         return _named.get()
     if jax.default_backend() != "gpu":
         return None
-    found = getattr(jax.local_devices()[0], "compute_capability", None)
-    return int(str(found).replace(".", "")) if found else None
+    found = str(getattr(jax.local_devices()[0], "compute_capability", "")).replace(".", "")
+    return int(found) if found.isdigit() else None
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 from typing import Any
@@ -14,24 +15,32 @@ INSTALL = "pip install 'awq-jax[cuda12]'"
 
 
 def missing() -> str | None:
-    """What of the packages that run Triton kernels is not installed, in words; None when all are."""
+    """What of the packages that run Triton kernels is not installed or does not fit the others; None if all is well."""
     lacking = [name for name in ("triton", "jax_triton") if importlib.util.find_spec(name) is None]
-    return f"{' and '.join(lacking).replace('_', '-')} not installed: {INSTALL}" if lacking else None
+    if lacking:
+        return f"{' and '.join(lacking).replace('_', '-')} not installed: {INSTALL}"
+    # Versions that do not fit each other fail in many ways: names that are gone, signatures, broken libraries.
+    try:
+        importlib.import_module("jax_triton")
+    except Exception as e:
+        return f"jax-triton cannot be imported beside jax {jax.__version__} ({type(e).__name__}: {e}): {INSTALL}"
+    return None
 
 
 def launch(
     kernel: str,
     *arrays: jax.Array,
-    out: jax.ShapeDtypeStruct,
+    out: Any,
     grid: tuple[int, ...],
     warps: int,
     stages: int,
     **constants: Any,
-) -> jax.Array:
+) -> Any:
     """The result of a kernel of triton_kernels.py, compiled when the program around it is.
 
     Args:
       kernel: its name. Pointers of `arrays` come first among its arguments, then that of the result.
+      out: a ShapeDtypeStruct, or a tuple of them where there are several results.
       constants: its compile-time constants.
 
     Raises:

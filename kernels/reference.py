@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -33,13 +33,17 @@ def dequantize(w: PackedWeight) -> Float[Array, "*lead i o"]:
     return dense[..., : w.in_features, :]
 
 
-def matmul(x: Float[Array, "*b i"], w: PackedWeight) -> Float[Array, "*b o"]:
-    """`x @ w`, batched over the weight's leading axes; accumulates in float32."""
-    if w.input_scale is not None:
-        lead = w.input_scale.shape[:-1]
-        between = (1,) * (x.ndim - len(lead) - 1)
-        x = (x * w.input_scale.reshape(*lead, *between, -1)).astype(x.dtype)
-    return dense_matmul(x, dequantize(w).astype(x.dtype))
+def matmul(x: Float[Array, "*b i"], w: PackedWeight, *, dtype: Any = None) -> Float[Array, "*b o"]:
+    """`x @ w`, batched over the weight's leading axes; accumulates in float32. In x's dtype, or the one given."""
+    return dense_matmul(scaled(x, w.input_scale), dequantize(w).astype(x.dtype), dtype=dtype)
+
+
+def scaled(x: Float[Array, "*b i"], scale: Float[Array, "*lead i"] | None) -> Float[Array, "*b i"]:
+    """x times the input scale, whose leading axes are those of x; in x's dtype."""
+    if scale is None:
+        return x
+    between = (1,) * (x.ndim - scale.ndim)
+    return (x * scale.reshape(*scale.shape[:-1], *between, scale.shape[-1])).astype(x.dtype)
 
 
 def grouped_matmul(x: Float[Array, "m i"], w: PackedWeight, group_sizes: Int[Array, " e"]) -> Float[Array, "m o"]:
@@ -50,11 +54,11 @@ def grouped_matmul(x: Float[Array, "m i"], w: PackedWeight, group_sizes: Int[Arr
     return dense_grouped_matmul(x, dense.astype(x.dtype), group_sizes)
 
 
-def dense_matmul(x: Float[Array, "*b i"], w: Float[Array, "*lead i o"]) -> Float[Array, "*b o"]:
+def dense_matmul(x: Float[Array, "*b i"], w: Float[Array, "*lead i o"], *, dtype: Any = None) -> Float[Array, "*b o"]:
     """`x @ w` where the leading axes of w, if any, are the leading axes of x too (experts)."""
     lead = tuple(range(w.ndim - 2))
     numbers = (((x.ndim - 1,), (w.ndim - 2,)), (lead, lead))
-    return lax.dot_general(x, w, numbers, preferred_element_type=jnp.float32).astype(x.dtype)
+    return lax.dot_general(x, w, numbers, preferred_element_type=jnp.float32).astype(dtype or x.dtype)
 
 
 def dense_grouped_matmul(

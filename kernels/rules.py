@@ -38,7 +38,7 @@ def differentiable(matmul: Matmul, plain: Matmul) -> Matmul:
 
 @ft.cache
 def with_rules(matmul: Matmul) -> Matmul:
-    """`matmul(x, w)` that vmap and grad know."""
+    """`matmul(x, w)` that vmap and grad know; plain XLA where it refuses what vmap makes of a case."""
     batchable = jax.custom_batching.custom_vmap(matmul)
 
     @batchable.def_vmap
@@ -46,21 +46,28 @@ def with_rules(matmul: Matmul) -> Matmul:
         x_batched, w_batched = batched
         lead = w.codes.ndim - 2
         if not any(jax.tree.leaves(w_batched)):
-            return jnp.moveaxis(batchable(jnp.moveaxis(x, 0, lead), w), lead, 0), True
+            return jnp.moveaxis(accepted(jnp.moveaxis(x, 0, lead), w), lead, 0), True
         spread = lambda leaf, is_batched: leaf if is_batched else jnp.broadcast_to(leaf, (size, *leaf.shape))
-        return batchable(spread(x, x_batched), jax.tree.map(spread, w, w_batched)), True
+        return accepted(spread(x, x_batched), jax.tree.map(spread, w, w_batched)), True
+
+    def accepted(x: Any, w: Any) -> Any:
+        try:
+            return batchable(x, w)
+        except NotImplementedError:
+            return reference.matmul(x, w)
 
     return differentiable(batchable, reference.matmul)
 
 
 @ft.cache
-def with_grouped_rules(matmul: Matmul) -> Matmul:
-    """The same for a grouped matmul (x, w, group_sizes); a vmap of it runs plain XLA."""
+def with_rules_of(plain: Matmul, matmul: Matmul) -> Matmul:
+    """`matmul` with the gradients of `plain`, which runs instead where it is vmapped."""
     batchable = jax.custom_batching.custom_vmap(matmul)
 
     @batchable.def_vmap
-    def rule(size: int, batched: Any, *args: Any) -> tuple[Any, bool]:
+    def rule(size: int, batched: Any, *args: Any) -> tuple[Any, Any]:
         axes = jax.tree.map(lambda b: 0 if b else None, batched)
-        return jax.vmap(reference.grouped_matmul, in_axes=tuple(axes), axis_size=size)(*args), True
+        out = jax.vmap(plain, in_axes=tuple(axes), axis_size=size)(*args)
+        return out, jax.tree.map(lambda _: True, out)
 
-    return differentiable(batchable, reference.grouped_matmul)
+    return differentiable(batchable, plain)

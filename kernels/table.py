@@ -4,33 +4,58 @@ from __future__ import annotations
 
 import functools as ft
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
+from awq_jax.kernels.gpu import TENSOR_CORES
+
 UNLIMITED = 2**31
+SHARED = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
+"""KiB of shared memory that a program may take, by architecture."""
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """What a program of a kernel owns: bm rows of x, bn columns; kb blocks of 128 rows at once (decode)."""
+    """What a program of a kernel owns: bm rows of x, bn columns; kb blocks of 128 rows at once (decode, gemv).
+
+    The kernel "dense" is none: XLA multiplies with the dense weight.
+    """
 
     kernel: str
-    bm: int
-    bn: int
-    warps: int
-    stages: int
+    bm: int = 0
+    bn: int = 0
+    warps: int = 0
+    stages: int = 0
     kb: int = 0
+
+    def shared(self, arch: int) -> int:
+        """Bytes of shared memory, or a little more: what is read ahead of codes and of x in 2 bytes.
+
+        The tensor cores of sm_90 and sm_100 read x from there, so its part of the round that is multiplied stays too.
+        """
+        blocks, ahead = max(self.kb, 1), self.stages - 1
+        stays = self.kernel in ("tile", "ragged") and 90 <= arch < 120
+        return blocks * (ahead * 64 * self.bn + (ahead + stays) * 256 * self.bm) + 1024
+
+    def fits(self, arch: int) -> bool:
+        return self.shared(arch) <= limit(arch)
 
 
 @dataclass(frozen=True)
 class Row:
-    """A tiling, and the cases it is for: architecture and group at least these, rows of x at most m."""
+    """A tiling, and the cases it is for: architecture, group and columns at least these, rows of x at most m."""
 
     tiling: Tiling
     arch: int
     group: int
     m: int = UNLIMITED
+    n: int = 0
     exact: tuple[int, str, int, int, int, int] | None = None
+
+
+def limit(arch: int) -> int:
+    """Bytes of shared memory that a program may take; where that is not known, what the smallest take."""
+    return SHARED.get(arch, min(SHARED.values())) * 1024
 
 
 @ft.cache
@@ -41,9 +66,9 @@ def rows() -> tuple[Row, ...]:
 
 
 def _row(r: dict, measured: bool = False) -> Row:
-    tiling = Tiling(r["kernel"], r["bm"], r["bn"], r["warps"], r["stages"], r.get("kb", 0))
+    tiling = Tiling(**{field.name: r[field.name] for field in fields(Tiling) if field.name in r})
     exact = tuple(r[key] for key in ("arch", "dtype", "group", "m", "k", "n")) if measured else None
-    return Row(tiling, r["arch"], r["group"], r.get("m", UNLIMITED), exact)
+    return Row(tiling, r["arch"], r["group"], r.get("m", UNLIMITED), r.get("n", 0), exact)
 
 
 def power_of_two(m: int) -> int:
@@ -51,18 +76,31 @@ def power_of_two(m: int) -> int:
     return 1 << max(0, m - 1).bit_length()
 
 
-def tiling(arch: int | None, dtype: str, group: int, m: int, k: int, n: int) -> Tiling:
-    """The tiling for x (m, k) and a weight (k, n); without a GPU that of the oldest one that has a kernel."""
-    arch = arch or 80
+def tiling(arch: int, dtype: str, group: int, m: int, k: int, n: int) -> Tiling:
+    """The tiling for x (m, k) and a weight (k, n).
+
+    Raises:
+      NotImplementedError: too many rows of a dtype, or on a GPU, for which there are no tensor cores.
+    """
+    on_tensor_cores = arch >= TENSOR_CORES and dtype != "float32"
     for row in rows():
         if row.exact == (arch, dtype, group, power_of_two(m), k, n):
             return row.tiling
-        if row.exact is None and arch >= row.arch and group >= row.group and m <= row.m:
+        at_least = arch >= row.arch and group >= row.group and n >= row.n
+        fits = on_tensor_cores == (row.tiling.kernel != "gemv") and row.tiling.fits(arch)
+        if row.exact is None and at_least and m <= row.m and fits:
             return row.tiling
-    raise NotImplementedError(f"no tiling for sm_{arch}, groups of {group}, {m} rows")
+    most = max(row.m for row in rows() if row.tiling.kernel == "gemv")
+    raise NotImplementedError(f"more than {most} rows of {dtype} on sm_{arch} would need tensor cores that take them")
 
 
-def grouped_tiling(arch: int | None, dtype: str, group: int, m: int, k: int, n: int) -> Tiling:
+def kernel_tiling(arch: int, dtype: str, group: int, m: int, k: int, n: int) -> Tiling:
+    """The tiling of a kernel, also where there are so many rows that the dense weight is thought to be faster."""
+    most = max(row.m for row in rows() if row.tiling.kernel == "tile")
+    return tiling(arch, dtype, group, min(m, most), k, n)
+
+
+def grouped_tiling(arch: int, dtype: str, group: int, m: int, k: int, n: int) -> Tiling:
     """The tiling for ragged groups of some m rows each, which only the kernel of many rows has."""
-    found = tiling(arch, dtype, group, max(m, 33), k, n)
+    found = kernel_tiling(arch, dtype, group, max(m, 33), k, n)
     return Tiling("ragged", 16, 64, 4, 4) if m <= 16 else found

@@ -1,4 +1,4 @@
-"""XLA's whole GPU compiler for an H200 that is not here. Needs the jax-cuda12-plugin and jax-cuda12-pjrt wheels."""
+"""XLA's whole GPU compiler for a GPU that is not here. Needs the jax-cuda12-plugin and jax-cuda12-pjrt wheels."""
 
 import functools as ft
 import os
@@ -31,16 +31,40 @@ device_description_str: "NVIDIA H200"
 """
 
 
+# The same of the T4.
+T4 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 1024
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 65536 shared_memory_per_core: 65536
+  core_count: 40 fpus_per_core: 64 registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  memory_bandwidth: 320000000000 l2_cache_size: 4194304 clock_rate_ghz: 1.59 device_memory_size: 15843721216
+  cuda_compute_capability { major: 7 minor: 5 }
+  device_vendor: "NVIDIA Corporation" platform_version: "Compute Capability 7.5" device_address_bits: 64
+  name: "Tesla T4" driver_version: "13.0.0" runtime_version: "12.8.0" compile_time_toolkit_version: "12.8.0"
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+device_description_str: "Tesla T4"
+"""
+GPUS = {90: H200, 75: T4}
+
+
 @ft.cache
-def mesh() -> Mesh:
-    topology = topologies.get_topology_desc("awq", "cuda", target_config=H200, topology="1x1x1")
+def mesh(architecture: int) -> Mesh:
+    config = GPUS[architecture]
+    topology = topologies.get_topology_desc(f"sm_{architecture}", "cuda", target_config=config, topology="1x1x1")
     return Mesh(np.array(topology.devices), ("x",))
 
 
-def compile_for_h200(function, *args):
-    """The compiled program of arrays like `args`."""
-    place = NamedSharding(mesh(), PartitionSpec())
+def compile_for(architecture: int, function, *args, **options):
+    """The compiled program of arrays like `args`; options of XLA."""
+    place = NamedSharding(mesh(architecture), PartitionSpec())
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), args)
-    with kernels.target(90):
+    with kernels.target(architecture):
         lowered = jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",))
-        return lowered.compile(compiler_options={"xla_gpu_autotune_level": 0})
+        return lowered.compile(compiler_options={"xla_gpu_autotune_level": 0, **options})
+
+
+compile_for_h200 = ft.partial(compile_for, 90)

@@ -19,9 +19,11 @@ POINTERS = {
     "codes": "*i16",
     "scales": "*fp16",
     "zeros": "*u8",
-    "input_scale": "*fp32",
     **dict.fromkeys(("layer", "experts", "firsts", "ends"), "*i32"),
 }
+
+
+POINTERS |= {f"{name}{i}": POINTERS[name] for name in ("codes", "scales", "zeros") for i in range(3)}
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,10 @@ class Cubin:
 
 def compiled(kernel: str, dtype: str, arch: int, warps: int, stages: int, **constants: object) -> Cubin:
     function = getattr(triton_kernels, kernel)
-    short = {"bfloat16": "bf16", "float16": "fp16"}[dtype]
-    types = {**POINTERS, "x": f"*{short}", "out": f"*{short}"}
-    constants |= {"f16": dtype == "float16", "asm": True}
+    short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[dtype]
+    types = POINTERS | {f"{name}{i}": f"*{short}" for name in ("x", "out") for i in ("", 0, 1, 2)}
     names = function.arg_names
+    constants |= {"asm": True} | ({"f16": dtype == "float16"} if "f16" in names else {})
     source = ASTSource(
         fn=function,
         signature={name: types.get(name, "constexpr") for name in names},

@@ -96,10 +96,10 @@ def launch(kernel, *arrays, out, grid, warps, stages, **constants):
     run = getattr(interpreted_kernels(), kernel)
 
     def call(*arrays):
-        result = poisoned(np.full(out.shape, np.nan, out.dtype))
+        results = jax.tree.map(lambda one: poisoned(np.full(one.shape, np.nan, one.dtype)), out)
         with LOCK:
-            inputs = [Pointer(poisoned(np.asarray(a))) for a in arrays]
-            run[(*grid, 1, 1)[:3]](*inputs, Pointer(result), **{**constants, "asm": False})
-        return result
+            pointers = [Pointer(poisoned(np.asarray(a))) for a in arrays] + list(map(Pointer, jax.tree.leaves(results)))
+            run[(*grid, 1, 1)[:3]](*pointers, **{**constants, "asm": False})
+        return results
 
     return jax.pure_callback(call, out, *arrays)

@@ -1,5 +1,7 @@
 """What XLA makes for a GPU of programs with packed weights: no copy of a weight, no dense weight in memory."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -7,11 +9,13 @@ import pytest
 pytest.importorskip("jax_cuda12_plugin", reason="XLA's GPU compiler is not installed")
 pytest.importorskip("jax_triton", reason="jax-triton is not installed")
 
-from absent_gpu import compile_for_h200
+from absent_gpu import compile_for, compile_for_h200
 
-from awq_jax.kernels import grouped_int4_matmul, int4_matmul, triton
+from awq_jax.kernels import grouped_int4_matmul, int4_matmul, shared_int4_matmul, triton
+from awq_jax.models.generate import _generate
+from awq_jax.models.llama import Config, Llama
 from awq_jax.spec import QuantSpec
-from awq_jax.tensor import in_tiles, quantize
+from awq_jax.tensor import in_tiles, prepare, quantize, with_input_scale
 
 pytestmark = pytest.mark.gpu_compiler
 
@@ -39,9 +43,37 @@ def test_a_matmul_is_one_kernel_and_no_temporary(m):
     assert temporary(compiled) == 0
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.bfloat16])
+def test_on_a_t4_a_few_rows_read_only_the_codes(dtype):
+    x = lambda m: jax.ShapeDtypeStruct((m, WIDTH), dtype)
+    compiled = compile_for(75, int4_matmul, x(1), weight())
+    assert compiled.as_text().count("custom-call(") == 1
+    assert temporary(compiled) == 0
+    assert temporary(compile_for(75, int4_matmul, x(9), weight())) >= jnp.dtype(dtype).itemsize * WIDTH**2
+
+
+def test_the_input_scale_is_multiplied_where_x_is_made():
+    def run(x, w):
+        return int4_matmul(jax.nn.silu(x), w)
+
+    scale = jax.ShapeDtypeStruct((WIDTH,), jnp.float32)
+    for w in (weight(), with_input_scale(weight(), scale)):
+        text = compile_for_h200(run, rows(1), w).as_text()
+        assert (text.count(" custom-call("), text.count(" fusion(")) == (1, 1)
+
+
 def test_the_kernel_is_seen_to_save_the_dense_weight():
     compiled = compile_for_h200(int4_matmul, rows(16), weight(tiles=False))
     assert temporary(compiled) >= 2 * WIDTH * WIDTH
+
+
+def test_weights_of_one_input_are_one_kernel(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    for count in (2, 3):
+        compiled = compile_for_h200(shared_int4_matmul, rows(1), *[weight()] * count)
+        assert compiled.as_text().count(" custom-call(") == 1
+        assert temporary(compiled) < WIDTH
+    assert compile_for_h200(shared_int4_matmul, rows(64), weight(), weight()).as_text().count(" custom-call(") == 2
 
 
 def test_experts_and_ragged_rows_need_no_dense_weight():
@@ -72,3 +104,42 @@ def test_gradients_keep_the_packed_weight_between_the_passes():
     layers = 8
     compiled = compile_for_h200(jax.grad(loss), rows(64), weight(layers))
     assert temporary(compiled) < layers * 2 * WIDTH * WIDTH
+
+
+def launches_in_the_loop(thunks: str) -> list[tuple[str, str]]:
+    """(what holds it, its name) of all that runs in the while loop, in order, by its indentation in XLA's listing."""
+    found, holders = [], [(-1, "")]
+    for line in thunks[thunks.index("body:") :].splitlines()[1:]:
+        indent, kind = re.match(r"( *)\d+: (\w+)", line).groups()
+        while holders[-1][0] >= len(indent):
+            holders.pop()
+        found.append((holders[-1][1], kind))
+        holders.append((len(indent), kind))
+    return found
+
+
+def test_greedy_decoding_copies_no_weight_and_runs_within_command_buffers(monkeypatch, tmp_path):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    config = Config(
+        vocab=512, width=1024, mlp_width=2048, layers=2, heads=8, kv_heads=2, head_dim=128, dtype=jnp.bfloat16
+    )
+
+    def initial():
+        params = Llama(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+        pack = lambda path, leaf: quantize(leaf, QuantSpec()) if path[-1].key == "kernel" else leaf
+        return prepare(jax.tree_util.tree_map_with_path(pack, params))
+
+    def run(params, tokens):
+        return _generate(config, params, tokens, 0.0, None, max_new_tokens=8, eos=(), dense=False)
+
+    tokens = jax.ShapeDtypeStruct((1, 40), jnp.int32)
+    compiled = compile_for_h200(run, jax.eval_shape(initial), tokens, xla_dump_to=str(tmp_path))
+    text = compiled.as_text()
+    # A layer of one row: q with k and v, o, gate with up, down. Of 40 rows: all seven. And the head of one.
+    per_step, prefill = 2 * 4 + 1, 2 * 7 + 1
+    assert text.count(" custom-call(") == per_step + prefill
+    assert not re.search(r"= s16\[\S+ (copy|dynamic-slice|fusion)\(", text)
+    assert temporary(compiled) < config.width * config.mlp_width // 2, "as much as a packed weight"
+    (listing,) = tmp_path.glob("*run*thunk_sequence_after_thunk_passes.txt")
+    kernels = [holder for holder, kind in launches_in_the_loop(listing.read_text()) if kind == "kCustomCall"]
+    assert kernels == ["kCommandBuffer"] * per_step

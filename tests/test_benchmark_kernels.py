@@ -1,9 +1,16 @@
 """benchmarks/kernels.py runs on any machine with --small, and says what a reader needs."""
 
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
+
+import numpy as np
+import pytest
+
+from awq_jax.spec import QuantSpec
+from awq_jax.tensor import in_tiles, quantize
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks/kernels.py"
 
@@ -13,5 +20,34 @@ def test_small(tmp_path):
     subprocess.run([sys.executable, SCRIPT, "--small", "--out", out], check=True, capture_output=True)
     result = json.loads(out.read_text())
     assert {row["name"] for row in result["rows"]} == {"xla bf16", "xla dequantize"}
+    assert all(row["over_bf16"] == 1 for row in result["rows"] if row["name"] == "xla bf16")
+    assert set(result["left_out"]) == {"torch int4pack", "gemlite", "humming", "tokamax"}
+    assert all("Error" in why for why in result["left_out"].values())
     assert all(row["us"] > 0 for row in result["rows"])
     assert min(result["ceilings"].values()) > 0
+
+
+@pytest.fixture
+def peers(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    return importlib.import_module("peers")
+
+
+def test_a_peer_that_multiplies_wrong_or_fails_is_left_out_with_its_reason(peers):
+    def one(factor):
+        return lambda: peers.Peer(lambda w: w.dequantize(), lambda x, w: factor * (x @ w), in_torch=False)
+
+    def broken():
+        raise OSError("no library")
+
+    found, left_out = peers.usable({"right": one(1), "wrong": one(2), "broken": broken})
+    assert set(found) == {"right"}
+    assert "off by" in left_out["wrong"]
+    assert left_out["broken"] == "OSError: no library"
+
+
+def test_parts_are_what_the_weight_is_made_of(peers):
+    w = in_tiles(quantize(np.random.default_rng(0).normal(size=(256, 8)).astype(np.float32), QuantSpec(4, 128)))
+    q, s, z = peers.parts(w)
+    spread = lambda a: np.repeat(a, 128, axis=0)
+    np.testing.assert_array_equal((q - spread(z)) * spread(s), w.dequantize())

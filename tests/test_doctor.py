@@ -49,14 +49,23 @@ def test_a_plugin_of_another_version_is_named(installed):
     assert finding("device").advice == ""
 
 
-@pytest.mark.parametrize(("arch", "missing", "found"), [(90, None, "Triton, decode 8 x 16"), (75, None, "plain XLA")])
-def test_on_a_gpu(monkeypatch, arch, missing, found):
+@pytest.mark.parametrize(
+    ("arch", "decode", "prefill", "reason"),
+    [
+        (90, "Triton, decode 8 x 16", "Triton, tile 128 x 128", "awq_jax.prepare"),
+        (75, "Triton, gemv 1 x 16", "plain XLA", "more than 8 rows of bfloat16 on sm_75 would need tensor cores"),
+        (70, "plain XLA", "plain XLA", "the GPU is sm_70"),
+    ],
+)
+def test_on_a_gpu(monkeypatch, arch, decode, prefill, reason):
     from awq_jax import kernels
 
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(launch, "missing", lambda: missing)
+    monkeypatch.setattr(launch, "missing", lambda: None)
     with kernels.target(arch):
-        assert finding("decode (1 row)").found == found
+        assert finding("decode (1 row)").found == decode
+        assert finding("prefill (512 rows)").found == prefill
+        assert reason in finding("prefill (512 rows)").advice
 
 
 def test_a_missing_package_is_the_reason(monkeypatch):

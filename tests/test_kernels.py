@@ -9,6 +9,7 @@ roundoff:
 """
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,9 @@ pytest.importorskip("triton", reason="triton has wheels for Linux only")
 
 import interpreted
 
-from awq_jax.kernels import api, grouped_int4_matmul, int4_matmul, triton
+from awq_jax.kernels import api, grouped_int4_matmul, int4_matmul, shared_int4_matmul, table, target, triton
+from awq_jax.kernels.api import separate
+from awq_jax.kernels.gpu import architecture
 from awq_jax.spec import QuantSpec
 from awq_jax.tensor import QuantizedTensor, in_tiles, quantize, with_input_scale
 
@@ -30,7 +33,7 @@ SPEC = QuantSpec(4, 32)
 dense_weight = jax.jit(lambda w: w.dequantize())
 multiply = jax.jit(int4_matmul, static_argnames="implementation")
 grouped_multiply = jax.jit(grouped_int4_matmul, static_argnames="implementation")
-ROUNDING = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
+ROUNDING = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +68,7 @@ def check(y, x, w: QuantizedTensor, reference=None) -> None:
 
 @st.composite
 def cases(draw):
-    spec = QuantSpec(4, draw(st.sampled_from([32, 64, 128, -1])), draw(st.booleans()))
+    spec = QuantSpec(4, draw(st.sampled_from([32, 64, 96, 128, 160, 192, -1])), draw(st.booleans()))
     rows = draw(st.sampled_from([1, 3, 8, 9, 16, 17, 33, 70]))
     k, n = draw(st.sampled_from([1, 20, 64, 100, 128, 256, 300])), draw(st.sampled_from([1, 5, 16, 70]))
     return (
@@ -89,6 +92,41 @@ def test_the_product_is_within_its_bound(implementation, case):
     check(multiply(x, w, implementation=implementation), x, w)
 
 
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("group", [96, 160, 192, 224, 384])
+def test_groups_that_end_within_a_block(group, rows):
+    """The scales differ by orders of magnitude from group to group."""
+    w = weight(700, 20, spec=QuantSpec(4, group))
+    w = dataclasses.replace(w, scales=w.scales * np.exp(2 * normal(*w.scales.shape, seed=2)).astype(np.float16))
+    x = jnp.asarray(normal(rows, 700), jnp.bfloat16)
+    check(multiply(x, w, implementation="triton"), x, w)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("group", [32, 96, 128, -1])
+@pytest.mark.parametrize(("arch", "dtype"), [(75, "bfloat16"), (75, "float16"), (75, "float32"), (90, "float32")])
+def test_without_tensor_cores_a_few_rows_are_exact_and_rounded(arch, dtype, group, symmetric):
+    for rows, k, n in ((1, 300, 20), (8, 128, 5)):
+        x, w = jnp.asarray(normal(rows, k), dtype), weight(k, n, spec=QuantSpec(4, group, symmetric))
+        with target(arch):
+            y = np.asarray(int4_matmul(x, w, implementation="triton"), np.float64)
+        product, magnitude = exact(x, w)
+        assert np.all(np.abs(y - product) <= k * 2.0**-24 * magnitude + ROUNDING[dtype] * np.abs(product))
+
+
+@pytest.mark.parametrize(("arch", "dtype"), [(75, "bfloat16"), (90, "float32")])
+def test_without_tensor_cores_many_rows_and_sorted_rows_are_left_to_plain_xla(arch, dtype):
+    x, w, experts = jnp.ones((9, 64), dtype), weight(64, 8), weight(2, 64, 8)
+    with target(arch):
+        with pytest.raises(NotImplementedError, match=f"more than 8 rows of {dtype} on sm_{arch}"):
+            int4_matmul(x, w, implementation="triton")
+        with pytest.raises(NotImplementedError, match=f"sorted rows of {dtype} on sm_{arch}"):
+            grouped_int4_matmul(x, experts, jnp.array([4, 5]), implementation="triton")
+        np.testing.assert_array_equal(int4_matmul(x, w), int4_matmul(x, w, implementation="xla"))
+        each_row = jax.vmap(jax.jit(lambda x: int4_matmul(x[None], w)[0]))
+        np.testing.assert_array_equal(each_row(x), int4_matmul(x, w, implementation="xla"))
+
+
 @pytest.mark.parametrize("rows", [2, 40])
 def test_few_rows_lose_nothing_to_rounded_weights_and_many_little(rows):
     """The decode kernel multiplies exact integers: its result is the exact one, rounded."""
@@ -100,16 +138,16 @@ def test_few_rows_lose_nothing_to_rounded_weights_and_many_little(rows):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize(("rows", "dtype"), [(3, "bfloat16"), (40, "bfloat16"), (3, "float32")])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_leading_axes_are_experts(implementation, rows, scaled):
-    x, w = jnp.asarray(normal(3, rows, 96), jnp.bfloat16), weight(3, 96, 20, scaled=scaled)
+def test_leading_axes_are_experts(implementation, rows, dtype, scaled):
+    x, w = jnp.asarray(normal(3, rows, 96), dtype), weight(3, 96, 20, scaled=scaled)
     check(multiply(x, w, implementation=implementation), x, w)
 
 
-@pytest.mark.parametrize("rows", [3, 40])
-def test_a_layer_of_a_stack_is_read_in_place(rows):
-    x, stack = jnp.asarray(normal(rows, 96), jnp.bfloat16), weight(4, 96, 20, scaled=True)
+@pytest.mark.parametrize(("rows", "dtype"), [(3, "bfloat16"), (40, "bfloat16"), (3, "float32")])
+def test_a_layer_of_a_stack_is_read_in_place(rows, dtype):
+    x, stack = jnp.asarray(normal(rows, 96), dtype), weight(4, 96, 20, scaled=True)
     pick = jax.jit(lambda x, w, layer: triton.matmul(x, w, layer=layer))
     for layer in (0, 3):
         check(pick(x, stack, layer), x, jax.tree.map(lambda leaf, layer=layer: leaf[layer], stack))
@@ -134,11 +172,10 @@ def test_ragged_groups_of_rows(implementation, sizes):
 row_tiles = jax.jit(triton.row_tiles, static_argnums=(1, 2))
 
 
-@given(sizes=st.lists(st.integers(0, 100), min_size=5, max_size=5))
+@given(sizes=st.lists(st.integers(0, 100), min_size=5, max_size=5), rows=st.sampled_from([500, 200]))
 @pytest.mark.parametrize("bm", [16, 128])
-def test_row_tiles_cover_every_row_once(bm, sizes):
-    rows = 500
-    owner = np.repeat([*range(5), -1], [*sizes, rows - sum(sizes)])
+def test_row_tiles_cover_every_row_once(bm, sizes, rows):
+    owner = np.repeat([*range(5), -1], [*sizes, rows])[:rows]
     seen = np.zeros(rows, int)
     for group, first, end in zip(*(np.asarray(a) for a in row_tiles(jnp.asarray(sizes), rows, bm)), strict=True):
         part = slice(first, min(first + bm, end))
@@ -195,7 +232,8 @@ def test_one_program_runs_the_kernel_on_cuda_and_plain_xla_elsewhere():
 REFUSED = {
     "rows": (lambda: (jnp.ones((2, 64), jnp.bfloat16), quantize(normal(64, 4), QuantSpec(4, 32))), "awq_jax.prepare"),
     "bits": (lambda: (jnp.ones((2, 64), jnp.bfloat16), quantize(normal(64, 4), QuantSpec(3, 32))), "3-bit"),
-    "float32": (lambda: (jnp.ones((2, 64)), weight(64, 4)), "cast x"),
+    "float8": (lambda: (jnp.ones((2, 64), jnp.float8_e4m3fn), weight(64, 4)), "cast x"),
+    "rows of float32": (lambda: (jnp.ones((9, 64)), weight(64, 4)), "more than 8 rows of float32"),
 }
 
 
@@ -206,6 +244,73 @@ def test_a_case_that_one_refuses_the_next_runs_unless_one_is_named(name):
     with pytest.raises(NotImplementedError, match=reason):
         int4_matmul(x, w, implementation="triton")
     np.testing.assert_array_equal(int4_matmul(x, w), int4_matmul(x, w, implementation="xla"))
+
+
+def test_a_long_prefill_makes_the_weight_dense_once(monkeypatch):
+    monkeypatch.setattr(triton, "launch", None)
+    x, stack = jnp.asarray(normal(1025, 64), jnp.bfloat16), weight(2, 64, 20, scaled=True)
+    w = jax.tree.map(lambda leaf: leaf[1], stack)
+    expected = int4_matmul(x, w, implementation="xla")
+    np.testing.assert_array_equal(int4_matmul(x, w, implementation="triton"), expected)
+    np.testing.assert_array_equal(triton.matmul(x, stack, layer=1), expected)
+    wide = triton.matmul(x, w, dtype=jnp.float32)
+    assert wide.dtype == jnp.float32
+    np.testing.assert_array_equal(wide.astype(jnp.bfloat16), expected)
+    for arch in (80, 89, 90, 120):
+        assert table.tiling(arch, "bfloat16", 128, 1024, 4096, 4096).kernel == "tile"
+        assert table.kernel_tiling(arch, "bfloat16", 128, 9999, 4096, 4096).kernel == "tile"
+
+
+@pytest.mark.parametrize("widths", [(70, 16, 5), (33, 20)])
+@pytest.mark.parametrize(("rows", "dtype"), [(1, "bfloat16"), (9, "float16"), (32, "bfloat16")])
+def test_weights_of_one_input_share_a_launch_and_give_the_same_numbers(monkeypatch, widths, rows, dtype):
+    launched = []
+
+    def launch(kernel, *args, **kwargs):
+        launched.append(kernel)
+        return interpreted.launch(kernel, *args, **kwargs)
+
+    monkeypatch.setattr(triton, "launch", launch)
+    x = jnp.asarray(normal(rows, 300), dtype)
+    ws = [weight(300, n, spec=QuantSpec(4, 96), scaled=i == 1, seed=i) for i, n in enumerate(widths)]
+    ys = triton.shared_matmul(x, *ws)
+    assert launched == ["decode_shared"]
+    for y, w in zip(ys, ws, strict=True):
+        check(y, x, w)
+        alone = triton.matmul(x, w)
+        np.testing.assert_allclose(np.asarray(y, np.float32), np.asarray(alone, np.float32), rtol=ROUNDING[dtype])
+
+
+def test_what_one_launch_cannot_do_separate_ones_do():
+    x, w, other = jnp.ones((3, 64), jnp.bfloat16), weight(64, 8), weight(64, 8, spec=QuantSpec(4, 64))
+    for ws in ((w, other), (w,), (w, w, w, w), (w, weight(64, 8, spec=QuantSpec(4, 32, True)))):
+        with pytest.raises(NotImplementedError, match="same groups"):
+            triton.shared_matmul(x, *ws)
+    for many in (jnp.ones((33, 64), jnp.bfloat16), jnp.ones((3, 64))):
+        with pytest.raises(NotImplementedError, match="few rows"):
+            triton.shared_matmul(many, w, w)
+    for y, alone in zip(shared_int4_matmul(x, w, other), separate(x, w, other), strict=True):
+        np.testing.assert_array_equal(y, alone)
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """One device, whose shared launches are counted."""
+    calls = []
+    run = triton.shared_matmul
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr(triton, "shared_matmul", lambda *args: calls.append(1) or run(*args))
+    return calls
+
+
+def test_a_shared_launch_has_the_gradients_and_the_vmap_of_separate_ones(one_device):
+    x, ws = jnp.asarray(normal(2, 3, 64), jnp.bfloat16), [weight(64, 8, scaled=True), weight(64, 5)]
+    total = lambda f: lambda x: sum(y.astype(jnp.float32).sum() for y in f(x, *ws))
+    np.testing.assert_array_equal(jax.grad(total(shared_int4_matmul))(x), jax.grad(total(separate))(x))
+    batched = jax.vmap(lambda x: shared_int4_matmul(x, *ws))(x)
+    for y, alone in zip(batched, separate(x, *ws), strict=True):
+        np.testing.assert_array_equal(y, alone)
+    assert one_device
 
 
 def test_when_nothing_can_all_reasons_are_told():
@@ -219,6 +324,43 @@ def test_when_nothing_can_all_reasons_are_told():
         api.first_that_can({"one": no("too big"), "two": no("too small")}, None, 0)
     with pytest.raises(ValueError, match="three"):
         api.first_that_can({"one": no("too big")}, "three", 0)
+
+
+def test_leading_axes_that_x_lacks_are_named():
+    for implementation in (None, "triton"):
+        with pytest.raises(ValueError, match=r"leading axes \(3,\) must lead x too"):
+            int4_matmul(jnp.ones((4, 2, 64), jnp.bfloat16), weight(3, 64, 8), implementation=implementation)
+
+
+def test_more_matrices_than_a_grid_has_programs_are_refused():
+    w = jax.eval_shape(lambda: weight(70_000, 32, 1))
+    with pytest.raises(NotImplementedError, match="70000 matrices"):
+        jax.eval_shape(triton.matmul, jax.ShapeDtypeStruct((70_000, 1, 32), jnp.bfloat16), w)
+
+
+def test_a_tiling_beyond_the_shared_memory_is_refused_and_another_named():
+    x, w = jnp.ones((1, 256), jnp.bfloat16), weight(256, 16)
+    big = table.Tiling("decode", 8, 32, 8, 5, kb=8)
+    with target(90):
+        triton.matmul(x, w, tiling=big)
+    with target(89), pytest.raises(ValueError, match=r"sm_89 has 101376: .* gives Tiling\(kernel='decode'"):
+        triton.matmul(x, w, tiling=big)
+
+
+@pytest.mark.parametrize("arch", [*table.SHARED, 200])
+def test_the_table_never_asks_for_more_shared_memory_than_there_is(arch):
+    for m in (1, 8) if arch < 80 else (1, 8, 16, 32, 64, 128, 256, 4096):
+        for n in (64, 1024, 4096, 8192, 28672):
+            assert table.tiling(arch, "bfloat16", 32, m, 4096, n).fits(arch)
+            assert arch < 80 or table.grouped_tiling(arch, "bfloat16", 32, m, 4096, n).fits(arch)
+
+
+def test_a_gpu_of_another_maker_has_no_architecture(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for capability, expected in (("gfx942", None), ("9.0", 90), ("12.0", 120)):
+        device = SimpleNamespace(compute_capability=capability)
+        monkeypatch.setattr(jax, "local_devices", lambda device=device: [device])
+        assert architecture() == expected
 
 
 def test_scales_of_the_wrong_shape_are_named():

@@ -21,7 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from awq_jax.linen import QuantizedDense
+from awq_jax.linen import QuantizedDense, projections
 from awq_jax.tensor import QuantizedTensor, dot, is_quantized
 
 Params = Mapping[str, Any]
@@ -213,11 +213,10 @@ class Attention(nn.Module):
         self, x: Float[Array, "b t h"], cache: Any = None, position: Int[Array, ""] | None = None
     ) -> tuple[Float[Array, "b t h"], Any]:
         c = self.config
-        dense = lambda name, features: QuantizedDense(features, c.attention_bias, name=name)
         b, t, _ = x.shape
-        q = dense("q", c.heads * c.head_dim)(x).reshape(b, t, c.kv_heads, -1, c.head_dim)
-        k = dense("k", c.kv_heads * c.head_dim)(x).reshape(b, t, c.kv_heads, c.head_dim)
-        v = dense("v", c.kv_heads * c.head_dim)(x).reshape(b, t, c.kv_heads, c.head_dim)
+        widths = {"q": c.heads * c.head_dim, "k": c.kv_heads * c.head_dim, "v": c.kv_heads * c.head_dim}
+        q, k, v = (y.reshape(b, t, c.kv_heads, -1, c.head_dim) for y in projections(x, widths, c.attention_bias))
+        k, v = k.squeeze(3), v.squeeze(3)
         angles = _angles(c, t, position)
         q = rotate(q.transpose(0, 2, 3, 1, 4), angles)
         k = rotate(k.transpose(0, 2, 1, 3), angles)
@@ -233,7 +232,7 @@ class Attention(nn.Module):
         else:
             y = attend(q, cache["k"].astype(q.dtype), cache["v"].astype(q.dtype), position)
         y = y.transpose(0, 3, 1, 2, 4).reshape(b, t, c.heads * c.head_dim)
-        return dense("o", c.width)(y), cache
+        return QuantizedDense(c.width, c.attention_bias, name="o")(y), cache
 
 
 class MLP(nn.Module):
@@ -242,8 +241,8 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b t h"]) -> Float[Array, "b t h"]:
         c = self.config
-        dense = lambda name, features: QuantizedDense(features, c.mlp_bias, name=name)
-        return dense("down", c.width)(nn.silu(dense("gate", c.mlp_width)(x)) * dense("up", c.mlp_width)(x))
+        gate, up = projections(x, {"gate": c.mlp_width, "up": c.mlp_width}, c.mlp_bias)
+        return QuantizedDense(c.width, c.mlp_bias, name="down")(nn.silu(gate) * up)
 
 
 class Block(nn.Module):
