@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from awq_jax.quantize import plan, quantize
+from awq_jax.formats.errors import InputError
+from awq_jax.quantize import check_params, plan, quantize
 from awq_jax.recipe import Recipe
 from awq_jax.sites import named_leaves
 from awq_jax.spec import Rule
@@ -86,7 +87,16 @@ def relative_error(changed: Any, outputs: Any) -> Float[Array, ""]:
         return jnp.where(energy > 0, jnp.square(y - exact).sum(-1) / energy, 0).ravel()
 
     pairs = zip(jax.tree.leaves(changed), jax.tree.leaves(outputs), strict=True)
-    return jnp.concatenate([errors(y, exact) for y, exact in pairs if jnp.issubdtype(exact.dtype, jnp.inexact)]).mean()
+    found = [errors(y, exact) for y, exact in pairs if jnp.issubdtype(exact.dtype, jnp.inexact)]
+    if not found:
+        raise ValueError("The function returns integers alone: let it return logits, whose error can be measured.")
+    return jnp.concatenate(found).mean()
+
+
+def check_average(average: float) -> None:
+    """Refuse an average that no choice of widths has."""
+    if not CHOICES[0] <= average <= CHOICES[-1]:
+        raise InputError(f"{average} bits on average: give {CHOICES[0]} to {CHOICES[-1]}.")
 
 
 def allocate(offered: Sequence[Offer], average: float) -> dict[str, int]:
@@ -95,8 +105,7 @@ def allocate(offered: Sequence[Offer], average: float) -> dict[str, int]:
     Raises:
       ValueError: an average that no choice of widths has.
     """
-    if not CHOICES[0] <= average <= CHOICES[-1]:
-        raise ValueError(f"{average} bits on average: give {CHOICES[0]} to {CHOICES[-1]}.")
+    check_average(average)
     left = (average - CHOICES[0]) * sum(o.group.weights for o in offered) + 1e-6
     level = [0] * len(offered)
     queue = [step for k, o in enumerate(offered) if (step := _best_step(o, 0, left, k))]
@@ -147,13 +156,15 @@ def with_average_bits(params: Any, calibration: Calibration, average: float, rec
       average: 2 to 8; need not be whole.
 
     Raises:
-      ValueError: an average out of range; what `quantize` raises.
+      ValueError: an average out of range; outputs that are integers; what `quantize` raises.
 
     Example:
       >>> recipe = awq.with_average_bits(params, calibration, 3.5, awq.Recipe(group_size=64))
       >>> qparams, report = awq.quantize(params, calibration, recipe)
     """
     recipe = recipe or Recipe()
+    check_average(average)
+    check_params(params, calibration)
     run = jax.jit(calibration.fn)
     exact = run(params, *calibration.example)
     offered = [

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
 
-from awq_jax.bits import CHOICES, Group, Offer, allocate, quantized_alone, with_bits
+from awq_jax.bits import Group, Offer, allocate, check_average, quantized_alone, with_bits
 from awq_jax.calib import calibration_tokens
 from awq_jax.distill import kl_of_logits
 from awq_jax.formats import autoawq, orbax
@@ -73,7 +73,7 @@ def quantize_checkpoint(
     Args:
       model: Hugging Face folder or hub id, or a GGUF file.
       out: a new or empty folder.
-      recipe: None for 4 bits in groups of 128; `fold` follows from the format.
+      recipe: None for 4 bits in groups of 128; `fold` and `input_scales` follow from the format.
       format: "awq" (AutoAWQ, for vLLM, SGLang, transformers) or "orbax" (ours: a scale for each site).
       calib: see `calibration_tokens`.
       samples, seq_len: calibration sequences and their tokens.
@@ -95,9 +95,9 @@ def quantize_checkpoint(
     """
     if format not in get_args(Format):
         raise InputError(f"format={format!r}: choose one of {', '.join(get_args(Format))}.")
-    recipe = replace(recipe or Recipe(), fold=format == "awq")
-    if average_bits is not None and not CHOICES[0] <= average_bits <= CHOICES[-1]:
-        raise InputError(f"{average_bits} bits on average: give {CHOICES[0]} to {CHOICES[-1]}.")
+    recipe = replace(recipe or Recipe(), fold=format == "awq", input_scales=format != "awq")
+    if average_bits is not None:
+        check_average(average_bits)
     if distill < 0:
         raise InputError(f"distill={distill}: give a number of passes, 0 for none.")
     if average_bits is not None and format == "awq":

@@ -61,7 +61,7 @@ def distill(
         raise ValueError("distill: none of the params is a QuantizedTensor: give what awq.quantize returned.")
     optimizer = optax.adam(rate, b2=0.99)
     factors = jax.tree.map(
-        lambda w: jnp.zeros(w.scales.shape) if is_quantized(w) else None, qparams, is_leaf=is_quantized
+        lambda w: jnp.zeros(w.scales.shape, jnp.float32) if is_quantized(w) else None, qparams, is_leaf=is_quantized
     )
     state = optimizer.init(factors)
     step = jax.jit(partial(_step, fn, optimizer, loss))

@@ -20,6 +20,8 @@ from awq_jax.transform import calibrate, quantized
 class QuantizedModule(nnx.Module):
     """Calls a module with QuantizedTensors for params; what else it keeps (caches, random streams) it keeps on.
 
+    Whether it trains or evaluates is part of its structure: `eval()` and `train()` change it before, not after.
+
     Args:
       graphdef: the module's structure, from `nnx.split`.
       params: its nnx.Param state, some of it QuantizedTensors.
@@ -29,16 +31,16 @@ class QuantizedModule(nnx.Module):
     def __init__(self, graphdef: Any, params: nnx.State, rest: nnx.State):
         self.graphdef, self.params, self.rest = graphdef, nnx.data(params), nnx.data(rest)
 
-    def __call__(self, *inputs: Any) -> Any:
-        run = quantized(lambda params, rest, *inputs: _called(self.graphdef, params, rest, *inputs))
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        run = quantized(lambda params, rest, *inputs: _called(self.graphdef, params, rest, *inputs, **options))
         y, rest = run(self.params, self.rest, *inputs)
         nnx.update(self.rest, rest)
         return y
 
 
-def _called(graphdef: Any, params: nnx.State, rest: nnx.State, *inputs: Any) -> tuple[Any, Any]:
+def _called(graphdef: Any, params: nnx.State, rest: nnx.State, *inputs: Any, **options: Any) -> tuple[Any, Any]:
     module = nnx.merge(graphdef, params, rest)
-    y = module(*inputs)
+    y = module(*inputs, **options)
     return y, nnx.split(module, nnx.Param, ...)[2]
 
 

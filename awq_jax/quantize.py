@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array
 from threadpoolctl import threadpool_limits
 
-from awq_jax.fold import by_channel, check_fold, fold
+from awq_jax.fold import by_channel, check_folds, fold
 from awq_jax.recipe import Recipe
 from awq_jax.search.params import scale_of_fold, solve_sites
 from awq_jax.sharding import placed_like
@@ -36,6 +36,13 @@ class SiteReport:
     nearest_error: float
     note: str = ""
 
+    def __str__(self) -> str:
+        if self.spec is None:
+            return f"{self.name}: {self.note}"
+        errors = f"error {self.error:.2%}, to nearest {self.nearest_error:.2%}"
+        group = f"{self.spec.bits} bits in groups of {self.spec.group_size}"
+        return "; ".join(filter(None, (f"{self.name}: {group}", errors, self.note)))
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -55,6 +62,7 @@ def plan(calibration: Calibration, recipe: Recipe, prefix: str = "") -> Plan:
     specs = {name: spec for name, spec in specs.items() if name not in kept}
     usable, notes = [], {n: f"not a matmul's: {why}" for n, why in traced.skipped.items()}
     notes |= {n: f"{traced.sites[n].kept}; a rule that names it quantizes it" for n in kept}
+    notes |= {n: f"quantized as a rule names it: {why}" for n in specs if (why := traced.sites[n].kept)}
     for k, candidate in enumerate(traced.folds):
         wanted = [name for name in candidate.sites if name in specs]
         if not recipe.fold or not wanted:
@@ -93,6 +101,7 @@ def quantize(
 
     Example:
       >>> qparams, report = awq.quantize(params, awq.calibrate(fn, params, batches), awq.Recipe(group_size=64))
+      >>> print(*report, sep="\n")
     """
     # Accelerators would multiply float32 in fewer bits.
     if not isinstance(recipe, Recipe | None):
@@ -123,12 +132,12 @@ def _quantize(params: Any, calibration: Calibration, recipe: Recipe, prefix: str
     todo = plan(calibration, recipe, prefix)
     scales: dict[str, Array] = {}
     if todo.folds:
-        dense = params
+        used = tuple(calibration.traced.folds[k] for k in todo.folds)
+        check_folds(calibration.fn, params, used, *calibration.example)
         params, scales = fold_scales(params, calibration, recipe, todo)
-        check_fold(calibration.fn, dense, params, *calibration.example)
     leaves = named_leaves(params)
     out, reports = dict(leaves), []
-    for names in batches_of_sites(calibration, recipe, todo):
+    for names in batches_of_sites(calibration, recipe, todo, scales):
         layout = calibration.traced.sites[names[0]].layout
         tensors, errors = solve_sites(
             tuple(leaves[name] for name in names),
@@ -136,34 +145,43 @@ def _quantize(params: Any, calibration: Calibration, recipe: Recipe, prefix: str
             scales.get(names[0]),
             layouts=tuple(calibration.traced.sites[name].layout for name in names),
             spec=todo.specs[names[0]],
-            scale=None if recipe.fold else recipe.scale,
+            scale=recipe.scale if names[0] not in scales and recipe.input_scales else None,
             clip=todo.clips[names[0]],
             rounding=recipe.rounding,
         )
         require_finite(errors, names, leaves)
-        reached = np.asarray(calibration.of(names[0]).count) > 0
+        unreached = unreached_note(np.asarray(calibration.of(names[0]).count) > 0, layout.n_lead)
         for name, tensor, (error, nearest, energy) in zip(names, tensors, np.asarray(errors), strict=True):
-            notes = [todo.notes[name]] if name in todo.notes else []
-            if not reached.all():
-                experts = tuple(range(reached.ndim - layout.n_lead, reached.ndim))
-                lent = layout.n_lead and reached.any(experts).all()
-                by = "the statistics of all experts" if lent else "their weights alone"
-                notes.append(f"{(~reached).sum()} of {reached.size} reached by no token: rounded by {by}")
+            note = "; ".join(filter(None, (todo.notes.get(name), unreached)))
             error, nearest = (float(e) / max(float(energy), 1e-30) for e in (error, nearest))
             out[name] = placed_like(tensor, leaves[name])
-            reports.append(SiteReport(name, todo.specs[name], error, nearest, "; ".join(notes)))
+            reports.append(SiteReport(name, todo.specs[name], error, nearest, note))
     reports += [
         SiteReport(n, None, 0.0, 0.0, f"left dense: {why}") for n, why in todo.notes.items() if n not in todo.specs
     ]
     return jax.tree.unflatten(jax.tree.structure(params), list(out.values())), tuple(reports)
 
 
-def batches_of_sites(calibration: Calibration, recipe: Recipe, todo: Plan) -> list[list[str]]:
+def unreached_note(reached: np.ndarray, n_lead: int) -> str:
+    """Which layers and experts no token reached, and what they are rounded by; the last `n_lead` axes are experts'."""
+    if reached.all():
+        return ""
+    lent = n_lead and reached.any(tuple(range(reached.ndim - n_lead, reached.ndim))).all()
+    by = "the statistics of all experts" if lent else "their weights alone"
+    which = ["/".join(map(str, k)) for k in np.argwhere(~reached).tolist()]
+    named = f" ({', '.join(which[:4])}{', ...' * (len(which) > 4)})" if reached.ndim else ""
+    return f"{len(which)} of {reached.size} reached by no token{named}: rounded by {by}"
+
+
+def batches_of_sites(
+    calibration: Calibration, recipe: Recipe, todo: Plan, scales: Mapping[str, Array]
+) -> list[list[str]]:
     """Sites that can be solved as one matrix: same input, same spec, and no input scale of their own."""
     batches: dict[Any, list[str]] = {}
     for name, spec in todo.specs.items():
         site = calibration.traced.sites[name]
-        key = (site.group, spec, todo.clips[name], site.lead, site.stacked) if recipe.fold else name
+        own = name not in scales and recipe.input_scales
+        key = name if own else (site.group, name in scales, spec, todo.clips[name], site.lead, site.stacked)
         batches.setdefault(key, []).append(name)
     return list(batches.values())
 

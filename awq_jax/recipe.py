@@ -19,7 +19,8 @@ class Recipe:
     Args:
       bits, group_size, symmetric: of every site that no rule changes; see QuantSpec.
       rules: by path of the param; the last one that matches counts.
-      fold: put the scales into the op before (as AutoAWQ files need) instead of into each site's input scale.
+      fold: put scales into the op before, where tracing finds one that can take them.
+      input_scales: a site whose scale is not folded keeps it beside its weight. AutoAWQ files have no room for them.
       gram_block: largest size of the diagonal blocks of the Gram matrices that streaming keeps; None for all.
       unclipped: regular expression; groups of matching sites keep their whole range.
       scale, clip, rounding: the strategies, see awq_jax.search. Any function of the same signature will do.
@@ -33,6 +34,7 @@ class Recipe:
     symmetric: bool = False
     rules: tuple[Rule, ...] = ()
     fold: bool = False
+    input_scales: bool = True
     gram_block: int | None = GRAM_BLOCK
     unclipped: str = ""
     scale: Callable[..., Any] = field(default_factory=FeedbackGrid)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 
@@ -107,13 +109,20 @@ def named_leaves(params: Any) -> dict[str, Any]:
     """The leaves of a params pytree by path, QuantizedTensors as one leaf each.
 
     What flax boxes (nn.Partitioned, nnx.Param) is named like what it is in, without "/value" at the end.
+
+    Raises:
+      ValueError: two leaves have one path.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_quantized)
-    return {jax.tree_util.keystr(_unboxed(path), simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
-def _unboxed(path: tuple[Any, ...]) -> tuple[Any, ...]:
-    return path[:-1] if path and path[-1] == jax.tree_util.GetAttrKey("value") else path
+    inside = Counter(path[:k] for path, _ in leaves for k in range(len(path)))
+    named: dict[str, Any] = {}
+    for path, leaf in leaves:
+        is_boxed = path[-1:] == (jax.tree_util.GetAttrKey("value"),) and inside[path[:-1]] == 1
+        name = jax.tree_util.keystr(path[:-1] if is_boxed else path, simple=True, separator="/")
+        if name in named:
+            raise ValueError(f"two params are both called {name!r}: rename one, a key with a slash in it say.")
+        named[name] = leaf
+    return named
 
 
 def abstract(params: Any) -> Any:
@@ -125,6 +134,17 @@ def abstract(params: Any) -> Any:
     )
 
 
+def trace(fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...]) -> tuple[Any, Any]:
+    """The jaxpr of `fn(params, *inputs)`, and the shapes of its outputs."""
+    try:
+        return jax.make_jaxpr(fn, return_shape=True)(params, *inputs)
+    except jax.errors.ConcretizationTypeError as e:
+        raise ValueError(
+            f"The function looks at values of its params or inputs, of which a trace knows only the shapes: {e} Use "
+            "jax.lax.cond or jnp.where, or bind what is no array: functools.partial(fn, train=False)."
+        ) from e
+
+
 def sites(fn: Callable[..., Any], params: Any, *inputs: Any) -> Traced:
     """The sites of `fn(params, *inputs)`.
 
@@ -134,7 +154,7 @@ def sites(fn: Callable[..., Any], params: Any, *inputs: Any) -> Traced:
       inputs: arrays or ShapeDtypeStructs.
 
     Raises:
-      ValueError: params that are quantized, or cut along mesh axes of type Explicit.
+      ValueError: params that are quantized, or cut along mesh axes of type Explicit; a function that looks at values.
 
     Example:
       >>> print(awq.sites(model.apply, params, tokens))
@@ -147,16 +167,17 @@ def sites(fn: Callable[..., Any], params: Any, *inputs: Any) -> Traced:
             raise ValueError(
                 f"{name} is cut along a mesh axis of type Explicit: make the mesh with axis_types=(AxisType.Auto, ...)."
             )
-    jaxpr = jax.make_jaxpr(fn)(params, *inputs)
+    jaxpr, _ = trace(fn, params, inputs)
     found = components(jaxpr, {k: (name, np.shape(leaf)) for k, (name, leaf) in enumerate(leaves.items())})
     dots: dict[str, list[Any]] = {}
     for dot in found.walk.dots:
         dots.setdefault(dot.param, []).append(dot)
+    numbers = {n: w.dtype.name for n, w in leaves.items() if n in dots and not jnp.issubdtype(w.dtype, jnp.floating)}
     out: dict[str, Site] = {}
     groups: dict[Any, str] = {}
     for name, uses in dots.items():
         first = uses[0]
-        if any(use.layout != first.layout for use in uses):
+        if any(use.layout != first.layout for use in uses) or name in numbers:
             continue
         ordered = [first.layout.sizes[a] for a in first.layout.order]
         lead, n = first.layout.n_lead, first.layout.n_in
@@ -175,7 +196,11 @@ def sites(fn: Callable[..., Any], params: Any, *inputs: Any) -> Traced:
         out[name] = replace(out[name], kept=f"an adapter of {beside}")
     widest = found.walk.widest
     skipped = {
-        name: "read in two ways" if name in dots else _names(found.walk.uses.get(name, ())) or "not used"
+        name: f"{numbers[name]} weights"
+        if name in numbers
+        else "read in two ways"
+        if name in dots
+        else _names(found.walk.uses.get(name, ())) or "not used"
         for name, leaf in leaves.items()
         if name not in out
         and len(one_layer(np.shape(leaf), found.walk.stacks[name])) > 1

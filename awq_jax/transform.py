@@ -17,7 +17,7 @@ from awq_jax import moments as mo
 from awq_jax.interpreter import RULES, Records, Weight, evaluate
 from awq_jax.interpreter_shards import all_gather, shard_map
 from awq_jax.moments import Moments
-from awq_jax.sites import Traced, abstract, named_leaves, sites
+from awq_jax.sites import Traced, abstract, named_leaves, sites, trace
 from awq_jax.tensor import Layout, dot, is_quantized, stack_places
 from awq_jax.views import View
 
@@ -47,7 +47,7 @@ def _interpreted(
     fn: Function, params: Any, inputs: tuple[Any, ...], on_dot: Any, followed: Callable[[Any], bool]
 ) -> tuple[Any, Records]:
     """`fn(params, *inputs)`, and what `on_dot` records at the matmuls with the leaves that are `followed`."""
-    closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(abstract(params), *inputs)
+    closed, out_shape = trace(fn, abstract(params), inputs)
     weights = [
         Weight(name, leaf, View.of(leaf.shape), leaf.dtype) if followed(leaf) else leaf
         for name, leaf in named_leaves(params).items()
@@ -63,13 +63,16 @@ def quantized(fn: Function) -> Function:
     Works under jit, vmap, scan and grad with respect to the inputs. Where a quantized param meets anything but
     rearrangements and a matmul it is made dense there.
 
+    Keyword arguments go to `fn` as they are. A custom_vjp that a quantized param enters is differentiated as what it
+    computes, its own rule is lost.
+
     Example:
       >>> logits = jax.jit(awq.quantized(model.apply))(qparams, tokens)
     """
 
     @ft.wraps(fn)
-    def run(params: Any, *inputs: Any) -> Any:
-        return _interpreted(fn, params, inputs, _multiply, is_quantized)[0]
+    def run(params: Any, *inputs: Any, **options: Any) -> Any:
+        return _interpreted(ft.partial(fn, **options), params, inputs, _multiply, is_quantized)[0]
 
     return run
 
@@ -162,8 +165,9 @@ def _why_none(traced: Traced) -> str:
 def _sites_of_batch(fn: Function, params: Any, batch: tuple[Any, ...]) -> Traced:
     try:
         return sites(fn, params, *batch)
-    except TypeError as e:
-        raise ValueError(f"Tracing the function with params and a batch of {len(batch)} inputs failed: {e}") from e
+    except (TypeError, LookupError) as e:
+        found = f"{type(e).__name__}: {e}"
+        raise ValueError(f"Tracing the function with params and a batch of {len(batch)} inputs failed: {found}") from e
 
 
 def calibrate(
@@ -188,6 +192,8 @@ def calibrate(
     Raises:
       ValueError: no batches, a batch that the function cannot take, no site found, a mask that does not fit a site.
     """
+    if block is not None and block < 1:
+        raise ValueError(f"block={block}: give 1 or more, or None for whole Gram matrices.")
     total: dict[str, Moments] | None = None
     traced, example, step = None, None, None
     for k, batch in enumerate(batches):
@@ -199,9 +205,10 @@ def calibrate(
             step = jax.jit(partial(_moments_alone, with_moments(fn, traced, block=block)))
         try:
             new = step(params, tuple(batch), mask(*batch) if mask else None)
-        except TypeError as e:
+        except (TypeError, LookupError) as e:
             shapes = [jnp.shape(x) for x in jax.tree.leaves(tuple(batch))]
-            raise ValueError(f"Batch {k + 1}: the function cannot take inputs of shapes {shapes}: {e}") from e
+            found = f"{type(e).__name__}: {e}"
+            raise ValueError(f"Batch {k + 1}: the function cannot take inputs of shapes {shapes}: {found}") from e
         total = new if total is None else {k: total[k] + new[k] for k in total}
     if traced is None or total is None or example is None:
         raise ValueError("No calibration batch was given: pass an iterable of tuples of inputs.")

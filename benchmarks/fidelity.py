@@ -51,7 +51,7 @@ def recipes() -> dict[str, tuple[str, str, Recipe]]:
     def add(kind: str, preset: str, *, fold: bool, **k: Any) -> None:
         nearest = f"RTN {kind}"
         name = nearest if preset == "rtn" else f"{preset} {kind}{' folded' if fold else ''}"
-        rows[name] = (nearest, preset, replace(PRESETS[preset], fold=fold, **k))
+        rows[name] = (nearest, preset, replace(PRESETS[preset], fold=fold, input_scales=not fold, **k))
 
     add("g64", "rtn", fold=False, group_size=64)
     for preset in ("llm_awq", "autoawq", "llmcompressor", "fast", "default"):

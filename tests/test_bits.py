@@ -63,6 +63,18 @@ def test_an_average_out_of_range(average):
         allocate([], average)
 
 
+def test_what_cannot_be_measured_is_told():
+    w, x = np.eye(32, dtype="f4"), np.ones((4, 32), "f4")
+    fn = lambda p, x: (x @ p).astype(int)
+    calibration = awq.calibrate(fn, w, [(x,)])
+    with pytest.raises(ValueError, match=r"9 bits on average"):
+        with_average_bits(w, calibration, 9)
+    with pytest.raises(ValueError, match=r"give the same params"):
+        with_average_bits({"w": w}, calibration, 3.5)
+    with pytest.raises(ValueError, match=r"returns integers alone: let it return logits"):
+        with_average_bits(w, calibration, 3.5, awq.Recipe(group_size=32))
+
+
 def zoo_calibration(name):
     model = zoo.ZOO[name]()
     return model, awq.calibrate(model.fn, model.params, [model.inputs], block=None)

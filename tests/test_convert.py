@@ -18,6 +18,7 @@ from tiny import random_tokens
 import awq_jax as awq
 from awq_jax import Recipe, Rule
 from awq_jax.models.llama import Config, Llama
+from awq_jax.quantize import fold_scales
 from awq_jax.search import Grid, no_clip, to_nearest
 from awq_jax.sites import named_leaves
 from awq_jax.tensor import is_quantized
@@ -104,10 +105,12 @@ def test_the_folded_model_is_the_model(root, dense, monkeypatch):
     """Before anything is rounded: same logits on other text than the calibration's, to float precision."""
     folded = []
 
-    def spy(fn, before, after, *inputs, **options):
-        folded.append(after)
+    def spy(*args):
+        params, scales = fold_scales(*args)
+        folded.append(params)
+        return params, scales
 
-    monkeypatch.setattr(importlib.import_module("awq_jax.quantize"), "check_fold", spy)
+    monkeypatch.setattr(importlib.import_module("awq_jax.quantize"), "fold_scales", spy)
     awq.quantize_checkpoint(dense, root / "folded", QUICK, **TEXT)
     big = awq.load(dense)
     layers = {f"layers_{i}": layer for i, layer in enumerate(folded)}

@@ -17,8 +17,18 @@ from reference import problem
 
 from awq_jax import PRESETS, QuantSpec, Recipe, Rule, calibrate, quantize, quantized, sites
 from awq_jax.kernels import unpack
-from awq_jax.quantize import plan
-from awq_jax.search import Grid, no_clip, to_nearest
+from awq_jax.quantize import SiteReport, plan
+from awq_jax.search import (
+    Golden,
+    Gradient,
+    Grid,
+    Importance,
+    Joint,
+    LearnedClip,
+    Signed,
+    no_clip,
+    to_nearest,
+)
 from awq_jax.sites import named_leaves
 
 G32 = Recipe(group_size=32)
@@ -321,6 +331,23 @@ def test_what_is_not_folded_says_why(name):
     assert all(found.notes[site].startswith(f"not folded: {why}") for site, why in notes.items())
 
 
+def test_a_site_that_cannot_be_folded_keeps_its_scale_beside():
+    fn = lambda p, x: (zoo.rms(x, p["norm"]) @ p["a"], jnp.abs(x) @ p["b"])
+    params = {"norm": MLP["norm"], "a": MLP["up"], "b": MLP["down"]}
+    calibration = calibrate(fn, params, [(HIDDEN,)], block=None)
+    folded = dataclasses.replace(CHEAP, fold=True)
+    qparams, _ = quantize(params, calibration, folded)
+    alone, _ = quantize(params, calibration, CHEAP)
+    assert qparams["a"].input_scale is None
+    assert (qparams["b"].input_scale != 1).any()
+    np.testing.assert_array_equal(qparams["b"].dequantize(), alone["b"].dequantize())
+    for fold in (False, True):
+        bare, _ = quantize(params, calibration, dataclasses.replace(CHEAP, fold=fold, input_scales=False))
+        assert bare["a"].input_scale is None
+        assert bare["b"].input_scale is None
+        assert (bare["norm"] != params["norm"]).any() == fold
+
+
 def test_a_site_that_cannot_be_folded_is_quantized_all_the_same():
     _, params, _, calibration = one_site()
     qparams, (report,) = quantize(params, calibration, dataclasses.replace(PLAIN, fold=True))
@@ -341,8 +368,8 @@ def test_a_fold_with_a_skipped_site_scales_it_too():
 
 def test_a_wrong_fold_is_caught(monkeypatch):
     wrong = lambda params, factors, folds: params | {"norm": params["norm"] * 2}
-    monkeypatch.setattr(sys.modules["awq_jax.quantize"], "fold", wrong)
-    with pytest.raises(ValueError, match="Folding the scales changed the function"):
+    monkeypatch.setattr(sys.modules["awq_jax.fold"], "fold", wrong)
+    with pytest.raises(ValueError, match="into the op before changed the function"):
         quantize(MLP, mlp_calibration(), dataclasses.replace(CHEAP, fold=True))
 
 
@@ -371,6 +398,26 @@ def test_a_strategy_without_an_answer_is_an_error():
         quantize(params, calibration, dataclasses.replace(CHEAP, scale=nothing))
 
 
+def test_a_scale_that_ends_worse_than_rounding_to_nearest_is_not_used():
+    """A scale is accepted by the groups' own Gram blocks; with one factor in all channels they are not all there is."""
+    rng = np.random.default_rng(38)
+    x = rng.normal(size=(200, 1)) + 0.1 * rng.normal(size=(200, 64))
+    w, s = rng.normal(size=(64, 1)), np.exp(0.3 * rng.normal(size=64))
+    x, w, s = (np.asarray(a, np.float32) for a in (x, w, s))
+    calibration = calibrate(lambda p, x: x @ p, w, [(x,)], block=None)
+    recipe = dataclasses.replace(PLAIN, scale=lambda w, moments, spec: jnp.asarray(s), rounding=to_nearest)
+    q, (report,) = quantize(w, calibration, recipe)
+    spec = QuantSpec(4, 32)
+    scaled = reference.nearest(w * s[:, None], spec) / s[:, None]
+    plain = reference.nearest(w, spec)
+    by_group = lambda m: sum(np.square(x[:, k] @ (m - w)[k]).sum() for k in (slice(0, 32), slice(32, 64)))
+    assert by_group(scaled) < by_group(plain)
+    assert np.square(x @ (scaled - w)).sum() > np.square(x @ (plain - w)).sum()
+    np.testing.assert_allclose(q.dequantize(), plain, atol=1e-6)
+    np.testing.assert_array_equal(q.input_scale, 1)
+    assert report.error == report.nearest_error
+
+
 def test_a_dead_channel_is_none():
     fn, params, x, _ = one_site()
     dead = np.where(np.arange(64) % 5 == 0, 0, x).astype(np.float32)
@@ -387,7 +434,7 @@ def test_experts_that_no_token_reached_are_rounded_to_nearest():
     fn = lambda p, x: jnp.einsum("eti,eio->eto", x, p)
     calibration = calibrate(fn, w, [(np.zeros((3, 5, 64), np.float32),)], block=None)
     q, (report,) = quantize(w, calibration, CHEAP)
-    assert report.note == "3 of 3 reached by no token: rounded by their weights alone"
+    assert report.note == "3 of 3 reached by no token (0, 1, 2): rounded by their weights alone"
     expected = np.stack([reference.nearest(m, QuantSpec(4, 32)) for m in w])
     np.testing.assert_allclose(stored(q), expected, rtol=1e-5, atol=1e-7)
     np.testing.assert_array_equal(q.input_scale, 1)
@@ -430,8 +477,42 @@ def test_a_tied_embedding_stays_dense_unless_a_rule_names_it():
     recipe = dataclasses.replace(PLAIN, rules=(Rule("embed", bits=8),))
     q, (report,) = quantize(params, calibration, recipe)
     assert q["embed"].spec.bits == 8
+    assert report.note == "quantized as a rule names it: also used by gather"
     same = np.abs(quantized(fn)(q, np.arange(64)) - fn(params, np.arange(64)))
     assert same.max() < 0.05
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        G32,
+        dataclasses.replace(G32, fold=True),
+        dataclasses.replace(G32, scale=Gradient(steps=2), clip=LearnedClip(steps=2), rounding=Signed(steps=2)),
+        dataclasses.replace(CHEAP, scale=Joint(), clip=Importance()),
+        dataclasses.replace(CHEAP, scale=Golden()),
+    ],
+)
+def test_quantized_alike_in_64_bits(recipe):
+    """jax_enable_x64 makes of every number that has no dtype one of 64 bits."""
+    before, _ = quantize(MLP, mlp_calibration(), recipe)
+    jax.config.update("jax_enable_x64", True)
+    try:
+        found, _ = quantize(MLP, mlp_calibration.__wrapped__(), recipe)
+    finally:
+        jax.config.update("jax_enable_x64", False)
+    assert [leaf.dtype for leaf in jax.tree.leaves(found)] == [leaf.dtype for leaf in jax.tree.leaves(before)]
+    for name in ("up", "down"):
+        a, b = (np.asarray(q[name].dequantize()) for q in (found, before))
+        assert np.abs(a - b).mean() < 0.01 * np.abs(b).mean()
+
+
+def test_a_report_reads_as_a_line():
+    spec = QuantSpec(4, 64)
+    assert str(SiteReport("a", spec, 0.0062, 0.0133)) == "a: 4 bits in groups of 64; error 0.62%, to nearest 1.33%"
+    assert (
+        str(SiteReport("a", spec, 0.5, 0.5, "why")) == "a: 4 bits in groups of 64; error 50.00%, to nearest 50.00%; why"
+    )
+    assert str(SiteReport("a", None, 0.0, 0.0, "left dense: it is a router")) == "a: left dense: it is a router"
 
 
 def test_a_rule_that_matches_nothing_is_refused():

@@ -1,6 +1,6 @@
 """What tracing says of a function's matmuls: names, sizes, which share an input, which are none."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -272,6 +272,40 @@ def test_leaves_are_named_by_their_path():
     leaves = named_leaves(Params([{"w": dense}, {"w": quantized}], 1e-5))
     assert list(leaves) == ["layers/0/w", "layers/1/w", "eps"]
     assert leaves["layers/1/w"] is quantized
+
+
+class Boxed(NamedTuple):
+    value: Any
+
+
+class Attention(NamedTuple):
+    query: Any
+    value: Any
+
+
+def test_a_box_has_no_name_but_a_param_called_value_has():
+    w = normal(6, 4)
+    assert list(named_leaves({"w": Boxed(w)})) == ["w"]
+    assert list(named_leaves(Attention(Boxed(w), w))) == ["query", "value"]
+    assert list(named_leaves(Attention({"kernel": w}, w))) == ["query/kernel", "value"]
+
+
+def test_two_params_of_one_name_are_refused():
+    with pytest.raises(ValueError, match="two params are both called 'a/b'"):
+        named_leaves({"a": {"b": 1.0}, "a/b": 2.0})
+
+
+@pytest.mark.parametrize("dtype", ["int8", "complex64"])
+def test_what_is_no_floating_point_number_is_no_site(dtype):
+    params = {"w": normal(6, 4), "other": np.ones((6, 4), dtype)}
+    found = sites(lambda p, x: x @ p["w"] + jnp.abs(x @ p["other"]), params, normal(5, 6))
+    assert list(found.sites) == ["w"]
+    assert found.skipped == {"other": f"{dtype} weights"}
+
+
+def test_a_function_that_looks_at_values_is_refused():
+    with pytest.raises(ValueError, match=r"(?s)looks at values of its params or inputs.*jax.lax.cond"):
+        sites(lambda p, x: x @ p if x.sum() > 0 else x, normal(6, 4), normal(5, 6))
 
 
 def test_params_may_hold_plain_numbers():

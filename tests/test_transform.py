@@ -14,6 +14,7 @@ from awq_jax import calibrate, quantized, sites, with_moments
 from awq_jax.sites import named_leaves
 from awq_jax.spec import QuantSpec
 from awq_jax.tensor import QuantizedTensor, is_quantized
+from awq_jax.tensor import quantize as to_nearest
 
 
 def normal(*shape, seed=0):
@@ -447,6 +448,33 @@ def test_dense_matmuls_keep_their_precision():
         jit(quantized(lambda p, x: x @ p["w"]))(q, x)
     )
     np.testing.assert_allclose(jit(quantized(fn))(q, x), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_a_batch_that_lacks_a_key(second):
+    fn = lambda p, batch: batch["x"] @ p
+    x = np.ones((4, 6), np.float32)
+    batches = [({"x": x},)] * second + [({"y": x},)]
+    says = "Batch 2: the function cannot take" if second else "a batch of 1 inputs failed"
+    with pytest.raises(ValueError, match=rf"{says}.*KeyError: 'x'"):
+        calibrate(fn, np.ones((6, 4), np.float32), batches)
+
+
+@pytest.mark.parametrize("block", [0, -1])
+def test_a_block_of_no_size(block):
+    with pytest.raises(ValueError, match=f"block={block}: give 1 or more"):
+        calibrate(lambda p, x: x @ p, np.ones((6, 4), np.float32), [(np.ones((4, 6), np.float32),)], block=block)
+
+
+def test_keyword_arguments_go_to_the_function():
+    fn = lambda p, x, train, by=1.0: by * (x @ p) if train else -(x @ p)
+    w = to_nearest(jnp.eye(32), QuantSpec(8, 32))
+    x = np.random.default_rng(0).normal(size=(3, 32)).astype(np.float32)
+    y = np.asarray(x @ w.dequantize())
+    np.testing.assert_allclose(quantized(fn)(w, x, train=False), -y, rtol=1e-5, atol=1e-6)
+    scaled = jax.jit(lambda by: quantized(fn)(w, x, train=True, by=by))
+    np.testing.assert_allclose(scaled(2.0), 2 * y, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(jax.jacfwd(scaled)(2.0), y, rtol=1e-5, atol=1e-6)
 
 
 def test_a_batch_that_does_not_fit_the_function():

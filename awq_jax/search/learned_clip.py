@@ -49,7 +49,7 @@ class LearnedClip:
             updates, optimizer_state = optimizer.update(gradient, optimizer_state)
             return (jnp.clip(ratios + updates, 0.3, 1.2), optimizer_state, best, least), None
 
-        first = jnp.ones((2, *low.shape))
-        state = (first, optimizer.init(first), first, jnp.full(low.shape, jnp.inf))
+        first = jnp.ones((2, *low.shape), low.dtype)
+        state = (first, optimizer.init(first), first, jnp.full_like(low, jnp.inf))
         (_, _, best, _), _ = jax.lax.scan(step, state, length=self.steps)
         return low * best[0], high * best[1]

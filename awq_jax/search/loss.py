@@ -13,7 +13,7 @@ def blocks(moments: Moments, size: int) -> Float[Array, "groups g g"]:
     n, b, _ = gram.shape
     wanted = -(-moments.abs_sum.shape[-1] // size)
     if b % size:
-        gram = jnp.einsum("nij,nm->nimj", gram, jnp.eye(n)).reshape(1, n * b, n * b)
+        gram = jnp.einsum("nij,nm->nimj", gram, jnp.eye(n, dtype=gram.dtype)).reshape(1, n * b, n * b)
         pad = max(0, wanted * size - n * b)
         gram = jnp.pad(gram, ((0, 0), (0, pad), (0, pad)))[:, : wanted * size, : wanted * size]
         n, b = 1, wanted * size

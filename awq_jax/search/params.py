@@ -61,6 +61,8 @@ def solve_sites(
 ) -> tuple[tuple[QuantizedTensor, ...], Float[Array, "sites 3"]]:
     """Scale, clip and round the params of sites that read the same input.
 
+    Where their error with a scale of their own ends above that of rounding to nearest, they are rounded to nearest.
+
     Args:
       leaves: params, and beside them `layouts`.
       moments: of the input, before any scale.
@@ -76,16 +78,18 @@ def solve_sites(
 
     def one(w: Float[Array, "i o"], moments: Moments, folded: Float[Array, " i"] | None) -> Any:
         dense = w if folded is None else w / folded[:, None]
-        _, nearest = rounded_to_nearest(dense, moments, spec)
+        plain, nearest = rounded_to_nearest(dense, moments, spec)
         if folded is not None:
             moments = moments.scaled(1 / folded)
-        s, error = None, 0.0
-        if scale is not None:
-            _, s, error = find_scale(w, moments, jnp.arange(len(w)), n=len(w), spec=spec, strategy=scale)
-            w, moments = w * s[:, None], moments.scaled(1 / s)
-        found = solve(w, moments, spec=spec, clip=clip, rounding=rounding)
+        if scale is None:
+            return solve(w, moments, spec=spec, clip=clip, rounding=rounding)._replace(nearest_error=nearest), None
+        _, s, error = find_scale(w, moments, jnp.arange(len(w)), n=len(w), spec=spec, strategy=scale)
+        found = solve(w * s[:, None], moments.scaled(1 / s), spec=spec, clip=clip, rounding=rounding)
         # A strategy that found no scale shows only in its own error: there was no scale to round with.
-        return found._replace(error=found.error + 0 * error, nearest_error=nearest), s
+        found = found._replace(error=found.error + 0 * error, nearest_error=nearest)
+        back = found.error.sum() > nearest.sum()
+        unscaled = found._replace(codes=plain[0], steps=plain[1], zeros=plain[2], error=nearest)
+        return jax.tree.map(ft.partial(jnp.where, back), (unscaled, jnp.ones_like(s)), (found, s))
 
     found, s = looped(one, len(lead), w, moments, folded)
     widths = [layout.matrix(leaf).shape[-1] for leaf, layout in zip(leaves, layouts, strict=True)]

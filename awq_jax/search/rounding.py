@@ -146,7 +146,7 @@ def shrunk(gram: Float[Array, "n b b"], shrink: float) -> Float[Array, "n b b"]:
     diagonal = jnp.einsum("nii->ni", gram)
     mean = diagonal.mean(-1, keepdims=True)
     diagonal = jnp.maximum(diagonal, jnp.where(mean > 0, 1e-3 * mean, 1.0))
-    eye = jnp.eye(gram.shape[-1])
+    eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)
     return gram * (1 - eye) * (1 - shrink) + diagonal[..., None] * eye
 
 
@@ -187,7 +187,7 @@ def _round_rows(
 
     starts = jnp.arange(0, b, CHUNK)
     _, codes = jax.lax.scan(
-        one_chunk, jnp.zeros((b, o)), (starts, chunks(w), chunks(steps), chunks(zeros), chunks(into))
+        one_chunk, jnp.zeros_like(w), (starts, chunks(w), chunks(steps), chunks(zeros), chunks(into))
     )
     return codes.reshape(b, o)
 

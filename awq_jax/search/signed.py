@@ -56,6 +56,6 @@ class Signed:
             return (jnp.clip(offset - rate * jnp.sign(gradient), -0.5, 0.5), best, least), None
 
         first = jnp.zeros_like(levels)
-        state = (first, jnp.round(jnp.clip(levels, 0, spec.levels)), jnp.full(w.shape[1], jnp.inf))
-        (_, codes, _), _ = jax.lax.scan(step, state, jnp.arange(self.steps))
+        state = (first, jnp.round(jnp.clip(levels, 0, spec.levels)), jnp.full_like(w[0], jnp.inf))
+        (_, codes, _), _ = jax.lax.scan(step, state, jnp.arange(self.steps, dtype=w.dtype))
         return jnp.round(codes).reshape(-1, spec.group(len(w)), w.shape[1])[: len(steps)], steps, zeros
