@@ -226,7 +226,6 @@ def _record(walk: Walk, w: Value, x: Value, contracted: Any, batch: Any, theirs:
     layout, seen = w.view.layout(batch, contracted), x.view.layout(their_batch, theirs)
     if w.view.matrix_cuts(layout) is None:
         return walk.use(w, "shard_map")
-    tokens = [k for k in range(len(x.shape)) if k not in (*theirs, *their_batch)]
     free = [k for k in range(len(w.shape)) if k not in (*contracted, *batch)]
     layout = w.view.whole(layout)
     origin = np.repeat(np.arange(len(layout.shape)), [_atoms(layout, k) for k in range(len(layout.shape))])
@@ -242,11 +241,8 @@ def _record(walk: Walk, w: Value, x: Value, contracted: Any, batch: Any, theirs:
     if len(along) == 1:
         moved = along[0].transpose([*contracted, *batch, *free]).reshape([along[0].shape[k] for k in contracted])
         in_ids = np.broadcast_to(moved, sizes)
-    shape = tuple(x.shape[k] for k in (*their_batch, *tokens, *theirs))
     reads = (x.root, seen.sizes, seen.order[: seen.n_lead + seen.n_in], walk.scope)
-    walk.dots.append(
-        Dot(w.param, layout, w.view.stack, w.view.picks, reads, shape, len(their_batch), in_ids.ravel(), x.product_of)
-    )
+    walk.dots.append(Dot(w.param, layout, w.view.stack, w.view.picks, reads, in_ids.ravel(), x.product_of))
 
 
 @rule("ragged_dot_general")

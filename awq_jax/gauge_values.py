@@ -48,8 +48,6 @@ class Dot:
     stack: tuple[int, ...]
     picks: tuple[int | None, ...]
     reads: Any
-    input_shape: tuple[int, ...]
-    n_batch: int
     in_ids: Ids
     after: str | None
 

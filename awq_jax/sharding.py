@@ -108,11 +108,14 @@ def partition_specs(qparams: Any, specs: Any, mesh: Any) -> Any:
 
     Args:
       qparams: from `quantize`.
-      specs: a PartitionSpec for each dense param, in the structure of the dense params.
+      specs: a PartitionSpec for each dense param, in their order; `nn.get_partition_spec(variables)` say.
       mesh: whose axes the specs name.
 
     Returns:
       a PartitionSpec for each leaf of `qparams`, in its structure.
+
+    Raises:
+      ValueError: more or fewer specs than params.
 
     Example:
       >>> shardings = jax.tree.map(partial(NamedSharding, mesh), awq.partition_specs(qparams, specs, mesh))
@@ -126,4 +129,8 @@ def partition_specs(qparams: Any, specs: Any, mesh: Any) -> Any:
         fitting = [None if leaf_specs(w, one, mesh) is None else one[-1] for one in alone]
         return leaf_specs(w, PartitionSpec(*fitting), mesh)
 
-    return jax.tree.map(one, qparams, specs, is_leaf=is_quantized)
+    leaves, structure = jax.tree.flatten(qparams, is_leaf=is_quantized)
+    wanted = jax.tree.leaves(specs, is_leaf=lambda spec: isinstance(spec, PartitionSpec))
+    if len(wanted) != len(leaves):
+        raise ValueError(f"{len(wanted)} PartitionSpecs for {len(leaves)} params: give one for each dense param.")
+    return jax.tree.unflatten(structure, map(one, leaves, wanted))

@@ -22,12 +22,14 @@ def kl(model, params, run):
 
 
 @pytest.mark.parametrize("name", ["llama", "llama_scanned"])
-def test_distilled_steps_are_nearer_to_the_dense_model(name):
+def test_distilled_steps_are_nearer_to_the_dense_model(name, doors):
     model = zoo.ZOO[name]()
     recipe = replace(awq.PRESETS["rtn"], bits=3, group_size=32)
     q, _ = awq.quantize(model.params, awq.calibrate(model.fn, model.params, BATCHES), recipe)
     losses = []
     tuned = distill(model.fn, model.params, q, BATCHES * 8, rate=1e-2, progress=losses.append)
+    assert doors["kernel"] >= 8
+    assert doors["dense"] == 0
     run = jax.jit(awq.quantized(model.fn))
     assert kl(model, tuned, run) < 0.8 * kl(model, q, run)
     assert len(losses) == 24

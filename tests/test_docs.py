@@ -18,7 +18,8 @@ def test_there_are_snippets():
 
 
 @pytest.mark.parametrize("code", SNIPPETS)
-def test_snippet(code, capsys, tmp_path, monkeypatch):
+def test_snippet(code, capsys, tmp_path, monkeypatch, doors):
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "snippet", "exec"), {"__name__": "snippet"})
     assert "Traceback" not in capsys.readouterr().out
+    assert (doors["kernel"] > 0) == bool(re.search(r"^y = |small\(|\.call\(", code, re.MULTILINE))

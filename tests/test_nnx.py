@@ -39,12 +39,25 @@ def test_state_is_kept_and_the_module_stays_as_it_is(pair):
     assert int(model.calls[...]) == 0
 
 
-def test_it_computes_nearly_the_same(pair):
+def test_it_computes_nearly_the_same(pair, doors):
     model = pair[0]
     model.eval()
     quiet, _ = awq.quantize_module(model, [(X,)], awq.Recipe(group_size=32))
     y, expected = nnx.jit(lambda m, x: m(x))(quiet, X), model(X)
     assert np.abs(y - expected).max() < 0.1 * np.abs(expected).max()
+    assert doors == {"kernel": 2, "dense": 0}
+
+
+def test_what_it_is_called_with_by_name_goes_to_the_module():
+    class Scaled(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = nnx.Linear(64, 64, rngs=rngs)
+
+        def __call__(self, x, by=1.0, negative=False):
+            return self.linear(x) * (-by if negative else by)
+
+    small, _ = awq.quantize_module(Scaled(nnx.Rngs(0)), [(X,)], awq.Recipe(group_size=32))
+    np.testing.assert_allclose(small(X, by=3.0, negative=True), -3 * small(X), rtol=1e-5, atol=1e-6)
 
 
 def test_a_linear_that_starts_quantized():

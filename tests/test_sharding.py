@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -296,3 +297,25 @@ def test_partition_specs_name_every_leaf(mesh):
     assert specs["up"].input_scale == P(None)
     placed = jax.device_put(qparams, jax.tree.map(lambda s: NamedSharding(mesh, s), specs))
     assert placed["down"].codes.sharding.spec == P("model", None)
+
+
+def test_boxed_params_keep_their_boxes(mesh):
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            cut = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+            return nn.Dense(HIDDEN, kernel_init=cut)(x)
+
+    model, x = Model(), inputs(16, WIDTH)
+    variables = model.init(jax.random.key(0), x)
+    small, (report,) = awq.quantize(variables, awq.calibrate(model.apply, variables, [(x,)]), RECIPE)
+    assert report.name == "params/Dense_0/kernel"
+    assert small["params"]["Dense_0"]["kernel"].names == (None, "model")
+    specs = awq.partition_specs(small, nn.get_partition_spec(variables), mesh)
+    placed = jax.device_put(small, jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))
+    kernel = placed["params"]["Dense_0"]["kernel"].value
+    assert kernel.codes.sharding.spec == kernel.scales.sharding.spec == P(None, "model")
+    expected = x @ kernel.dequantize()
+    np.testing.assert_allclose(jax.jit(awq.quantized(model.apply))(placed, x), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="1 PartitionSpecs for 2 params"):
+        awq.partition_specs(small, [P()], mesh)

@@ -1,5 +1,6 @@
 """What tracing says of a function's matmuls: names, sizes, which share an input, which are none."""
 
+import tracemalloc
 from typing import Any, NamedTuple
 
 import jax
@@ -260,6 +261,22 @@ def test_shapes_are_enough():
     model = ZOO["llama"]()
     shapes = jax.eval_shape(lambda *a: a, model.params, *model.inputs)
     assert sites(model.fn, *shapes).sites == traced("llama").sites
+
+
+def test_the_memory_of_tracing_grows_with_the_width_not_its_square():
+    def peak(width):
+        shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
+        params = {"norm": shape(4, width), "up": shape(4, width, 4 * width), "down": shape(4, 4 * width, width)}
+        block = lambda x, p: (x + jax.nn.relu(zoo.rms(x, p["norm"]) @ p["up"]) @ p["down"], None)
+        tracemalloc.start()
+        found = sites(lambda p, x: lax.scan(block, x, p)[0], params, shape(8, width))
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert len(found.folds) == 2
+        return most
+
+    peak(1024)
+    assert peak(16384) < 5 * peak(4096)
 
 
 class Params(NamedTuple):

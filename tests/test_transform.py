@@ -338,6 +338,21 @@ def test_quantized_under_the_transforms_of_jax(name, doors):
     same(found, jit(transform(block))(dense_again(q), HIDDEN))
 
 
+def test_an_input_may_be_donated():
+    q, _ = with_random_codes(zoo.Model(block, BLOCK, (HIDDEN,)))
+    expected = jit(quantized(block))(q, HIDDEN)
+    given = jnp.array(HIDDEN)
+    same(jax.jit(quantized(block), donate_argnums=1)(q, given), expected)
+    assert given.is_deleted()
+
+
+def test_a_function_may_be_exported():
+    q, _ = with_random_codes(zoo.Model(block, BLOCK, (HIDDEN,)))
+    exported = jax.export.export(jax.jit(quantized(block)))(q, HIDDEN)
+    assert len(exported.in_avals) == len(jax.tree.leaves((q, HIDDEN)))
+    same(exported.call(q, HIDDEN), jit(quantized(block))(q, HIDDEN))
+
+
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint, jax.jit], ids=["plain", "checkpoint", "jit"])
 def test_the_transforms_of_jax_inside_a_quantized_function(wrap, doors):
     fn = slope(layers(wrap(block)))

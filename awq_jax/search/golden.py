@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from awq_jax.moments import Moments
-from awq_jax.search.grid import normalised, scale_error, sizes, some_columns
+from awq_jax.search.grid import SMALLEST, normalised, scale_error, sizes, some_columns
 from awq_jax.spec import QuantSpec
 
 RATIO = (5**0.5 - 1) / 2
@@ -17,22 +17,18 @@ RATIO = (5**0.5 - 1) / 2
 
 @dataclass(frozen=True)
 class Golden:
-    """The exponent between `low` and `high` that `steps` sections leave; right where the error has one valley.
+    """The exponent between 0 and 1 that `steps` sections leave; right where the error has one valley.
 
     Args:
       columns: at most so many columns of the weight, evenly spread, vote; 0 for all.
-      floor: the smallest statistic.
     """
 
-    low: float = 0.0
-    high: float = 1.0
     steps: int = 8
     columns: int = 512
-    floor: float = 1e-4
 
     def __call__(self, w: Float[Array, "i o"], moments: Moments, spec: QuantSpec) -> Float[Array, " i"]:
         w = some_columns(w, self.columns)
-        statistic = jnp.maximum(sizes(moments, "mean"), self.floor)
+        statistic = jnp.maximum(sizes(moments, "mean"), SMALLEST)
 
         scale = lambda r: normalised(statistic**r)
         error = lambda r: scale_error(w, scale(r), moments, spec)
@@ -51,7 +47,7 @@ class Golden:
             )
             return low, left, right, high, at_left, at_right
 
-        low, high = jnp.float32(self.low), jnp.float32(self.high)
+        low, high = jnp.float32(0), jnp.float32(1)
         left, right = high - RATIO * (high - low), low + RATIO * (high - low)
         state = jax.lax.fori_loop(0, self.steps, section, (low, left, right, high, error(left), error(right)))
         _, left, right, _, at_left, at_right = state

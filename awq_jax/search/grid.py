@@ -14,6 +14,9 @@ from awq_jax.search.loss import group_blocks, group_error
 from awq_jax.spec import QuantSpec
 from awq_jax.tensor import group, group_ranges, round_trip
 
+SMALLEST = 1e-4
+"""Of the statistic and of s before it is normalised, as in llm-awq."""
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -25,14 +28,12 @@ class Grid:
         candidates of "always"; `find_scale` tries it anyway.
       statistic: x is the mean of |x|, or the root of the mean of its square.
       columns: at most so many columns of the weight, evenly spread, vote on the ratio; 0 for all.
-      floor: the smallest statistic.
     """
 
     ratios: tuple[float, ...] = tuple(i / 20 for i in range(20))
     duo: Literal["never", "always", "both", "any"] = "never"
     statistic: Literal["mean", "rms"] = "mean"
     columns: int = 512
-    floor: float = 1e-4
 
     def __call__(self, w: Float[Array, "i o"], moments: Moments, spec: QuantSpec) -> Float[Array, " i"]:
         w = some_columns(w, self.columns)
@@ -49,8 +50,8 @@ class Grid:
             "any": [(r, p) for r in self.ratios for p in self.ratios],
         }[self.duo]
         r, p = jnp.array(pairs, jnp.float32).T[..., None]
-        s = jnp.maximum(sizes(moments, self.statistic), self.floor) ** r / (relative_size(w, spec) ** p + 1e-4)
-        s = jnp.maximum(s, self.floor)
+        s = jnp.maximum(sizes(moments, self.statistic), SMALLEST) ** r / (relative_size(w, spec) ** p + 1e-4)
+        s = jnp.maximum(s, SMALLEST)
         return normalised(s)
 
 
