@@ -1,7 +1,9 @@
 """awq_jax's own folders."""
 
 import json
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,7 @@ from awq_jax.formats import orbax
 from awq_jax.formats.checkpoint import open_checkpoint
 from awq_jax.formats.errors import InputError
 from awq_jax.spec import QuantSpec
-from awq_jax.tensor import Layout, QuantizedTensor, quantize, with_input_scale
+from awq_jax.tensor import Layout, QuantizedTensor, is_quantized, quantize, with_input_scale
 
 CONFIG = {"model_type": "llama", "hidden_size": 4}
 
@@ -102,6 +104,32 @@ def test_params_of_any_function(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, found, params)
     with pytest.raises(FileExistsError):
         orbax.save_params(tmp_path / "small", params)
-    with pytest.raises(ValueError, match="params/a is a list"):
-        orbax.save_params(tmp_path / "other", {"a": [kernel]})
+    with pytest.raises(ValueError, match="params/a is a float"):
+        orbax.save_params(tmp_path / "other", {"a": 1.0, "b": kernel})
+    with pytest.raises(ValueError, match="params are one leaf"):
+        orbax.save_params(tmp_path / "other", kernel)
     assert not (tmp_path / "other").exists()
+
+
+class Linear(NamedTuple):
+    kernel: Any
+    bias: Any
+
+
+def test_params_of_any_structure(tmp_path):
+    kernel = quantize(weight(64, 8), QuantSpec(3, 32))
+    params = (nn.Partitioned(kernel, ("in", "out")), [Linear(kernel, weight(8)), {"norm": weight(4)}])
+    orbax.save_params(tmp_path / "small", params)
+    dense = jax.tree.map(lambda w: w.dequantize() if is_quantized(w) else w, params, is_leaf=is_quantized)
+    shapes = jax.eval_shape(lambda: dense)
+    for like in (params, shapes):
+        found = orbax.load_params(tmp_path / "small", like)
+        assert jax.tree.structure(found) == jax.tree.structure(params)
+        jax.tree.map(np.testing.assert_array_equal, found, params)
+    named = orbax.load_params(tmp_path / "small")
+    assert jax.tree.structure(named) == jax.tree.structure(
+        {"0": kernel, "1": {"0": {"kernel": kernel, "bias": 0}, "1": {"norm": 0}}}
+    )
+    odd = "0 is not among yours, 1/1/norm is not among yours, 1/1/scale is missing"
+    with pytest.raises(InputError, match=f"holds other params: {odd}"):
+        orbax.load_params(tmp_path / "small", (None, [Linear(1, 1), {"scale": 1}]))

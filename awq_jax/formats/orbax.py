@@ -12,11 +12,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from awq_jax.formats.errors import InputError
 from awq_jax.formats.huggingface import Source, read_json, write_about, write_json
 from awq_jax.formats.written import written_whole
-from awq_jax.tensor import QuantizedTensor, in_rows, static_fields, static_json
+from awq_jax.sites import named_leaves
+from awq_jax.tensor import QuantizedTensor, in_rows, is_quantized, static_fields, static_json
 
 METADATA = "awq_jax.json"
 PARAMS = "params"
@@ -80,30 +82,47 @@ class Writer:
         return np.asarray(node)
 
 
-def save_params(folder: str | Path, params: Mapping[str, Any], *, overwrite: bool = False) -> None:
+def save_params(folder: str | Path, params: Any, *, overwrite: bool = False) -> None:
     """Writes params of any function, whole or not at all; `load_params` reads them without being told their structure.
 
     Args:
-      params: nested dict of arrays and QuantizedTensors; keys are strings without "/".
+      params: any pytree of arrays and QuantizedTensors that is more than one leaf.
       overwrite: replace a folder that holds something.
 
     Raises:
       FileExistsError: the folder holds something.
-      ValueError: something else than dicts, arrays and QuantizedTensors; names its path.
+      ValueError: a leaf that is neither array nor QuantizedTensor, two of one path, or one alone; names its path.
     """
+    if "" in (leaves := named_leaves(params)):
+        raise ValueError("params are one leaf: give it a name, {'kernel': params} say.")
     with written_whole(folder, overwrite=overwrite) as scratch:
         writer = Writer(scratch, None)
-        writer.write(PARAMS, params)
+        writer.write(PARAMS, unflatten_dict(leaves, sep="/"))
         writer.finish()
 
 
-def load_params(folder: str | Path) -> dict[str, Any]:
+def load_params(folder: str | Path, like: Any = None) -> Any:
     """What `save_params` wrote; leaves are numpy arrays.
 
+    Args:
+      like: params of the structure to give back, dense or not; their leaves may be shapes. Without, nested dicts: a
+        list comes back as {"0": ..., "1": ...}, and a box as what is in it.
+
     Raises:
-      InputError: no such folder, one that a newer awq_jax wrote, or a damaged one.
+      InputError: no such folder, one that a newer awq_jax wrote, or a damaged one; other params than in `like`.
+
+    Example:
+      >>> params, adapter = awq.load_params("folder", like=(params, adapter))
     """
-    return load_part(folder, PARAMS)
+    found = load_part(folder, PARAMS)
+    if like is None:
+        return found
+    leaves, wanted = named_leaves(found), named_leaves(like)
+    if leaves.keys() != wanted.keys():
+        odd = [*(f"{name} is missing" for name in wanted.keys() - leaves.keys())]
+        odd += [f"{name} is not among yours" for name in leaves.keys() - wanted.keys()]
+        raise InputError(f"{folder} holds other params: {', '.join(sorted(odd)[:4])}.")
+    return jax.tree.unflatten(jax.tree.structure(like, is_leaf=is_quantized), [leaves[name] for name in wanted])
 
 
 def is_own(folder: Path) -> bool:
