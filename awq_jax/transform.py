@@ -93,7 +93,8 @@ def with_moments(fn: Function, traced: Traced, *, block: int | None = mo.GRAM_BL
       traced: `sites(fn, params, *inputs)`.
       block: largest size of the Gram matrix's diagonal blocks; None for the full matrix. Memory is i * block a group.
 
-    `weights` is one weight a token, in the shape of the token axes of every site's input (a mask).
+    `weights` is one weight a token (a mask), in the shape of the token axes of the sites' inputs. A site that reads one
+    vector a sequence (a pooled head) counts it by the largest weight of its tokens.
     """
     leaders = {site.group for site in traced.sites.values()}
 
@@ -114,12 +115,8 @@ def with_moments(fn: Function, traced: Traced, *, block: int | None = mo.GRAM_BL
             tokens = x.shape[layout.n_lead : -1]
             if weights is not None and jax.sharding.get_abstract_mesh().manual_axes:
                 raise ValueError(f"{weight.name}: a mask does not reach tokens inside shard_map: leave it out.")
-            if weights is not None and weights.size != math.prod(tokens):
-                raise ValueError(
-                    f"{weight.name}: weights have shape {weights.shape}, the site's tokens {tokens}. "
-                    "Give one weight a token."
-                )
-            return y, {weight.key: mo.of(x, block, layout.n_lead, weights)}
+            mine = None if weights is None else _weights_of(weight.name, weights, tokens)
+            return y, {weight.key: mo.of(x, block, layout.n_lead, mine)}
 
         out, found = _interpreted(fn, params, inputs, on_dot, lambda leaf: hasattr(leaf, "shape"))
         leaves = named_leaves(params)
@@ -129,6 +126,17 @@ def with_moments(fn: Function, traced: Traced, *, block: int | None = mo.GRAM_BL
         return out, {name: _whole(ms, leaves[name].shape, traced.sites[name].stack) for name, ms in picked.items()}
 
     return run
+
+
+def _weights_of(name: str, weights: Array, tokens: tuple[int, ...]) -> Array:
+    """One weight for each of a site's `tokens`."""
+    if weights.size == math.prod(tokens):
+        return weights
+    if weights.shape[: len(tokens)] == tokens:
+        return weights.reshape(*tokens, -1).max(-1)
+    raise ValueError(
+        f"{name}: weights have shape {weights.shape}, the site's tokens {tokens}. Give one weight a token."
+    )
 
 
 def _whole(found: dict[Any, Moments], shape: tuple[int, ...], stack: tuple[int, ...]) -> Moments:

@@ -108,6 +108,14 @@ def test_a_mask_weighs_the_tokens():
         check(found.of(site), tokens, weights=weights)
 
 
+def test_a_pooled_vector_counts_unless_all_its_tokens_are_masked():
+    fn = lambda p, x: jnp.tanh(x @ p["up"]).mean(1) @ p["down"]
+    mask = np.array([[1, 1, 1, 0, 0], [0, 0, 0, 0, 0]], np.float32)
+    found = with_moments(fn, sites(fn, P, X))(P, X, weights=jnp.asarray(mask))[1]
+    check(found["up"], X.reshape(10, 40), weights=mask.ravel())
+    check(found["down"], np.tanh(X @ P["up"]).mean(1), weights=np.array([1.0, 0.0]))
+
+
 def test_sites_of_one_input_share_their_moments():
     found = calibrate(lambda p, x: (x @ p["up"], x @ p["down"].T), P, [(X,)])
     assert set(found.moments) == {"up"}
