@@ -71,6 +71,12 @@ def span(k, group):
     return 128 if group >= k else min(128, group & -group)
 
 
+@triton.constexpr_function
+def stored(k, group):
+    """How many blocks of 128 rows a matrix takes in memory: groups are whole, so the last may need another block."""
+    return ((k + group - 1) // group * group + 127) // 128
+
+
 @triton.jit
 def ask_for(rows, groups: tl.constexpr, N: tl.constexpr, n, bn: tl.constexpr):
     """Columns n .. n + bn of rows (groups, N) are on their way into the L2 cache.
@@ -180,7 +186,7 @@ def decode(
     kb: tl.constexpr,
     asm: tl.constexpr,
 ):
-    """x (E, M, K), codes (E, P, N, 32), scales and zeros (E, groups, N) -> out (E, M, N).
+    """x (E, M, K), codes (E, blocks, N, 32), scales and zeros (E, groups, N) -> out (E, M, N).
 
     Grid (N / bn, M / bm, E). With `layered` the weight has one more axis in front and layer (1,) says which.
     """
@@ -266,7 +272,7 @@ def few_rows(
     if N % bn:
         column = tl.minimum(n, N - 1)
     r = tl.arange(0, 32)
-    codes += e * P * N * 32
+    codes += e * stored(K, G) * N * 32
     scales += e * groups * N
     zeros += e * groups * N
     if asm:
@@ -338,7 +344,7 @@ def gemv(
         column = tl.minimum(n, N - 1)
     r = tl.arange(0, 32)
     x += (e * M + tl.program_id(0)) * K
-    codes += ew * P * N * 32
+    codes += ew * stored(K, G) * N * 32
     scales += ew * groups * N
     zeros += ew * groups * N
 
@@ -472,7 +478,6 @@ def product(
 
     `blocks` is how many blocks of K are multiplied: all, or 0 for zeros.
     """
-    P: tl.constexpr = (K + 127) // 128
     groups: tl.constexpr = (K + G - 1) // G
     run: tl.constexpr = span(K, G)
     dtype: tl.constexpr = tl.float16 if f16 else tl.bfloat16
@@ -481,7 +486,7 @@ def product(
     if N % bn:
         column = tl.minimum(n, N - 1)
     r = tl.arange(0, 32)
-    codes += e * P * N * 32
+    codes += e * stored(K, G) * N * 32
     scales += e * groups * N
     zeros += e * groups * N
     row = m.to(tl.int64) * K

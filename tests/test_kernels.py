@@ -137,6 +137,16 @@ def test_few_rows_lose_nothing_to_rounded_weights_and_many_little(rows):
     assert only_rounded == (rows <= 32)
 
 
+@pytest.mark.parametrize(("rows", "dtype"), [(3, "bfloat16"), (40, "bfloat16"), (3, "float32")])
+def test_matrices_whose_last_group_takes_a_block_more_than_their_rows(rows, dtype):
+    x, w = jnp.asarray(normal(3, rows, 127), dtype), weight(3, 127, 20, spec=QuantSpec(4, 96))
+    assert w.codes.shape[-2] == 2
+    check(multiply(x, w, implementation="triton"), x, w)
+    if dtype != "float32":
+        y = grouped_multiply(x.reshape(-1, 127), w, jnp.full(3, rows), implementation="triton")
+        check(y.reshape(3, rows, 20), x, w)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("rows", "dtype"), [(3, "bfloat16"), (40, "bfloat16"), (3, "float32")])
 @pytest.mark.parametrize("scaled", [False, True])
