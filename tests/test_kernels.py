@@ -24,7 +24,7 @@ import interpreted
 
 from awq_jax.kernels import api, grouped_int4_matmul, int4_matmul, shared_int4_matmul, table, target, triton
 from awq_jax.kernels.api import separate
-from awq_jax.kernels.gpu import architecture
+from awq_jax.kernels.gpu import architecture, multiprocessors
 from awq_jax.spec import QuantSpec
 from awq_jax.tensor import QuantizedTensor, in_tiles, quantize, with_input_scale
 
@@ -163,6 +163,38 @@ def test_a_layer_of_a_stack_is_read_in_place(rows, dtype):
         check(pick(x, stack, layer), x, jax.tree.map(lambda leaf, layer=layer: leaf[layer], stack))
 
 
+@pytest.fixture
+def launches(monkeypatch):
+    """The kernels that were launched, each with its grid and constants."""
+    seen = []
+
+    def launch(kernel, *args, grid, **options):
+        seen.append((kernel, grid, options))
+        return interpreted.launch(kernel, *args, grid=grid, **options)
+
+    monkeypatch.setattr(triton, "launch", launch)
+    return seen
+
+
+@pytest.mark.parametrize(("rows", "dtype"), [(40, "bfloat16"), (70, "float16")])
+@pytest.mark.parametrize(("k", "splits"), [(1023, 2), (1100, 2), (1930, 4)])
+def test_parts_of_k_that_programs_multiply_add_up(launches, rows, dtype, k, splits):
+    x, stack = jnp.asarray(normal(rows, k), dtype), weight(2, k, 70, spec=QuantSpec(4, 96), scaled=True)
+    w = jax.tree.map(lambda leaf: leaf[1], stack)
+    for y in (triton.matmul(x, w), triton.matmul(x, stack, layer=1), triton.matmul(x, w, dtype=jnp.float32)):
+        check(y.astype(dtype), x, w)
+    check(triton.matmul(jnp.stack([x, x + 1]), stack), jnp.stack([x, x + 1]), stack)
+    assert {(kernel, grid[1], options["splits"]) for kernel, grid, options in launches} == {("tile", splits, splits)}
+
+
+@given(programs=st.integers(1, 5000), blocks=st.integers(1, 300), multiprocessors=st.sampled_from([40, 108, 132, 170]))
+def test_k_is_split_for_one_program_on_each_multiprocessor_and_no_more(programs, blocks, multiprocessors):
+    splits = table.splits(programs, blocks, multiprocessors)
+    assert 1 <= splits <= max(1, blocks // 4)
+    assert splits == 1 or programs * splits <= 1.5 * multiprocessors
+    assert splits == max(1, blocks // 4) or programs * splits >= multiprocessors / 1.5
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(
     "sizes", [[3, 0, 17, 1], [0, 0, 0, 50], [0, 0, 0, 0], [13, 13, 13, 11], [1, 1, 1, 150]], ids=str
@@ -273,18 +305,11 @@ def test_a_long_prefill_makes_the_weight_dense_once(monkeypatch):
 
 @pytest.mark.parametrize("widths", [(70, 16, 5), (33, 20)])
 @pytest.mark.parametrize(("rows", "dtype"), [(1, "bfloat16"), (9, "float16"), (32, "bfloat16")])
-def test_weights_of_one_input_share_a_launch_and_give_the_same_numbers(monkeypatch, widths, rows, dtype):
-    launched = []
-
-    def launch(kernel, *args, **kwargs):
-        launched.append(kernel)
-        return interpreted.launch(kernel, *args, **kwargs)
-
-    monkeypatch.setattr(triton, "launch", launch)
+def test_weights_of_one_input_share_a_launch_and_give_the_same_numbers(launches, widths, rows, dtype):
     x = jnp.asarray(normal(rows, 300), dtype)
     ws = [weight(300, n, spec=QuantSpec(4, 96), scaled=i == 1, seed=i) for i, n in enumerate(widths)]
     ys = triton.shared_matmul(x, *ws)
-    assert launched == ["decode_shared"]
+    assert [kernel for kernel, *_ in launches] == ["decode_shared"]
     for y, w in zip(ys, ws, strict=True):
         check(y, x, w)
         alone = triton.matmul(x, w)
@@ -371,6 +396,14 @@ def test_a_gpu_of_another_maker_has_no_architecture(monkeypatch):
         device = SimpleNamespace(compute_capability=capability)
         monkeypatch.setattr(jax, "local_devices", lambda device=device: [device])
         assert architecture() == expected
+
+
+def test_multiprocessors_are_those_of_the_gpu_that_is_here_or_of_the_usual_one(monkeypatch):
+    assert multiprocessors() == 108
+    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(core_count=142)])
+    assert multiprocessors() == 142
+    with target(90):
+        assert multiprocessors() == 132
 
 
 def test_scales_of_the_wrong_shape_are_named():
