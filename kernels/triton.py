@@ -142,8 +142,12 @@ def shared_matmul(x: Float[Array, "*b i"], *ws: PackedWeight) -> tuple[Float[Arr
     return tuple(y.reshape(*x.shape[:-1], n) for y, n in zip(ys, ns, strict=True) if n)
 
 
-def grouped_matmul(x: Float[Array, "m i"], w: PackedWeight, group_sizes: Int[Array, " e"]) -> Float[Array, "m o"]:
+def grouped_matmul(
+    x: Float[Array, "m i"], w: PackedWeight, group_sizes: Int[Array, " e"], *, dtype: Any = None
+) -> Float[Array, "m o"]:
     """Sorted rows, each times its group's matrix, as jax.lax.ragged_dot; rows beyond all groups give 0.
+
+    In x's dtype, or the one given.
 
     Raises:
       NotImplementedError: the kernels cannot run this case; the message says why.
@@ -153,8 +157,9 @@ def grouped_matmul(x: Float[Array, "m i"], w: PackedWeight, group_sizes: Int[Arr
     if arch < TENSOR_CORES or x.dtype == jnp.float32:
         raise NotImplementedError(f"sorted rows of {x.dtype} on sm_{arch} would need tensor cores that take them")
     experts, (rows, k), n = w.codes.shape[0], x.shape, w.scales.shape[-1]
+    dtype = jnp.dtype(dtype or x.dtype)
     if 0 in (experts, rows, n, k):
-        return jnp.zeros((rows, n), x.dtype)
+        return jnp.zeros((rows, n), dtype)
     t = table.grouped_tiling(arch, x.dtype.name, w.spec.group(k), -(-rows // experts), k, n)
     which = row_tiles(group_sizes, rows, t.bm)
     if w.input_scale is not None:
@@ -165,7 +170,7 @@ def grouped_matmul(x: Float[Array, "m i"], w: PackedWeight, group_sizes: Int[Arr
         x,
         *pointers(w),
         *which,
-        out=jax.ShapeDtypeStruct((rows, n), x.dtype),
+        out=jax.ShapeDtypeStruct((rows, n), dtype),
         grid=(which[0].size, -(-n // t.bn), 1),
         warps=t.warps,
         stages=t.stages,

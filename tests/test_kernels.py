@@ -9,6 +9,7 @@ roundoff:
 """
 
 import dataclasses
+import functools as ft
 from types import SimpleNamespace
 
 import jax
@@ -248,6 +249,29 @@ def test_gradients_are_those_of_the_dense_weight(rows):
     np.testing.assert_array_equal(dx, expected)
     np.testing.assert_array_equal(dw.scales, expected_w.scales)
     assert dw.codes.dtype == jax.dtypes.float0
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("rows", "k"), [(3, 96), (40, 96), (40, 1100)])
+def test_a_float32_result_is_not_rounded_to_the_dtype_of_x(implementation, rows, k):
+    wide = ft.partial(int4_matmul, implementation=implementation, dtype=jnp.float32)
+    x, w = jnp.asarray(normal(3, rows, k), jnp.bfloat16), weight(3, k, 20)
+    y = jax.jit(wide)(x, w)
+    assert y.dtype == jnp.float32
+    assert np.any(y != y.astype(jnp.bfloat16))
+    check(y.astype(jnp.bfloat16), x, w)
+    np.testing.assert_array_equal(jax.vmap(wide)(x, w), y)
+    dx = jax.grad(lambda x: wide(x, w).sum())(x)
+    assert (dx.dtype, dx.shape) == (x.dtype, x.shape)
+    sizes = jnp.full(3, rows)
+    ragged = grouped_int4_matmul(x.reshape(-1, k), w, sizes, implementation=implementation, dtype=jnp.float32)
+    assert ragged.dtype == jnp.float32
+    np.testing.assert_allclose(ragged.reshape(y.shape), y, rtol=0.02, atol=0.02 * np.abs(y).max())
+
+
+def test_a_result_of_a_dtype_that_no_matmul_writes_is_refused():
+    with pytest.raises(ValueError, match="dtype=int8: a result is float32, bfloat16 or float16"):
+        int4_matmul(jnp.ones((1, 64)), weight(64, 8), dtype=jnp.int8)
 
 
 def test_it_works_in_scan_and_remat():
