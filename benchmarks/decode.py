@@ -2,14 +2,16 @@
 
   python benchmarks/decode.py [DENSE [QUANTIZED]] [--name decode_cpu]
 
-Without models SmolLM2-135M in float32; without a quantized one, the dense one rounded to nearest: speed does not depend
-on which codes there are. The models take turns, each generating one token and then many. The difference is the time of
-a token; the first holds the prompt and, on a CPU, the making of dense weights. Medians; the ratio is that of each turn,
-so that what else the machine does falls on both.
+Without models SmolLM2-135M in float32; a config.json stands for random weights of its sizes in bfloat16. Without a
+quantized one, the dense one rounded to nearest: speed does not depend on which codes there are. The models take turns,
+each generating one token and then many. The difference is the time of a token; the first holds the prompt and, on a
+CPU, the making of dense weights. Medians; the ratio is that of each turn, so that what else the machine does falls on
+both.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
 import time
@@ -28,7 +30,9 @@ from common import save
 
 from awq_jax.demo import fetch_smollm2
 from awq_jax.load import Model, load
+from awq_jax.models import for_config
 from awq_jax.models.generate import generate
+from awq_jax.models.llama import Llama
 from awq_jax.spec import QuantSpec
 from awq_jax.tensor import prepare, quantize
 
@@ -40,14 +44,28 @@ class Arguments:
     batch: int = 1
     prompt: int = 32
     tokens: int = 65
+    group: int = 64
+    """Of the weights that are rounded here."""
     runs: int = 9
     name: str = "decode"
     """Of the JSON file under benchmarks/results."""
 
 
-def rounded(model: Model) -> Model:
-    """`model` with 4-bit kernels in groups of 64."""
-    pack = lambda path, leaf: quantize(leaf, QuantSpec(4, 64)) if path[-1].key == "kernel" else leaf
+def opened(path: str | Path) -> Model:
+    """The model at `path`, or one of random weights where it is a config.json."""
+    if Path(path).suffix != ".json":
+        return load(path)
+    hf = json.loads(Path(path).read_text())
+    module = for_config(hf)
+    config = module.Config.from_hf(hf, jnp.bfloat16)
+    shapes = jax.eval_shape(lambda: Llama(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
+    make = jax.jit(lambda shape: jax.random.normal(jax.random.key(0), shape, jnp.bfloat16) / 50, static_argnums=0)
+    return Model(module, config, jax.tree.map(lambda leaf: make(leaf.shape), shapes), None)
+
+
+def rounded(model: Model, group: int) -> Model:
+    """`model` with 4-bit kernels."""
+    pack = lambda path, leaf: quantize(leaf, QuantSpec(4, group)) if path[-1].key == "kernel" else leaf
     params = jax.tree_util.tree_map_with_path(pack, model.params)
     return replace(model, params=prepare(params) if jax.default_backend() == "gpu" else params)
 
@@ -59,8 +77,8 @@ def seconds(model: Model, prompt: jax.Array, tokens: int) -> float:
 
 
 def main(a: Arguments) -> None:
-    dense = load(a.dense or fetch_smollm2())
-    models = {"dense": dense, "quantized": load(a.quantized) if a.quantized else rounded(dense)}
+    dense = opened(a.dense or fetch_smollm2())
+    models = {"dense": dense, "quantized": load(a.quantized) if a.quantized else rounded(dense, a.group)}
     prompt = jnp.ones((a.batch, a.prompt), jnp.int32)
     first: dict[str, list[float]] = {name: [] for name in models}
     token: dict[str, list[float]] = {name: [] for name in models}
