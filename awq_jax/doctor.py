@@ -75,9 +75,9 @@ def _serves(rows: int) -> tuple[str, str]:
     w = jax.eval_shape(lambda w: in_tiles(quantize(w, QuantSpec())), dense)
     try:
         triton.check(jnp.bfloat16, w)
-        if reason := launch.missing():
-            raise NotImplementedError(reason)
         tiling = table.tiling(arch, "bfloat16", 128, rows, 4096, 4096)
+        if reason := launch.missing() or launch.too_old(tiling.kernel):
+            raise NotImplementedError(reason)
     except NotImplementedError as e:
         return "plain XLA", str(e)
     return (

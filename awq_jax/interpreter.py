@@ -60,11 +60,17 @@ class Weight:
         return vary(out, self.varying) if self.varying else out
 
 
-OnDot = Callable[[Weight, Layout, Array, Array | None], tuple[Array, Records]]
-"""`(weight, layout, x, None) -> (y, records)`: x (*lead, *tokens, i), y (*lead, *tokens, o); records add up.
+OnDot = Callable[[Weight, Layout, Array, Array | None, Any], tuple[Array, Records]]
+"""`(weight, layout, x, None, dtype) -> (y, records)`: x (*lead, *tokens, i), y (*lead, *tokens, o); records add up.
 
-`(weight, layout, x, sizes)` multiplies sorted rows: of x (rows, i), the first sizes[0] belong to the first expert.
+`(weight, layout, x, sizes, dtype)` multiplies sorted rows: of x (rows, i), the first sizes[0] belong to the first
+expert. y has the dtype, or x's where that is None.
 """
+
+
+def wider(x: Array, eqn: Any) -> Any:
+    """float32 where the equation's result is wider than x (preferred_element_type): its sums are not rounded to x's."""
+    return jnp.float32 if eqn.outvars[0].aval.dtype.itemsize > x.dtype.itemsize else None
 
 
 def dense(x: Any) -> Any:
@@ -136,7 +142,7 @@ def _dot_general(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Re
     lead = [layout.sizes[a] for a in layout.order[: layout.n_lead]]
     token_shape = [x.shape[k] for k in tokens]
     flat = x.transpose(*b, *tokens, *c).reshape(*lead, *token_shape, -1)
-    out, records = on_dot(w, layout, flat, None)
+    out, records = on_dot(w, layout, flat, None, wider(x, eqn))
     n_b, n_t, n_f = len(b), len(tokens), len(free)
     out = out.reshape([*(x.shape[k] for k in b), *token_shape, *(w.view.shape[k] for k in free)])
     if weight_first:
@@ -150,7 +156,7 @@ def _convolution(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Re
         return bind(eqn, ins, on_dot)
     of_x, of_w, of_out = eqn.params["dimension_numbers"]
     x = x[pointwise_slices(eqn.params)].transpose(of_x[0], *of_x[2:], of_x[1])
-    out, records = on_dot(w, w.view.layout((), (of_w[1],)), x, None)
+    out, records = on_dot(w, w.view.layout((), (of_w[1],)), x, None, wider(x, eqn))
     out = out.transpose([(0, x.ndim - 1, *range(1, x.ndim - 1))[of_out.index(k)] for k in range(x.ndim)])
     return [out.astype(eqn.outvars[0].aval.dtype)], records
 
@@ -263,7 +269,7 @@ def _ragged_dot(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Rec
     if isinstance(x, Weight) or not is_grouped_by_rows(numbers):
         return bind(eqn, ins, on_dot)
     ((_, cw), _) = numbers.dot_dimension_numbers
-    out, records = on_dot(w, w.view.layout(numbers.rhs_group_dimensions, cw), x, sizes)
+    out, records = on_dot(w, w.view.layout(numbers.rhs_group_dimensions, cw), x, sizes, wider(x, eqn))
     return [out.astype(eqn.outvars[0].aval.dtype)], records
 
 

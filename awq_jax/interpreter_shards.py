@@ -39,8 +39,8 @@ def shard_map(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Recor
     manual = [name for name in p["mesh"].axis_names if name in p["newly_manual_axes"]]
     of_records: dict[Any, PartitionSpec] = {}
 
-    def on_shard(weight: Weight, layout: Layout, x: Array, sizes: Array | None) -> tuple[Array, Records]:
-        y, records = on_dot(weight, layout, x, sizes)
+    def on_shard(weight: Weight, layout: Layout, x: Array, sizes: Array | None, dtype: Any) -> tuple[Array, Records]:
+        y, records = on_dot(weight, layout, x, sizes, dtype)
         differ = varying(x) if p["check_vma"] else split | set(weight.cuts)
         records = _summed(records, weight, layout, [name for name in manual if name in differ], p["check_vma"])
         outer = next(w for w in weights.values() if w.name == weight.name)

@@ -318,20 +318,29 @@ def dequantize(w: QuantizedTensor) -> Array:
 
 
 def dot(
-    x: Float[Array, "*b i"], w: Float[Array, "*lead i o"] | QuantizedTensor, group_sizes: Int[Array, " e"] | None = None
+    x: Float[Array, "*b i"],
+    w: Float[Array, "*lead i o"] | QuantizedTensor,
+    group_sizes: Int[Array, " e"] | None = None,
+    *,
+    dtype: Any = None,
 ) -> Float[Array, "*b o"]:
-    """`x @ w`, dense or quantized, in x's dtype; the leading axes of w, if any, are leading axes of x too.
+    """`x @ w`, dense or quantized; the leading axes of w, if any, are leading axes of x too.
 
     Args:
       group_sizes: x is (rows, i), w (e, i, o), and of the rows the first group_sizes[0] are multiplied with w[0], and
         so on, as in jax.lax.ragged_dot.
+      dtype: of the result, float32, bfloat16 or float16; None for x's. Sums are float32 in any case.
 
     Example:
       >>> y = dot(x, params["kernel"])  # the only matmul a quantizable layer needs
     """
     if isinstance(w, QuantizedTensor):
-        return kernels.int4_matmul(x, w) if group_sizes is None else kernels.grouped_int4_matmul(x, w, group_sizes)
-    return dense_matmul(x, w) if group_sizes is None else dense_grouped_matmul(x, w, group_sizes)
+        if group_sizes is None:
+            return kernels.int4_matmul(x, w, dtype=dtype)
+        return kernels.grouped_int4_matmul(x, w, group_sizes, dtype=dtype)
+    if group_sizes is None:
+        return dense_matmul(x, w, dtype=dtype)
+    return dense_grouped_matmul(x, w, group_sizes, dtype=dtype)
 
 
 def dots(x: Float[Array, "*b i"], *ws: Float[Array, "i o"] | QuantizedTensor) -> tuple[Float[Array, "*b o"], ...]:

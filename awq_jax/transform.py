@@ -77,13 +77,11 @@ def quantized(fn: Function) -> Function:
     return run
 
 
-def _multiply(weight: Weight, layout: Layout, x: Array, sizes: Array | None) -> tuple[Array, Records]:
+def _multiply(weight: Weight, layout: Layout, x: Array, sizes: Array | None, dtype: Any) -> tuple[Array, Records]:
     w = weight.base
-    if not is_quantized(w):
-        return dot(x, layout.matrix(w).astype(x.dtype), sizes), {}
-    if w.layout == (None if layout.is_matrix else layout):
-        return dot(x, w, sizes), {}
-    return dot(x, layout.matrix(w.dequantize()).astype(x.dtype), sizes), {}
+    if not is_quantized(w) or w.layout != (None if layout.is_matrix else layout):
+        w = layout.matrix(w.dequantize() if is_quantized(w) else w).astype(x.dtype)
+    return dot(x, w, sizes, dtype=dtype), {}
 
 
 def with_moments(fn: Function, traced: Traced, *, block: int | None = mo.GRAM_BLOCK) -> Function:
@@ -99,10 +97,10 @@ def with_moments(fn: Function, traced: Traced, *, block: int | None = mo.GRAM_BL
     leaders = {site.group for site in traced.sites.values()}
 
     def run(params: Any, *inputs: Any, weights: Array | None = None) -> tuple[Any, dict[str, Moments]]:
-        def on_dot(weight: Weight, layout: Layout, x: Array, sizes: Array | None) -> tuple[Array, Records]:
+        def on_dot(weight: Weight, layout: Layout, x: Array, sizes: Array | None, dtype: Any) -> tuple[Array, Records]:
             # Else XLA computes what leads to x twice, for the matmul and for the moments.
             x = jax.lax.optimization_barrier(x)
-            y, _ = _multiply(weight, layout, x, sizes)
+            y, _ = _multiply(weight, layout, x, sizes, dtype)
             if weight.name not in leaders:
                 return y, {}
             x = weight.whole_input(layout, x)

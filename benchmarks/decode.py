@@ -1,16 +1,21 @@
 """Tokens a second of a decoder, dense and quantized, in one run.
 
-  python benchmarks/decode.py DENSE QUANTIZED
+  python benchmarks/decode.py [DENSE [QUANTIZED]] [--name decode_cpu]
 
-Each generates the same number of tokens in turns, after one run that compiles; medians and their ratio.
+Without models SmolLM2-135M in float32; a config.json stands for random weights of its sizes in bfloat16. Without a
+quantized one, the dense one rounded to nearest: speed does not depend on which codes there are. The models take turns,
+each generating one token and then many. The difference is the time of a token; the first holds the prompt and, on a
+CPU, the making of dense weights. Medians; the ratio is that of each turn, so that what else the machine does falls on
+both.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -23,38 +28,80 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parent))
 from common import save
 
-from awq_jax.load import load
+from awq_jax.demo import fetch_smollm2
+from awq_jax.load import Model, load
+from awq_jax.models import for_config
 from awq_jax.models.generate import generate
+from awq_jax.models.llama import Llama
+from awq_jax.spec import QuantSpec
+from awq_jax.tensor import prepare, quantize
 
 
 @dataclass(frozen=True)
 class Arguments:
-    dense: Annotated[str, tyro.conf.Positional]
-    quantized: Annotated[str, tyro.conf.Positional]
+    dense: Annotated[str | None, tyro.conf.Positional] = None
+    quantized: Annotated[str | None, tyro.conf.Positional] = None
     batch: int = 1
     prompt: int = 32
-    tokens: int = 64
-    runs: int = 5
+    tokens: int = 65
+    group: int = 64
+    """Of the weights that are rounded here."""
+    runs: int = 9
     name: str = "decode"
     """Of the JSON file under benchmarks/results."""
 
 
+def opened(path: str | Path) -> Model:
+    """The model at `path`, or one of random weights where it is a config.json."""
+    if Path(path).suffix != ".json":
+        return load(path)
+    hf = json.loads(Path(path).read_text())
+    module = for_config(hf)
+    config = module.Config.from_hf(hf, jnp.bfloat16)
+    shapes = jax.eval_shape(lambda: Llama(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
+    make = jax.jit(lambda shape: jax.random.normal(jax.random.key(0), shape, jnp.bfloat16) / 50, static_argnums=0)
+    return Model(module, config, jax.tree.map(lambda leaf: make(leaf.shape), shapes), None)
+
+
+def rounded(model: Model, group: int) -> Model:
+    """`model` with 4-bit kernels."""
+    pack = lambda path, leaf: quantize(leaf, QuantSpec(4, group)) if path[-1].key == "kernel" else leaf
+    params = jax.tree_util.tree_map_with_path(pack, model.params)
+    return replace(model, params=prepare(params) if jax.default_backend() == "gpu" else params)
+
+
+def seconds(model: Model, prompt: jax.Array, tokens: int) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(generate(model.config, model.params, prompt, max_new_tokens=tokens))
+    return time.perf_counter() - start
+
+
 def main(a: Arguments) -> None:
-    models = {"dense": load(a.dense), "quantized": load(a.quantized)}
+    dense = opened(a.dense or fetch_smollm2())
+    models = {"dense": dense, "quantized": load(a.quantized) if a.quantized else rounded(dense, a.group)}
     prompt = jnp.ones((a.batch, a.prompt), jnp.int32)
-    seconds: dict[str, list[float]] = {name: [] for name in models}
+    first: dict[str, list[float]] = {name: [] for name in models}
+    token: dict[str, list[float]] = {name: [] for name in models}
     for run in range(a.runs + 1):
         for name, model in models.items():
-            start = time.perf_counter()
-            jax.block_until_ready(generate(model.config, model.params, prompt, max_new_tokens=a.tokens))
+            one, many = seconds(model, prompt, 1), seconds(model, prompt, a.tokens)
             if run:
-                seconds[name].append(time.perf_counter() - start)
-    rates = {name: a.batch * a.tokens / statistics.median(times) for name, times in seconds.items()}
-    table = Table("", "tokens/s", title=f"Batch {a.batch}, prompt {a.prompt}, {a.tokens} new tokens")
-    for name, rate in rates.items():
-        table.add_row(name, f"{rate:.1f}")
-    Console().print(table)
-    save(a.name, {"batch": a.batch, "prompt": a.prompt, "tokens": a.tokens, "tokens_per_second": rates})
+                first[name].append(one)
+                token[name].append((many - one) / (a.tokens - 1))
+    ratio = statistics.median(d / q for d, q in zip(token["dense"], token["quantized"], strict=True))
+    result = {
+        name: {
+            "first_token_s": statistics.median(first[name]),
+            "tokens_per_second": a.batch / statistics.median(token[name]),
+        }
+        for name in models
+    }
+    table = Table("", "first token, s", "tokens/s", title=f"Batch {a.batch}, prompt {a.prompt}, {a.tokens} new tokens")
+    for name, of in result.items():
+        table.add_row(name, f"{of['first_token_s']:.3f}", f"{of['tokens_per_second']:.1f}")
+    Console().print(table, f"Quantized over dense: {ratio:.2f}")
+    sizes = {"batch": a.batch, "prompt": a.prompt, "tokens": a.tokens, "dtype": jnp.dtype(dense.config.dtype).name}
+    save(a.name, sizes | {"models": result, "quantized_over_dense": ratio})
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from awq_jax.kernels import reference, rules, sharded, triton
@@ -15,31 +16,39 @@ from awq_jax.kernels.contract import PackedWeight, check_shapes
 
 Implementation = Callable[..., Any]
 
-kernel = ft.partial(sharded.matmul, triton.matmul)
-
-# By name, in the order in which they are tried. Asked for by name the kernel itself runs, not its choice of platforms.
-IMPLEMENTATIONS: Mapping[str, tuple[Implementation, Implementation]] = {
-    "triton": (rules.with_rules(rules.everywhere(kernel, reference.matmul)), rules.with_rules(kernel)),
-    "xla": (reference.matmul, reference.matmul),
-}
-GROUPED: Mapping[str, tuple[Implementation, Implementation]] = {
-    "triton": (
-        rules.with_rules_of(
-            reference.grouped_matmul, rules.everywhere(triton.grouped_matmul, reference.grouped_matmul)
-        ),
-        triton.grouped_matmul,
-    ),
-    "xla": (reference.grouped_matmul, reference.grouped_matmul),
-}
+Table = Mapping[str, tuple[Implementation, Implementation]]
+"""By name, in the order in which they are tried. Asked for by name the second runs: no choice of platforms."""
 
 
-def int4_matmul(x: Float[Array, "*b i"], w: PackedWeight, *, implementation: str | None = None) -> Float[Array, "*b o"]:
-    """`x @ w.dequantize()` without keeping the dense weight; accumulates in float32, returns x's dtype.
+@ft.cache
+def implementations(dtype: Any) -> Table:
+    """Of a matmul whose result has a dtype; None for x's."""
+    kernel = ft.partial(sharded.matmul, triton.matmul, dtype=dtype)
+    plain = ft.partial(reference.matmul, dtype=dtype)
+    return {
+        "triton": (rules.with_rules(rules.everywhere(kernel, plain), plain), rules.with_rules(kernel, plain)),
+        "xla": (plain, plain),
+    }
+
+
+@ft.cache
+def grouped_implementations(dtype: Any) -> Table:
+    """As `implementations`, of sorted rows."""
+    kernel = ft.partial(triton.grouped_matmul, dtype=dtype)
+    plain = ft.partial(reference.grouped_matmul, dtype=dtype)
+    return {"triton": (rules.with_rules_of(plain, rules.everywhere(kernel, plain)), kernel), "xla": (plain, plain)}
+
+
+def int4_matmul(
+    x: Float[Array, "*b i"], w: PackedWeight, *, implementation: str | None = None, dtype: Any = None
+) -> Float[Array, "*b o"]:
+    """`x @ w.dequantize()` without keeping the dense weight; accumulates in float32.
 
     Args:
       x: float16, bfloat16 or float32 activations; leading axes of w, if any, are leading axes of x too.
       w: packed weight of logical shape (*lead, i, o), 2 to 8 bits; its input scale is applied to x.
       implementation: "triton" or "xla"; None takes the first that supports the case.
+      dtype: of the result, float32, bfloat16 or float16; None for x's.
 
     Raises:
       ValueError: the last axis of x is not w's input axis, its leading axes are not w's, the weight's leaves disagree,
@@ -49,7 +58,7 @@ def int4_matmul(x: Float[Array, "*b i"], w: PackedWeight, *, implementation: str
     Reads i * o / 2 bytes of codes and 3 i * o / group of scales and zeros: their bytes are the time up to some 60 rows.
     """
     check_shapes(x, w)
-    return first_that_can(IMPLEMENTATIONS, implementation, x, w)
+    return first_that_can(implementations(result_dtype(dtype)), implementation, x, w)
 
 
 def shared_int4_matmul(x: Float[Array, "*b i"], *ws: PackedWeight) -> tuple[Float[Array, "*b o"], ...]:
@@ -73,7 +82,12 @@ def separate(x: Float[Array, "*b i"], *ws: PackedWeight) -> tuple[Float[Array, "
 
 
 def grouped_int4_matmul(
-    x: Float[Array, "m i"], w: PackedWeight, group_sizes: Int[Array, " e"], *, implementation: str | None = None
+    x: Float[Array, "m i"],
+    w: PackedWeight,
+    group_sizes: Int[Array, " e"],
+    *,
+    implementation: str | None = None,
+    dtype: Any = None,
 ) -> Float[Array, "m o"]:
     """Sorted rows, each times the matrix of its group (expert), as jax.lax.ragged_dot; rows beyond all groups give 0.
 
@@ -81,6 +95,7 @@ def grouped_int4_matmul(
       x: float16, bfloat16 or float32; the first group_sizes[0] rows belong to the first group, and so on.
       w: packed weight of logical shape (e, i, o), 2 to 8 bits.
       implementation: "triton" or "xla"; None takes the first that supports the case.
+      dtype: of the result, as in `int4_matmul`.
 
     Raises:
       ValueError: the last axis of x is not w's input axis, the weight's leaves disagree, or no such
@@ -88,12 +103,22 @@ def grouped_int4_matmul(
       NotImplementedError: the named implementation cannot run this case; the message says why.
     """
     check_shapes(x, w, grouped=True)
-    return first_that_can(GROUPED, implementation, x, w, group_sizes)
+    return first_that_can(grouped_implementations(result_dtype(dtype)), implementation, x, w, group_sizes)
 
 
-def first_that_can(
-    table: Mapping[str, tuple[Implementation, Implementation]], name: str | None, *args: Any
-) -> Float[Array, "*b o"]:
+def result_dtype(dtype: Any) -> Any:
+    """`dtype` as numpy names it, or None.
+
+    Raises:
+      ValueError: no dtype that a matmul writes.
+    """
+    found = None if dtype is None else jnp.dtype(dtype)
+    if found is not None and found.name not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype={found.name}: a result is float32, bfloat16 or float16. Cast it after.")
+    return found
+
+
+def first_that_can(table: Table, name: str | None, *args: Any) -> Float[Array, "*b o"]:
     """What the named implementation returns, or the first of all that does not refuse."""
     if name is not None:
         if name not in table:

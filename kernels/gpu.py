@@ -24,6 +24,17 @@ def architecture() -> int | None:
     return int(found) if found.isdigit() else None
 
 
+MULTIPROCESSORS = {75: 40, 80: 108, 86: 84, 87: 16, 89: 128, 90: 132, 100: 148, 103: 148, 120: 170, 121: 48}
+"""Of the GPU that most have of an architecture: what is taken for one that is not here."""
+
+
+def multiprocessors() -> int:
+    """How many programs the GPU runs beside each other, one each."""
+    if _named.get() is None and (found := getattr(jax.local_devices()[0], "core_count", None)):
+        return int(found)
+    return MULTIPROCESSORS.get(architecture() or TENSOR_CORES, MULTIPROCESSORS[TENSOR_CORES])
+
+
 @contextmanager
 def target(architecture: int) -> Iterator[None]:
     """Within the block programs are made for a GPU that is not here, as 90 for an H100, say for jax.export.

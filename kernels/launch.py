@@ -27,6 +27,18 @@ def missing() -> str | None:
     return None
 
 
+def too_old(kernel: str) -> str | None:
+    """Why this triton cannot compile a kernel for the GPU, None if it can."""
+    import triton
+
+    arch = architecture() or 0
+    on_tcgen05 = kernel in ("tile", "ragged") and 100 <= arch < 120
+    if on_tcgen05 and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
+        # It compiles 128 x 128 tiles to a trap, and unrolls smaller ones into twice the instructions.
+        return f"triton {triton.__version__} compiles many rows wrongly for sm_{arch}: pip install 'triton>=3.9'"
+    return None
+
+
 def launch(
     kernel: str,
     *arrays: jax.Array,
@@ -44,9 +56,9 @@ def launch(
       constants: its compile-time constants.
 
     Raises:
-      NotImplementedError: a package is missing.
+      NotImplementedError: a package is missing, or too old for the GPU.
     """
-    if reason := missing():
+    if reason := missing() or too_old(kernel):
         raise NotImplementedError(reason)
     import jax_triton
 

@@ -46,12 +46,14 @@ def scaled(x: Float[Array, "*b i"], scale: Float[Array, "*lead i"] | None) -> Fl
     return (x * scale.reshape(*scale.shape[:-1], *between, scale.shape[-1])).astype(x.dtype)
 
 
-def grouped_matmul(x: Float[Array, "m i"], w: PackedWeight, group_sizes: Int[Array, " e"]) -> Float[Array, "m o"]:
-    """Sorted rows, each times its group's matrix; accumulates in float32."""
+def grouped_matmul(
+    x: Float[Array, "m i"], w: PackedWeight, group_sizes: Int[Array, " e"], *, dtype: Any = None
+) -> Float[Array, "m o"]:
+    """Sorted rows, each times its group's matrix; accumulates in float32. In x's dtype, or the one given."""
     dense = dequantize(w)
     if w.input_scale is not None:
         dense = dense * w.input_scale[..., None]
-    return dense_grouped_matmul(x, dense.astype(x.dtype), group_sizes)
+    return dense_grouped_matmul(x, dense.astype(x.dtype), group_sizes, dtype=dtype)
 
 
 def dense_matmul(x: Float[Array, "*b i"], w: Float[Array, "*lead i o"], *, dtype: Any = None) -> Float[Array, "*b o"]:
@@ -62,7 +64,7 @@ def dense_matmul(x: Float[Array, "*b i"], w: Float[Array, "*lead i o"], *, dtype
 
 
 def dense_grouped_matmul(
-    x: Float[Array, "m i"], w: Float[Array, "e i o"], group_sizes: Int[Array, " e"]
+    x: Float[Array, "m i"], w: Float[Array, "e i o"], group_sizes: Int[Array, " e"], *, dtype: Any = None
 ) -> Float[Array, "m o"]:
     """`jax.lax.ragged_dot`, accumulated in float32."""
-    return lax.ragged_dot(x, w, group_sizes, preferred_element_type=jnp.float32).astype(x.dtype)
+    return lax.ragged_dot(x, w, group_sizes, preferred_element_type=jnp.float32).astype(dtype or x.dtype)

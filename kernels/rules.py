@@ -14,8 +14,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from awq_jax.kernels import reference
-
 Matmul = Callable[..., Any]
 
 
@@ -37,8 +35,8 @@ def differentiable(matmul: Matmul, plain: Matmul) -> Matmul:
 
 
 @ft.cache
-def with_rules(matmul: Matmul) -> Matmul:
-    """`matmul(x, w)` that vmap and grad know; plain XLA where it refuses what vmap makes of a case."""
+def with_rules(matmul: Matmul, plain: Matmul) -> Matmul:
+    """`matmul(x, w)` that vmap and grad know; `plain` where it refuses what vmap makes of a case."""
     batchable = jax.custom_batching.custom_vmap(matmul)
 
     @batchable.def_vmap
@@ -54,9 +52,9 @@ def with_rules(matmul: Matmul) -> Matmul:
         try:
             return batchable(x, w)
         except NotImplementedError:
-            return reference.matmul(x, w)
+            return plain(x, w)
 
-    return differentiable(batchable, reference.matmul)
+    return differentiable(batchable, plain)
 
 
 @ft.cache

@@ -25,21 +25,21 @@ Kernel = Callable[..., Any]
 OPERANDS = ("codes", "scales", "zeros", "input_scale")
 
 
-def matmul(kernel: Kernel, x: Any, w: Any) -> Any:
-    """`kernel(x, w)`; x, codes, scales and what else the weight has are cut alike."""
+def matmul(kernel: Kernel, x: Any, w: Any, *, dtype: Any = None) -> Any:
+    """`kernel(x, w, dtype=dtype)`; x, codes, scales and what else the weight has are cut alike."""
     lead = w.codes.ndim - 2
     names = tuple(name for name in OPERANDS if getattr(w, name) is not None)
     experts, rows = math.prod(w.codes.shape[:-2]), math.prod(x.shape[lead:-1])
     stacked = lambda a, tail: a.reshape(experts, *a.shape[a.ndim - tail :])
     operands = [stacked(getattr(w, name), 1 if name == "input_scale" else 2) for name in names]
-    y = partitioned(kernel, jax.tree.structure(w), names, w.in_features)(
+    y = partitioned(kernel, jax.tree.structure(w), names, w.in_features, dtype)(
         x.reshape(experts, rows, x.shape[-1]), *operands
     )
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 @ft.cache
-def partitioned(kernel: Kernel, structure: Any, names: tuple[str, ...], k: int) -> Any:
+def partitioned(kernel: Kernel, structure: Any, names: tuple[str, ...], k: int, dtype: Any) -> Any:
     """`kernel` of x (e, m, k) and the named operands of a weight (e, k, n), with rules for cutting it."""
 
     def weight(operands: tuple[Any, ...]) -> Any:
@@ -47,7 +47,7 @@ def partitioned(kernel: Kernel, structure: Any, names: tuple[str, ...], k: int) 
 
     @custom_partitioning
     def call(x: Any, *operands: Any) -> Any:
-        return kernel(x, weight(operands))
+        return kernel(x, weight(operands), dtype=dtype)
 
     def partition(mesh: Any, arg_shapes: Any, result_shape: Any) -> Any:
         x, codes = spec(arg_shapes[0].sharding, 3), spec(arg_shapes[1].sharding, 3)
@@ -78,8 +78,8 @@ def partitioned(kernel: Kernel, structure: Any, names: tuple[str, ...], k: int) 
 
         def part(x: Any, *operands: Any) -> Any:
             if i is None:
-                return kernel(x, weight(operands))
-            return lax.psum(kernel(x, weight(operands), dtype=jnp.float32), i).astype(x.dtype)
+                return kernel(x, weight(operands), dtype=dtype)
+            return lax.psum(kernel(x, weight(operands), dtype=jnp.float32), i).astype(dtype or x.dtype)
 
         named = lambda p: NamedSharding(mesh, p)
         return mesh, part, named(PartitionSpec(e, m, n)), tuple(named(p) for p in specs)

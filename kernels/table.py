@@ -94,6 +94,15 @@ def tiling(arch: int, dtype: str, group: int, m: int, k: int, n: int) -> Tiling:
     raise NotImplementedError(f"more than {most} rows of {dtype} on sm_{arch} would need tensor cores that take them")
 
 
+def splits(programs: int, blocks: int, multiprocessors: int) -> int:
+    """Into how many parts K is cut where there are too few programs for one on each multiprocessor.
+
+    A part has 4 blocks of K or more, so that what is read ahead is read at all. Each costs a float32 of every result,
+    written and read.
+    """
+    return max(1, min(round(multiprocessors / programs), blocks // 4))
+
+
 def kernel_tiling(arch: int, dtype: str, group: int, m: int, k: int, n: int) -> Tiling:
     """The tiling of a kernel, also where there are so many rows that the dense weight is thought to be faster."""
     most = max(row.m for row in rows() if row.tiling.kernel == "tile")

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from awq_jax.kernels import reference, table
 from awq_jax.kernels.contract import PackedWeight
-from awq_jax.kernels.gpu import OLDEST, TENSOR_CORES, architecture
+from awq_jax.kernels.gpu import OLDEST, TENSOR_CORES, architecture, multiprocessors
 from awq_jax.kernels.launch import launch
 from awq_jax.kernels.reference import scaled
 from awq_jax.kernels.table import Tiling
@@ -83,17 +83,19 @@ def matmul(
         )
     if t.kernel == "dense":
         return reference.matmul(x, w if layer is None else jax.tree.map(lambda leaf: leaf[layer], w), dtype=dtype)
-    n_tiles, m_tiles = -(-n // t.bn), -(-rows // t.bm)
-    grid = {"decode": (n_tiles, m_tiles), "tile": (n_tiles * m_tiles, 1), "gemv": (m_tiles, n_tiles)}[t.kernel]
-    sizes = {"bm": t.bm, "bn": t.bn, "kb": min(t.kb, table.power_of_two(-(-k // BLOCK)))}
-    unused = {"decode": (), "tile": ("kb",), "gemv": ("bm", "f16")}[t.kernel]
+    n_tiles, m_tiles, blocks = -(-n // t.bn), -(-rows // t.bm), -(-k // BLOCK)
+    many = t.kernel == "tile"
+    splits = table.splits(n_tiles * m_tiles * experts, blocks, multiprocessors()) if many else 1
+    grid = {"decode": (n_tiles, m_tiles), "tile": (n_tiles * m_tiles, splits), "gemv": (m_tiles, n_tiles)}[t.kernel]
+    sizes = {"bm": t.bm, "bn": t.bn, "kb": min(t.kb, table.power_of_two(blocks)), "splits": splits}
+    unused = {"decode": ("splits",), "tile": ("kb",), "gemv": ("bm", "f16", "splits")}[t.kernel]
     scale = w.input_scale if layer is None or w.input_scale is None else w.input_scale[layer]
     y = launch(
         t.kernel,
         scaled(x, scale),
         *pointers(w),
         w.scales if layer is None else jnp.asarray(layer, jnp.int32)[None],
-        out=jax.ShapeDtypeStruct((experts, rows, n), dtype),
+        out=jax.ShapeDtypeStruct((experts, splits, rows, n), dtype if splits == 1 else jnp.float32),
         grid=(*grid, experts),
         warps=t.warps,
         stages=t.stages,
@@ -102,7 +104,7 @@ def matmul(
         E=experts,
         **{name: value for name, value in (sizes | constants(x, w)).items() if name not in unused},
     )
-    return y.reshape(*x.shape[:-1], n)
+    return y.sum(1).astype(dtype).reshape(*x.shape[:-1], n)
 
 
 def shared_matmul(x: Float[Array, "*b i"], *ws: PackedWeight) -> tuple[Float[Array, "*b o"], ...]:
@@ -140,8 +142,12 @@ def shared_matmul(x: Float[Array, "*b i"], *ws: PackedWeight) -> tuple[Float[Arr
     return tuple(y.reshape(*x.shape[:-1], n) for y, n in zip(ys, ns, strict=True) if n)
 
 
-def grouped_matmul(x: Float[Array, "m i"], w: PackedWeight, group_sizes: Int[Array, " e"]) -> Float[Array, "m o"]:
+def grouped_matmul(
+    x: Float[Array, "m i"], w: PackedWeight, group_sizes: Int[Array, " e"], *, dtype: Any = None
+) -> Float[Array, "m o"]:
     """Sorted rows, each times its group's matrix, as jax.lax.ragged_dot; rows beyond all groups give 0.
+
+    In x's dtype, or the one given.
 
     Raises:
       NotImplementedError: the kernels cannot run this case; the message says why.
@@ -151,8 +157,9 @@ def grouped_matmul(x: Float[Array, "m i"], w: PackedWeight, group_sizes: Int[Arr
     if arch < TENSOR_CORES or x.dtype == jnp.float32:
         raise NotImplementedError(f"sorted rows of {x.dtype} on sm_{arch} would need tensor cores that take them")
     experts, (rows, k), n = w.codes.shape[0], x.shape, w.scales.shape[-1]
+    dtype = jnp.dtype(dtype or x.dtype)
     if 0 in (experts, rows, n, k):
-        return jnp.zeros((rows, n), x.dtype)
+        return jnp.zeros((rows, n), dtype)
     t = table.grouped_tiling(arch, x.dtype.name, w.spec.group(k), -(-rows // experts), k, n)
     which = row_tiles(group_sizes, rows, t.bm)
     if w.input_scale is not None:
@@ -163,7 +170,7 @@ def grouped_matmul(x: Float[Array, "m i"], w: PackedWeight, group_sizes: Int[Arr
         x,
         *pointers(w),
         *which,
-        out=jax.ShapeDtypeStruct((rows, n), x.dtype),
+        out=jax.ShapeDtypeStruct((rows, n), dtype),
         grid=(which[0].size, -(-n // t.bn), 1),
         warps=t.warps,
         stages=t.stages,

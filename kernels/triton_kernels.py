@@ -9,7 +9,8 @@ K; its warps take different blocks of K and add up at the end (split-K without a
 float32 sums of a group, not the weights: the integers q - z enter the tensor cores exactly.
 
 `tile` is for many rows, where the tensor cores are the time: one accumulator, scales multiplied into the weight, both
-in x's dtype. Two roundings a weight.
+in x's dtype. Two roundings a weight. Where tiles are fewer than multiprocessors, K is split among programs; XLA adds
+their float32 sums where the result is used.
 
 `gemv` is for few rows where there are no tensor cores, for a GPU of sm_75 or for float32.
 
@@ -69,6 +70,12 @@ def planes(words, f16: tl.constexpr, asm: tl.constexpr):
 def span(k, group):
     """How many rows of a block of 128 surely share a group: a power of two, 32 or more."""
     return 128 if group >= k else min(128, group & -group)
+
+
+@triton.constexpr_function
+def stored(k, group):
+    """How many blocks of 128 rows a matrix takes in memory: groups are whole, so the last may need another block."""
+    return ((k + group - 1) // group * group + 127) // 128
 
 
 @triton.jit
@@ -180,7 +187,7 @@ def decode(
     kb: tl.constexpr,
     asm: tl.constexpr,
 ):
-    """x (E, M, K), codes (E, P, N, 32), scales and zeros (E, groups, N) -> out (E, M, N).
+    """x (E, M, K), codes (E, blocks, N, 32), scales and zeros (E, groups, N) -> out (E, M, N).
 
     Grid (N / bn, M / bm, E). With `layered` the weight has one more axis in front and layer (1,) says which.
     """
@@ -266,7 +273,7 @@ def few_rows(
     if N % bn:
         column = tl.minimum(n, N - 1)
     r = tl.arange(0, 32)
-    codes += e * P * N * 32
+    codes += e * stored(K, G) * N * 32
     scales += e * groups * N
     zeros += e * groups * N
     if asm:
@@ -338,7 +345,7 @@ def gemv(
         column = tl.minimum(n, N - 1)
     r = tl.arange(0, 32)
     x += (e * M + tl.program_id(0)) * K
-    codes += ew * P * N * 32
+    codes += ew * stored(K, G) * N * 32
     scales += ew * groups * N
     zeros += ew * groups * N
 
@@ -387,16 +394,25 @@ def tile(
     f16: tl.constexpr,
     bm: tl.constexpr,
     bn: tl.constexpr,
+    splits: tl.constexpr,
     asm: tl.constexpr,
 ):
-    """As `decode`, for many rows. Grid (M / bm * N / bn, 1, E)."""
+    """As `decode`, for many rows, out (E, splits, M, N): one product for each part of K.
+
+    Grid (M / bm * N / bn, splits, E).
+    """
+    P: tl.constexpr = (K + 127) // 128
     e, ew = matrices(layer, E, layered)
     rows: tl.constexpr = (M + bm - 1) // bm
     columns: tl.constexpr = (N + bn - 1) // bn
     pid_m, pid_n = swizzled(tl.program_id(0), rows, columns)
     m = pid_m * bm + tl.arange(0, bm)
+    part = tl.program_id(1)
+    first, last = 0, P
+    if splits > 1:
+        first, last = part * P // splits, (part + 1) * P // splits
     product(
-        x + e * M * K, codes, scales, zeros, out + e * M * N, ew, m, m < M, pid_n, (K + 127) // 128,
+        x + e * M * K, codes, scales, zeros, out + (e * splits + part) * M * N, ew, m, m < M, pid_n, first, last,
         N, K, G, asymmetric, f16, bm, bn, asm, M % bm != 0,
     )  # fmt: skip
 
@@ -431,7 +447,7 @@ def ragged(
     e = tl.load(experts + t).to(tl.int64)
     m = tl.load(firsts + t) + tl.arange(0, bm)
     product(
-        x, codes, scales, zeros, out, tl.maximum(e, 0), m, m < tl.load(ends + t), tl.program_id(1),
+        x, codes, scales, zeros, out, tl.maximum(e, 0), m, m < tl.load(ends + t), tl.program_id(1), 0,
         tl.where(e < 0, 0, P), N, K, G, asymmetric, f16, bm, bn, asm, True,
     )  # fmt: skip
 
@@ -457,7 +473,8 @@ def product(
     m,
     inside,
     pid_n,
-    blocks,
+    first,
+    last,
     N: tl.constexpr,
     K: tl.constexpr,
     G: tl.constexpr,
@@ -470,9 +487,8 @@ def product(
 ):
     """Rows m of x, where `inside`, times the bn columns of tile pid_n of weight e, stored in those rows of out.
 
-    `blocks` is how many blocks of K are multiplied: all, or 0 for zeros.
+    Only blocks first .. last of K are multiplied: all, some or none.
     """
-    P: tl.constexpr = (K + 127) // 128
     groups: tl.constexpr = (K + G - 1) // G
     run: tl.constexpr = span(K, G)
     dtype: tl.constexpr = tl.float16 if f16 else tl.bfloat16
@@ -481,7 +497,7 @@ def product(
     if N % bn:
         column = tl.minimum(n, N - 1)
     r = tl.arange(0, 32)
-    codes += e * P * N * 32
+    codes += e * stored(K, G) * N * 32
     scales += e * groups * N
     zeros += e * groups * N
     row = m.to(tl.int64) * K
@@ -491,7 +507,7 @@ def product(
             ask_for(zeros, groups, N, pid_n * bn, bn)
 
     acc = tl.full((bn, bm), 0, tl.float32)
-    for p in range(blocks):
+    for p in range(first, last):
         words = tl.load(codes + (p * N + column[:, None]) * 32 + r[None, :])
         four = planes(words, f16, asm)
         for j in tl.static_range(4):

@@ -37,9 +37,9 @@ def doors(monkeypatch) -> dict[str, int]:
     for name, attribute in (("kernel", "int4_matmul"), ("kernel", "grouped_int4_matmul"), ("dense", "dequantize")):
         original = getattr(tensor.kernels, attribute)
 
-        def counted(*args, name=name, original=original):
+        def counted(*args, name=name, original=original, **options):
             calls[name] += 1
-            return original(*args)
+            return original(*args, **options)
 
         monkeypatch.setattr(tensor.kernels, attribute, counted)
     return calls

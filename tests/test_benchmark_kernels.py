@@ -25,6 +25,10 @@ def test_small(tmp_path):
     assert all("Error" in why for why in result["left_out"].values())
     assert all(row["us"] > 0 for row in result["rows"])
     assert min(result["ceilings"].values()) > 0
+    plot = [sys.executable, SCRIPT.with_name("kernels_plot.py"), "--from", out, "--to", tmp_path / "kernels.svg"]
+    subprocess.run(plot, check=True, capture_output=True)
+    drawn = (tmp_path / "kernels.svg").read_text()
+    assert all(f"<!-- {text} -->" in drawn for text in ("256 x 256", "xla dequantize"))
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ pytest.importorskip("triton", reason="triton has wheels for Linux only")
 
 from cubins import compiled
 
-from awq_jax.kernels import table
+from awq_jax.kernels import launch, table, target
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 COLUMNS = (1024, 4096, 8192, 28672)
@@ -40,6 +40,7 @@ def constants(t: table.Tiling, group: int) -> dict:
         **({"kb": t.kb} if t.kb else {}),
         **({} if t.kernel == "ragged" else {"layered": False}),
         **({} if t.kernel == "gemv" else {"bm": t.bm}),
+        **({"splits": 1} if t.kernel == "tile" else {}),
         "M": t.bm if t.kb else 8 * t.bm,
         "N": N,
         "K": K,
@@ -52,6 +53,9 @@ def constants(t: table.Tiling, group: int) -> dict:
 
 @pytest.mark.parametrize(("arch", "group", "dtype", "t"), list(cases()), ids=str)
 def test_machine_code(arch, group, dtype, t):
+    with target(arch):
+        if reason := launch.too_old(t.kernel):
+            pytest.skip(reason)
     cubin = compiled(t.kernel, dtype, arch, t.warps, t.stages, **constants(t, group))
     assert cubin.stack == 0
     assert cubin.registers <= min(255, 65536 // (32 * t.warps))
@@ -77,6 +81,16 @@ def test_three_weights_in_one_launch(arch, m):
     one = compiled("decode", "bfloat16", arch, t.warps, t.stages, **constants(t, 128))
     assert (cubin.stack, cubin.shared) == (0, one.shared)
     assert cubin.wide_copies == 3 * one.wide_copies
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("m", [32, 64, 128])
+def test_a_part_of_k(arch, m):
+    t = table.tiling(arch, "bfloat16", 128, m, K, 8192)
+    whole = constants(t, 128)
+    assert t.kernel == "tile"
+    part, one = (compiled("tile", "bfloat16", arch, t.warps, t.stages, **{**whole, "splits": s}) for s in (3, 1))
+    assert (part.stack, part.shared, part.loops["LOP3"]) == (0, one.shared, one.loops["LOP3"])
 
 
 def test_a_spill_would_be_seen():

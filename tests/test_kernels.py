@@ -9,6 +9,7 @@ roundoff:
 """
 
 import dataclasses
+import functools as ft
 from types import SimpleNamespace
 
 import jax
@@ -24,7 +25,7 @@ import interpreted
 
 from awq_jax.kernels import api, grouped_int4_matmul, int4_matmul, shared_int4_matmul, table, target, triton
 from awq_jax.kernels.api import separate
-from awq_jax.kernels.gpu import architecture
+from awq_jax.kernels.gpu import architecture, multiprocessors
 from awq_jax.spec import QuantSpec
 from awq_jax.tensor import QuantizedTensor, in_tiles, quantize, with_input_scale
 
@@ -69,7 +70,9 @@ def check(y, x, w: QuantizedTensor, reference=None) -> None:
 @st.composite
 def cases(draw):
     spec = QuantSpec(4, draw(st.sampled_from([32, 64, 96, 128, 160, 192, -1])), draw(st.booleans()))
-    rows = draw(st.sampled_from([1, 3, 8, 9, 16, 17, 33, 70]))
+    arch, dtype = draw(st.sampled_from([75, 80, 90])), draw(st.sampled_from(["bfloat16", "float16", "float32"]))
+    most = 8 if arch < 80 or dtype == "float32" else 70
+    rows = draw(st.sampled_from([m for m in (1, 3, 8, 9, 16, 17, 33, 70) if m <= most]))
     k, n = draw(st.sampled_from([1, 20, 64, 100, 128, 256, 300])), draw(st.sampled_from([1, 5, 16, 70]))
     return (
         rows,
@@ -77,19 +80,22 @@ def cases(draw):
         n,
         spec,
         draw(st.booleans()),
-        draw(st.sampled_from(["bfloat16", "float16"])),
+        dtype,
+        arch,
         draw(st.integers(0, 99)),
     )
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@settings(max_examples=12)
+@settings(max_examples=20)
 @given(case=cases())
 def test_the_product_is_within_its_bound(implementation, case):
-    rows, k, n, spec, scaled, dtype, seed = case
+    rows, k, n, spec, scaled, dtype, arch, seed = case
     x = jnp.asarray(normal(rows, k, seed=seed), dtype)
     w = weight(k, n, spec=spec, scaled=scaled, seed=seed)
-    check(multiply(x, w, implementation=implementation), x, w)
+    with target(arch):
+        y = int4_matmul(x, w, implementation=implementation)
+    check(y, x, w)
 
 
 @pytest.mark.parametrize("rows", [3, 40])
@@ -137,6 +143,16 @@ def test_few_rows_lose_nothing_to_rounded_weights_and_many_little(rows):
     assert only_rounded == (rows <= 32)
 
 
+@pytest.mark.parametrize(("rows", "dtype"), [(3, "bfloat16"), (40, "bfloat16"), (3, "float32")])
+def test_matrices_whose_last_group_takes_a_block_more_than_their_rows(rows, dtype):
+    x, w = jnp.asarray(normal(3, rows, 127), dtype), weight(3, 127, 20, spec=QuantSpec(4, 96))
+    assert w.codes.shape[-2] == 2
+    check(multiply(x, w, implementation="triton"), x, w)
+    if dtype != "float32":
+        y = grouped_multiply(x.reshape(-1, 127), w, jnp.full(3, rows), implementation="triton")
+        check(y.reshape(3, rows, 20), x, w)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("rows", "dtype"), [(3, "bfloat16"), (40, "bfloat16"), (3, "float32")])
 @pytest.mark.parametrize("scaled", [False, True])
@@ -151,6 +167,38 @@ def test_a_layer_of_a_stack_is_read_in_place(rows, dtype):
     pick = jax.jit(lambda x, w, layer: triton.matmul(x, w, layer=layer))
     for layer in (0, 3):
         check(pick(x, stack, layer), x, jax.tree.map(lambda leaf, layer=layer: leaf[layer], stack))
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The kernels that were launched, each with its grid and constants."""
+    seen = []
+
+    def launch(kernel, *args, grid, **options):
+        seen.append((kernel, grid, options))
+        return interpreted.launch(kernel, *args, grid=grid, **options)
+
+    monkeypatch.setattr(triton, "launch", launch)
+    return seen
+
+
+@pytest.mark.parametrize(("rows", "dtype"), [(40, "bfloat16"), (70, "float16")])
+@pytest.mark.parametrize(("k", "splits"), [(1023, 2), (1100, 2), (1930, 4)])
+def test_parts_of_k_that_programs_multiply_add_up(launches, rows, dtype, k, splits):
+    x, stack = jnp.asarray(normal(rows, k), dtype), weight(2, k, 70, spec=QuantSpec(4, 96), scaled=True)
+    w = jax.tree.map(lambda leaf: leaf[1], stack)
+    for y in (triton.matmul(x, w), triton.matmul(x, stack, layer=1), triton.matmul(x, w, dtype=jnp.float32)):
+        check(y.astype(dtype), x, w)
+    check(triton.matmul(jnp.stack([x, x + 1]), stack), jnp.stack([x, x + 1]), stack)
+    assert {(kernel, grid[1], options["splits"]) for kernel, grid, options in launches} == {("tile", splits, splits)}
+
+
+@given(programs=st.integers(1, 5000), blocks=st.integers(1, 300), multiprocessors=st.sampled_from([40, 108, 132, 170]))
+def test_k_is_split_for_one_program_on_each_multiprocessor_and_no_more(programs, blocks, multiprocessors):
+    splits = table.splits(programs, blocks, multiprocessors)
+    assert 1 <= splits <= max(1, blocks // 4)
+    assert splits == 1 or programs * splits <= 1.5 * multiprocessors
+    assert splits == max(1, blocks // 4) or programs * splits >= multiprocessors / 1.5
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -208,6 +256,29 @@ def test_gradients_are_those_of_the_dense_weight(rows):
     assert dw.codes.dtype == jax.dtypes.float0
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("rows", "k"), [(3, 96), (40, 96), (40, 1100)])
+def test_a_float32_result_is_not_rounded_to_the_dtype_of_x(implementation, rows, k):
+    wide = ft.partial(int4_matmul, implementation=implementation, dtype=jnp.float32)
+    x, w = jnp.asarray(normal(3, rows, k), jnp.bfloat16), weight(3, k, 20)
+    y = jax.jit(wide)(x, w)
+    assert y.dtype == jnp.float32
+    assert np.any(y != y.astype(jnp.bfloat16))
+    check(y.astype(jnp.bfloat16), x, w)
+    np.testing.assert_array_equal(jax.vmap(wide)(x, w), y)
+    dx = jax.grad(lambda x: wide(x, w).sum())(x)
+    assert (dx.dtype, dx.shape) == (x.dtype, x.shape)
+    sizes = jnp.full(3, rows)
+    ragged = grouped_int4_matmul(x.reshape(-1, k), w, sizes, implementation=implementation, dtype=jnp.float32)
+    assert ragged.dtype == jnp.float32
+    np.testing.assert_allclose(ragged.reshape(y.shape), y, rtol=0.02, atol=0.02 * np.abs(y).max())
+
+
+def test_a_result_of_a_dtype_that_no_matmul_writes_is_refused():
+    with pytest.raises(ValueError, match="dtype=int8: a result is float32, bfloat16 or float16"):
+        int4_matmul(jnp.ones((1, 64)), weight(64, 8), dtype=jnp.int8)
+
+
 def test_it_works_in_scan_and_remat():
     x, stack = jnp.asarray(normal(3, 64), jnp.bfloat16), weight(4, 64, 64)
     stack = dataclasses.replace(stack, scales=stack.scales / 16)
@@ -263,18 +334,11 @@ def test_a_long_prefill_makes_the_weight_dense_once(monkeypatch):
 
 @pytest.mark.parametrize("widths", [(70, 16, 5), (33, 20)])
 @pytest.mark.parametrize(("rows", "dtype"), [(1, "bfloat16"), (9, "float16"), (32, "bfloat16")])
-def test_weights_of_one_input_share_a_launch_and_give_the_same_numbers(monkeypatch, widths, rows, dtype):
-    launched = []
-
-    def launch(kernel, *args, **kwargs):
-        launched.append(kernel)
-        return interpreted.launch(kernel, *args, **kwargs)
-
-    monkeypatch.setattr(triton, "launch", launch)
+def test_weights_of_one_input_share_a_launch_and_give_the_same_numbers(launches, widths, rows, dtype):
     x = jnp.asarray(normal(rows, 300), dtype)
     ws = [weight(300, n, spec=QuantSpec(4, 96), scaled=i == 1, seed=i) for i, n in enumerate(widths)]
     ys = triton.shared_matmul(x, *ws)
-    assert launched == ["decode_shared"]
+    assert [kernel for kernel, *_ in launches] == ["decode_shared"]
     for y, w in zip(ys, ws, strict=True):
         check(y, x, w)
         alone = triton.matmul(x, w)
@@ -361,6 +425,14 @@ def test_a_gpu_of_another_maker_has_no_architecture(monkeypatch):
         device = SimpleNamespace(compute_capability=capability)
         monkeypatch.setattr(jax, "local_devices", lambda device=device: [device])
         assert architecture() == expected
+
+
+def test_multiprocessors_are_those_of_the_gpu_that_is_here_or_of_the_usual_one(monkeypatch):
+    assert multiprocessors() == 108
+    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(core_count=142)])
+    assert multiprocessors() == 142
+    with target(90):
+        assert multiprocessors() == 132
 
 
 def test_scales_of_the_wrong_shape_are_named():

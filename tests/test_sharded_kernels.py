@@ -24,7 +24,7 @@ seen = []
 
 def kernel(x, w, dtype=None):
     seen.append((x.shape, w.codes.shape, w.scales.shape))
-    return reference.matmul(x, w).astype(dtype or x.dtype)
+    return reference.matmul(x, w, dtype=dtype)
 
 def weight(*shape, group=128, scaled=False):
     w = quantize(normal(*shape), QuantSpec(4, group))
@@ -71,6 +71,14 @@ CASES = {
         check(normal(4, 6, 256, seed=1), weight(4, 256, 64), ("model",), ("model",),
               ((1, 6, 256), (1, 2, 2048), (1, 2, 64)), ("model",))
     """,
+    "a result wider than x": """
+        x, w = jnp.asarray(normal(6, 512, seed=1), jnp.bfloat16), weight(512, 64)
+        for x_spec, w_spec in (((), (None, "model")), ((None, "model"), ("model",))):
+            f = jax.jit(ft.partial(sharded.matmul, kernel, dtype=jnp.dtype("float32")))
+            y = f(place(x, x_spec), place(w, w_spec))
+            np.testing.assert_allclose(y, reference.matmul(x, w, dtype=jnp.float32), rtol=1e-4, atol=1e-4)
+            assert y.dtype == jnp.float32
+    """,
     "shard_map": """
         f = jax.jit(jax.shard_map(ft.partial(sharded.matmul, kernel), mesh=mesh,
                                   in_specs=(P("data"), P(None, "model")), out_specs=P("data", "model")))
@@ -79,7 +87,7 @@ CASES = {
         assert ((1, 3, 256), (1, 2, 512), (1, 2, 16)) in seen
     """,
     "vmap and grad": """
-        f = rules.with_rules(ft.partial(sharded.matmul, kernel))
+        f = rules.with_rules(ft.partial(sharded.matmul, kernel), reference.matmul)
         x, w = place(normal(6, 256, seed=1), ("data",)), place(weight(256, 64), (None, "model"))
         loss = lambda f: lambda x: (f(x, w) ** 2).sum()
         expected = jax.grad(loss(reference.matmul))(x)

@@ -73,6 +73,24 @@ def test_without_a_gpu_nothing_is_told():
             run()
 
 
+def test_a_triton_that_compiles_many_rows_to_a_trap_is_not_used_for_them(monkeypatch, on_a_gpu):
+    triton = pytest.importorskip("triton", reason="triton has wheels for Linux only")
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    assert all(launch.too_old(kernel) is None for kernel in ("decode", "tile", "ragged"))
+    with target(100):
+        assert launch.too_old("decode") is None
+        advice = r"triton 3\.6\.0 compiles many rows wrongly for sm_100: pip install 'triton>=3\.9'"
+        for run in (
+            lambda: int4_matmul(x(40), weight(64, 8)),
+            lambda: grouped_int4_matmul(x(3), weight(2, 64, 8), jnp.array([1, 2])),
+        ):
+            api.tell.cache_clear()
+            with pytest.warns(UserWarning, match=advice):
+                run()
+        monkeypatch.setattr(triton, "__version__", "3.9.0")
+        assert launch.too_old("tile") is None
+
+
 def test_packages_that_lack_are_told(monkeypatch, on_a_gpu):
     monkeypatch.undo()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
