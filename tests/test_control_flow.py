@@ -286,7 +286,7 @@ def test_an_expert_without_tokens_takes_the_statistics_of_all():
     calibration = awq.calibrate(fn, params, [(X,)])
     recipe = awq.Recipe(group_size=32)
     q, (report,) = awq.quantize(params, calibration, recipe)
-    assert report.note == "1 of 3 reached by no token: rounded by the statistics of all experts"
+    assert report.note == "1 of 3 reached by no token (1): rounded by the statistics of all experts"
     m = calibration.of("w")
     everyone = dataclasses.replace(calibration, moments={"w": jax.tree.map(lambda a: a.at[1].set(a.sum(0)), m)})
     expected, (other,) = awq.quantize(params, everyone, recipe)
