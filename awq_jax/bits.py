@@ -21,9 +21,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from awq_jax.formats.errors import InputError
+from awq_jax.paths import named_leaves
 from awq_jax.quantize import check_params, plan, quantize
 from awq_jax.recipe import Recipe
-from awq_jax.sites import named_leaves
 from awq_jax.spec import Rule
 from awq_jax.transform import Calibration
 

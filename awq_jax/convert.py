@@ -23,10 +23,10 @@ from awq_jax.formats.checkpoint import Checkpoint, open_checkpoint
 from awq_jax.formats.errors import InputError
 from awq_jax.formats.written import written_whole
 from awq_jax.load import architecture, load
+from awq_jax.paths import named_leaves
 from awq_jax.quantize import SiteReport
 from awq_jax.recipe import Recipe
 from awq_jax.refine import refine
-from awq_jax.sites import named_leaves
 from awq_jax.stream import Clock, Decoder, Feed, stream
 from awq_jax.tensor import is_quantized
 from awq_jax.transform import Calibration

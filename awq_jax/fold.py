@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from awq_jax.sites import Fold, named_leaves
+from awq_jax.paths import named_leaves
+from awq_jax.sites import Fold
 from awq_jax.tensor import stack_places
 
 
@@ -45,21 +46,23 @@ def _scaled(
     order = [*layers, *(k for k in range(w.ndim) if k not in layers)]
     shape = [w.shape[k] if k in axes or k in layers else 1 for k in order]
     factor = by_channel(s, channels).reshape(shape).transpose([order.index(k) for k in range(w.ndim)])
-    wide = jnp.asarray(w, jnp.float32) + offset
+    wide = jnp.asarray(w, jnp.result_type(w, jnp.float32)) + offset
     return ((wide / factor if inverse else wide * factor) - offset).astype(w.dtype)
 
 
 def check_folds(fn: Callable[..., Any], params: Any, folds: tuple[Fold, ...], *inputs: Any) -> None:
     """Refuse folds that change the function.
 
-    Each is tried with factors 1/2, 1 and 2, which round nothing, so that half precision hides nothing either. Outputs
-    that are integers are not compared; what is NaN or infinite must stay so.
+    Each is tried with factors 2, 4 and 8, which round nothing, so that half precision hides nothing either, and make
+    activations smaller. Outputs that are integers are not compared; what is NaN or infinite must stay so.
 
     Raises:
-      ValueError: a fold changes an output; names its sites.
+      ValueError: a fold changes an output; names its sites. Outputs that are all integers.
     """
     run = jax.jit(fn)
     before = run(params, *inputs)
+    if not any(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in jax.tree.leaves(before)):
+        raise ValueError("The function returns integers alone, which show no fold that is wrong: let it return logits.")
 
     def change(tried: tuple[Fold, ...]) -> float:
         rng = np.random.default_rng(0)
@@ -102,7 +105,7 @@ def _powers_of_two(f: Fold, params: Any, rng: np.random.Generator) -> Float[Arra
     member = f.members[0]
     shape = np.shape(named_leaves(params)[member.param])
     layers = [shape[k] for k in stack_places(member.stack)]
-    return jnp.exp2(jnp.asarray(rng.integers(-1, 2, (*layers, f.n)), jnp.float32))
+    return jnp.exp2(jnp.asarray(rng.integers(1, 4, (*layers, f.n)), jnp.float32))
 
 
 def _rounding(outputs: Any, params: Any, folds: tuple[Fold, ...]) -> float:

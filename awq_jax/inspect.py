@@ -12,8 +12,8 @@ from rich.table import Table
 
 from awq_jax.convert import REPORT
 from awq_jax.load import load
+from awq_jax.paths import named_leaves
 from awq_jax.report import size
-from awq_jax.sites import named_leaves
 from awq_jax.tensor import is_quantized
 
 

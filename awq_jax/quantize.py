@@ -13,10 +13,10 @@ from jaxtyping import Array
 from threadpoolctl import threadpool_limits
 
 from awq_jax.fold import by_channel, check_folds, fold
+from awq_jax.paths import named_leaves
 from awq_jax.recipe import Recipe
 from awq_jax.search.params import scale_of_fold, solve_sites
 from awq_jax.sharding import placed_like
-from awq_jax.sites import named_leaves
 from awq_jax.spec import QuantSpec
 from awq_jax.tensor import is_quantized, one_layer
 from awq_jax.transform import Calibration

@@ -13,6 +13,7 @@ from jaxtyping import Array
 from awq_jax.kernels import BLOCK
 from awq_jax.kernels.packing import ROWS
 from awq_jax.kernels.sharded import names_of
+from awq_jax.paths import named_leaves
 from awq_jax.tensor import QuantizedTensor, is_quantized
 from awq_jax.views import Cuts, names_in, pieces
 
@@ -108,14 +109,15 @@ def partition_specs(qparams: Any, specs: Any, mesh: Any) -> Any:
 
     Args:
       qparams: from `quantize`.
-      specs: a PartitionSpec for each dense param, in their order; `nn.get_partition_spec(variables)` say.
+      specs: a PartitionSpec for each dense param, in their structure without boxes; `nn.get_partition_spec(variables)`
+        say. None is not cut.
       mesh: whose axes the specs name.
 
     Returns:
       a PartitionSpec for each leaf of `qparams`, in its structure.
 
     Raises:
-      ValueError: more or fewer specs than params.
+      ValueError: a param without a spec, or a spec without a param; names it.
 
     Example:
       >>> shardings = jax.tree.map(partial(NamedSharding, mesh), awq.partition_specs(qparams, specs, mesh))
@@ -129,8 +131,13 @@ def partition_specs(qparams: Any, specs: Any, mesh: Any) -> Any:
         fitting = [None if leaf_specs(w, one, mesh) is None else one[-1] for one in alone]
         return leaf_specs(w, PartitionSpec(*fitting), mesh)
 
-    leaves, structure = jax.tree.flatten(qparams, is_leaf=is_quantized)
-    wanted = jax.tree.leaves(specs, is_leaf=lambda spec: isinstance(spec, PartitionSpec))
-    if len(wanted) != len(leaves):
-        raise ValueError(f"{len(wanted)} PartitionSpecs for {len(leaves)} params: give one for each dense param.")
-    return jax.tree.unflatten(structure, map(one, leaves, wanted))
+    leaves = named_leaves(qparams)
+    found = jax.tree_util.tree_leaves_with_path(specs, is_leaf=lambda s: s is None or isinstance(s, PartitionSpec))
+    wanted = {jax.tree_util.keystr(path, simple=True, separator="/"): spec for path, spec in found}
+    if odd := sorted(leaves.keys() ^ wanted.keys()):
+        of, no = ("param", "PartitionSpec") if odd[0] in leaves else ("PartitionSpec", "param")
+        raise ValueError(
+            f"{odd[0]} is a {of} without a {no}: give one PartitionSpec for each dense param, in its place."
+        )
+    placed = [one(w, wanted[name] or PartitionSpec()) for name, w in leaves.items()]
+    return jax.tree.unflatten(jax.tree.structure(qparams, is_leaf=is_quantized), placed)

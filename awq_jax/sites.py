@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from awq_jax.gauge import Components, components
 from awq_jax.gauge_values import Dot, Walk
 from awq_jax.kernels.sharded import names_of
+from awq_jax.paths import named_leaves
 from awq_jax.tensor import Layout, is_quantized, one_layer, stack_places
 
 
@@ -105,26 +105,6 @@ class Traced:
         return "\n".join([*lines, *(f"{name:{width}}  no site: {why}" for name, why in self.skipped.items())])
 
 
-def named_leaves(params: Any) -> dict[str, Any]:
-    """The leaves of a params pytree by path, QuantizedTensors as one leaf each.
-
-    What flax boxes (nn.Partitioned, nnx.Param) is named like what it is in, without "/value" at the end.
-
-    Raises:
-      ValueError: two leaves have one path.
-    """
-    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_quantized)
-    inside = Counter(path[:k] for path, _ in leaves for k in range(len(path)))
-    named: dict[str, Any] = {}
-    for path, leaf in leaves:
-        is_boxed = path[-1:] == (jax.tree_util.GetAttrKey("value"),) and inside[path[:-1]] == 1
-        name = jax.tree_util.keystr(path[:-1] if is_boxed else path, simple=True, separator="/")
-        if name in named:
-            raise ValueError(f"two params are both called {name!r}: rename one, a key with a slash in it say.")
-        named[name] = leaf
-    return named
-
-
 def abstract(params: Any) -> Any:
     """Shapes and dtypes of the dense params that `params` stands for."""
     return jax.tree.map(
@@ -134,11 +114,18 @@ def abstract(params: Any) -> Any:
     )
 
 
+LOOKS_AT_VALUES = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
+
+
 def trace(fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...]) -> tuple[Any, Any]:
     """The jaxpr of `fn(params, *inputs)`, and the shapes of its outputs."""
     try:
         return jax.make_jaxpr(fn, return_shape=True)(params, *inputs)
-    except jax.errors.ConcretizationTypeError as e:
+    except LOOKS_AT_VALUES as e:
         raise ValueError(
             f"The function looks at values of its params or inputs, of which a trace knows only the shapes: {e} Use "
             "jax.lax.cond or jnp.where, or bind what is no array: functools.partial(fn, train=False)."

@@ -17,7 +17,8 @@ from awq_jax import moments as mo
 from awq_jax.interpreter import RULES, Records, Weight, evaluate
 from awq_jax.interpreter_shards import all_gather, shard_map
 from awq_jax.moments import Moments
-from awq_jax.sites import Traced, abstract, named_leaves, sites, trace
+from awq_jax.paths import named_leaves
+from awq_jax.sites import Traced, abstract, sites, trace
 from awq_jax.tensor import Layout, dot, is_quantized, stack_places
 from awq_jax.views import View
 
@@ -31,7 +32,7 @@ class Calibration:
 
     Args:
       moments: by the name of the first site of each group.
-      example: the first batch; the folded function is compared with the dense one on it.
+      example: the first batch; folds are tried on it.
     """
 
     fn: Function
@@ -91,8 +92,7 @@ def with_moments(fn: Function, traced: Traced, *, block: int | None = mo.GRAM_BL
       traced: `sites(fn, params, *inputs)`.
       block: largest size of the Gram matrix's diagonal blocks; None for the full matrix. Memory is i * block a group.
 
-    `weights` is one weight a token (a mask), in the shape of the token axes of the sites' inputs. A site that reads one
-    vector a sequence (a pooled head) counts it by the largest weight of its tokens.
+    `weights` is one weight a token, in the shape of the token axes of every site's input (a mask).
     """
     leaders = {site.group for site in traced.sites.values()}
 
@@ -113,8 +113,12 @@ def with_moments(fn: Function, traced: Traced, *, block: int | None = mo.GRAM_BL
             tokens = x.shape[layout.n_lead : -1]
             if weights is not None and jax.sharding.get_abstract_mesh().manual_axes:
                 raise ValueError(f"{weight.name}: a mask does not reach tokens inside shard_map: leave it out.")
-            mine = None if weights is None else _weights_of(weight.name, weights, tokens)
-            return y, {weight.key: mo.of(x, block, layout.n_lead, mine)}
+            if weights is not None and not _fit(weights.shape, tokens):
+                raise ValueError(
+                    f"{weight.name}: weights have shape {weights.shape}, the site's tokens {tokens}. "
+                    "Give one weight a token."
+                )
+            return y, {weight.key: mo.of(x, block, layout.n_lead, weights)}
 
         out, found = _interpreted(fn, params, inputs, on_dot, lambda leaf: hasattr(leaf, "shape"))
         leaves = named_leaves(params)
@@ -126,15 +130,9 @@ def with_moments(fn: Function, traced: Traced, *, block: int | None = mo.GRAM_BL
     return run
 
 
-def _weights_of(name: str, weights: Array, tokens: tuple[int, ...]) -> Array:
-    """One weight for each of a site's `tokens`."""
-    if weights.size == math.prod(tokens):
-        return weights
-    if weights.shape[: len(tokens)] == tokens:
-        return weights.reshape(*tokens, -1).max(-1)
-    raise ValueError(
-        f"{name}: weights have shape {weights.shape}, the site's tokens {tokens}. Give one weight a token."
-    )
+def _fit(weights: tuple[int, ...], tokens: tuple[int, ...]) -> bool:
+    """Whether weights of a shape are one a token; either may be flat."""
+    return weights == tokens if len(weights) == len(tokens) else math.prod(weights) == math.prod(tokens)
 
 
 def _whole(found: dict[Any, Moments], shape: tuple[int, ...], stack: tuple[int, ...]) -> Moments:
@@ -209,8 +207,9 @@ def calibrate(
             if not traced.sites:
                 raise ValueError(f"No matmul reads a param as a whole: nothing to quantize. {_why_none(traced)}")
             step = jax.jit(partial(_moments_alone, with_moments(fn, traced, block=block)))
+        weights = mask(*batch) if mask else None
         try:
-            new = step(params, tuple(batch), mask(*batch) if mask else None)
+            new = step(params, tuple(batch), weights)
         except (TypeError, LookupError) as e:
             shapes = [jnp.shape(x) for x in jax.tree.leaves(tuple(batch))]
             found = f"{type(e).__name__}: {e}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools as ft
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,7 +26,10 @@ def implementations(dtype: Any) -> Table:
     kernel = ft.partial(sharded.matmul, triton.matmul, dtype=dtype)
     plain = ft.partial(reference.matmul, dtype=dtype)
     return {
-        "triton": (rules.with_rules(rules.everywhere(kernel, plain), plain), rules.with_rules(kernel, plain)),
+        "triton": (
+            rules.with_rules(rules.everywhere(kernel, plain), plain, lambda e: tell_slow("XLA", [f"triton: {e}"])),
+            rules.with_rules(kernel, plain, fail),
+        ),
         "xla": (plain, plain),
     }
 
@@ -131,10 +134,20 @@ def first_that_can(table: Table, name: str | None, *args: Any) -> Float[Array, "
         except NotImplementedError as e:
             reasons.append(f"{name}: {e}")
             continue
-        if reasons and jax.default_backend() == "gpu":
-            tell(f"int4 matmul runs as plain {name.upper()}, slower than it could. {'; '.join(reasons)}.")
+        if reasons:
+            tell_slow(name.upper(), reasons)
         return out
     raise NotImplementedError("No implementation runs this int4 matmul. " + "; ".join(reasons))
+
+
+def fail(reason: NotImplementedError) -> None:
+    raise reason
+
+
+def tell_slow(name: str, reasons: Sequence[str]) -> None:
+    """What runs on a GPU instead of a kernel, and why."""
+    if jax.default_backend() == "gpu":
+        tell(f"int4 matmul runs as plain {name}, slower than it could. {'; '.join(reasons)}.")
 
 
 @ft.cache

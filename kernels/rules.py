@@ -35,8 +35,11 @@ def differentiable(matmul: Matmul, plain: Matmul) -> Matmul:
 
 
 @ft.cache
-def with_rules(matmul: Matmul, plain: Matmul) -> Matmul:
-    """`matmul(x, w)` that vmap and grad know; `plain` where it refuses what vmap makes of a case."""
+def with_rules(matmul: Matmul, plain: Matmul, refused: Callable[[NotImplementedError], None]) -> Matmul:
+    """`matmul(x, w)` that vmap and grad know.
+
+    Where it refuses what vmap makes of a case, `refused` says why or raises, and `plain` runs.
+    """
     batchable = jax.custom_batching.custom_vmap(matmul)
 
     @batchable.def_vmap
@@ -51,7 +54,8 @@ def with_rules(matmul: Matmul, plain: Matmul) -> Matmul:
     def accepted(x: Any, w: Any) -> Any:
         try:
             return batchable(x, w)
-        except NotImplementedError:
+        except NotImplementedError as e:
+            refused(e)
             return plain(x, w)
 
     return differentiable(batchable, plain)

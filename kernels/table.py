@@ -91,7 +91,14 @@ def tiling(arch: int, dtype: str, group: int, m: int, k: int, n: int) -> Tiling:
         if row.exact is None and at_least and m <= row.m and fits:
             return row.tiling
     most = max(row.m for row in rows() if row.tiling.kernel == "gemv")
-    raise NotImplementedError(f"more than {most} rows of {dtype} on sm_{arch} would need tensor cores that take them")
+    raise NotImplementedError(
+        f"more than {most} rows of {dtype} on sm_{arch} would need tensor cores that take them{remedy(arch)}"
+    )
+
+
+def remedy(arch: int) -> str:
+    """What to do where a kernel needs tensor cores."""
+    return ": cast x to bfloat16" if arch >= TENSOR_CORES else ""
 
 
 def splits(programs: int, blocks: int, multiprocessors: int) -> int:

@@ -155,7 +155,9 @@ def grouped_matmul(
     check(x.dtype, w)
     arch = architecture() or TENSOR_CORES
     if arch < TENSOR_CORES or x.dtype == jnp.float32:
-        raise NotImplementedError(f"sorted rows of {x.dtype} on sm_{arch} would need tensor cores that take them")
+        raise NotImplementedError(
+            f"sorted rows of {x.dtype} on sm_{arch} would need tensor cores that take them{table.remedy(arch)}"
+        )
     experts, (rows, k), n = w.codes.shape[0], x.shape, w.scales.shape[-1]
     dtype = jnp.dtype(dtype or x.dtype)
     if 0 in (experts, rows, n, k):

@@ -34,7 +34,13 @@ def doors(monkeypatch) -> dict[str, int]:
     from awq_jax import tensor
 
     calls = {"kernel": 0, "dense": 0}
-    for name, attribute in (("kernel", "int4_matmul"), ("kernel", "grouped_int4_matmul"), ("dense", "dequantize")):
+    doors = {
+        "int4_matmul": "kernel",
+        "grouped_int4_matmul": "kernel",
+        "shared_int4_matmul": "kernel",
+        "dequantize": "dense",
+    }
+    for attribute, name in doors.items():
         original = getattr(tensor.kernels, attribute)
 
         def counted(*args, name=name, original=original, **options):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 
-from awq_jax.sites import named_leaves
+from awq_jax.paths import named_leaves
 
 
 def rescaled(leaf, member, factors):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import awq_jax as awq
 from awq_jax.bits import CHOICES, Group, Offer, allocate, quantized_alone, relative_error, with_average_bits
-from awq_jax.sites import named_leaves
+from awq_jax.paths import named_leaves
 from awq_jax.spec import QuantSpec
 from awq_jax.tensor import is_quantized, quantize
 

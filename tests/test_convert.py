@@ -18,9 +18,9 @@ from tiny import random_tokens
 import awq_jax as awq
 from awq_jax import Recipe, Rule
 from awq_jax.models.llama import Config, Llama
+from awq_jax.paths import named_leaves
 from awq_jax.quantize import fold_scales
 from awq_jax.search import Grid, no_clip, to_nearest
-from awq_jax.sites import named_leaves
 from awq_jax.tensor import is_quantized
 
 QUICK = Recipe(group_size=32, scale=Grid(), clip=no_clip, rounding=to_nearest, gram_block=32)

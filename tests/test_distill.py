@@ -10,7 +10,7 @@ import zoo
 
 import awq_jax as awq
 from awq_jax.distill import distill, kl_of_logits
-from awq_jax.sites import named_leaves
+from awq_jax.paths import named_leaves
 from awq_jax.tensor import is_quantized
 
 RNG = np.random.default_rng(0)

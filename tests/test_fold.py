@@ -12,7 +12,7 @@ from zoo import ZOO
 
 from awq_jax import sites, with_moments
 from awq_jax.fold import check_folds, fold, largest_change
-from awq_jax.sites import named_leaves
+from awq_jax.paths import named_leaves
 
 NAMES = ["llama_scanned", "gemma", "gpt2", "einsum_attention"]
 

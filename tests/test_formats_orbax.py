@@ -108,6 +108,8 @@ def test_params_of_any_function(tmp_path):
         orbax.save_params(tmp_path / "other", {"a": 1.0, "b": kernel})
     with pytest.raises(ValueError, match="params are one leaf"):
         orbax.save_params(tmp_path / "other", kernel)
+    with pytest.raises(ValueError, match="'a' is a param, and the path of others"):
+        orbax.save_params(tmp_path / "other", {"a": kernel, "a/b": kernel})
     assert not (tmp_path / "other").exists()
 
 
@@ -132,4 +134,16 @@ def test_params_of_any_structure(tmp_path):
     )
     odd = "0 is not among yours, 1/1/norm is not among yours, 1/1/scale is missing"
     with pytest.raises(InputError, match=f"holds other params: {odd}"):
-        orbax.load_params(tmp_path / "small", (None, [Linear(1, 1), {"scale": 1}]))
+        orbax.load_params(tmp_path / "small", (None, [Linear(weight(64, 8), weight(8)), {"scale": weight(4)}]))
+    wide = (dense[0], [Linear(weight(64, 9), weight(8)), dense[1][1]])
+    with pytest.raises(InputError, match=r"1/0/kernel has shape \(64, 8\), yours \(64, 9\)\. Give as `like` those"):
+        orbax.load_params(tmp_path / "small", wide)
+
+
+def test_keys_with_slashes_need_their_structure(tmp_path):
+    params = {"mlp/~/linear_0": {"w": quantize(weight(32, 8), QuantSpec(4, 32))}, "b": weight(3)}
+    orbax.save_params(tmp_path / "small", params)
+    found = orbax.load_params(tmp_path / "small", params)
+    assert jax.tree.structure(found) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, found, params)
+    assert set(orbax.load_params(tmp_path / "small")) == {"mlp", "b"}

@@ -131,6 +131,8 @@ def test_without_tensor_cores_many_rows_and_sorted_rows_are_left_to_plain_xla(ar
         np.testing.assert_array_equal(int4_matmul(x, w), int4_matmul(x, w, implementation="xla"))
         each_row = jax.vmap(jax.jit(lambda x: int4_matmul(x[None], w)[0]))
         np.testing.assert_array_equal(each_row(x), int4_matmul(x, w, implementation="xla"))
+        with pytest.raises(NotImplementedError, match=f"more than 8 rows of {dtype} on sm_{arch}"):
+            jax.vmap(lambda x: int4_matmul(x[None], w, implementation="triton")[0])(x)
 
 
 @pytest.mark.parametrize("rows", [2, 40])

@@ -17,6 +17,7 @@ from reference import problem
 
 from awq_jax import PRESETS, QuantSpec, Recipe, Rule, calibrate, quantize, quantized, sites
 from awq_jax.kernels import unpack
+from awq_jax.paths import named_leaves
 from awq_jax.quantize import SiteReport, plan
 from awq_jax.search import (
     Golden,
@@ -29,7 +30,6 @@ from awq_jax.search import (
     no_clip,
     to_nearest,
 )
-from awq_jax.sites import named_leaves
 
 G32 = Recipe(group_size=32)
 CHEAP = dataclasses.replace(G32, rounding=to_nearest)

@@ -10,8 +10,8 @@ from commands import run
 import awq_jax as awq
 from awq_jax.calib import calibration_tokens
 from awq_jax.distill import kl_of_logits
+from awq_jax.paths import named_leaves
 from awq_jax.refine import shuffled, together
-from awq_jax.sites import named_leaves
 from awq_jax.tensor import is_quantized
 
 OPTIONS = ("--group-size", "32", "--samples", "8", "--seq-len", "64", "--preset", "rtn")

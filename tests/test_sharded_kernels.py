@@ -15,6 +15,7 @@ import functools as ft
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from awq_jax.kernels import reference, rules, sharded
+from awq_jax.kernels.api import fail
 from awq_jax.spec import QuantSpec
 from awq_jax.tensor import in_tiles, quantize, with_input_scale
 
@@ -87,7 +88,7 @@ CASES = {
         assert ((1, 3, 256), (1, 2, 512), (1, 2, 16)) in seen
     """,
     "vmap and grad": """
-        f = rules.with_rules(ft.partial(sharded.matmul, kernel), reference.matmul)
+        f = rules.with_rules(ft.partial(sharded.matmul, kernel), reference.matmul, fail)
         x, w = place(normal(6, 256, seed=1), ("data",)), place(weight(256, 64), (None, "model"))
         loss = lambda f: lambda x: (f(x, w) ** 2).sum()
         expected = jax.grad(loss(reference.matmul))(x)

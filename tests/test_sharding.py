@@ -317,5 +317,7 @@ def test_boxed_params_keep_their_boxes(mesh):
     assert kernel.codes.sharding.spec == kernel.scales.sharding.spec == P(None, "model")
     expected = x @ kernel.dequantize()
     np.testing.assert_allclose(jax.jit(awq.quantized(model.apply))(placed, x), expected, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="1 PartitionSpecs for 2 params"):
-        awq.partition_specs(small, [P()], mesh)
+    with pytest.raises(ValueError, match="params/Dense_0/kernel is a param without a PartitionSpec"):
+        awq.partition_specs(small, {"params": {"Dense_0": {"bias": P()}}}, mesh)
+    with pytest.raises(ValueError, match="params/Dense_0/scale is a PartitionSpec without a param"):
+        awq.partition_specs(small, {"params": {"Dense_0": {"bias": P(), "kernel": None, "scale": P()}}}, mesh)

@@ -13,7 +13,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from zoo import WAYS, ZOO, short
 
-from awq_jax.sites import named_leaves, sites
+from awq_jax.paths import named_leaves
+from awq_jax.sites import sites
 from awq_jax.spec import QuantSpec
 from awq_jax.tensor import quantize
 
@@ -320,9 +321,17 @@ def test_what_is_no_floating_point_number_is_no_site(dtype):
     assert found.skipped == {"other": f"{dtype} weights"}
 
 
-def test_a_function_that_looks_at_values_is_refused():
+LOOKING = {
+    "if": lambda p, x: x @ p if x.sum() > 0 else x,
+    "numpy": lambda p, x: x @ p + np.asarray(x).sum(),
+    "index": lambda p, x: x @ p + [1.0, 2.0][(x.sum() > 0).astype(int)],
+}
+
+
+@pytest.mark.parametrize("name", LOOKING)
+def test_a_function_that_looks_at_values_is_refused(name):
     with pytest.raises(ValueError, match=r"(?s)looks at values of its params or inputs.*jax.lax.cond"):
-        sites(lambda p, x: x @ p if x.sum() > 0 else x, normal(6, 4), normal(5, 6))
+        sites(LOOKING[name], normal(6, 4), normal(5, 6))
 
 
 def test_params_may_hold_plain_numbers():

@@ -11,7 +11,7 @@ from quick import quick_jit as jit
 from zoo import WAYS, ZOO, compiled
 
 from awq_jax import calibrate, quantized, sites, with_moments
-from awq_jax.sites import named_leaves
+from awq_jax.paths import named_leaves
 from awq_jax.spec import QuantSpec
 from awq_jax.tensor import QuantizedTensor, is_quantized
 from awq_jax.tensor import quantize as to_nearest
@@ -108,12 +108,10 @@ def test_a_mask_weighs_the_tokens():
         check(found.of(site), tokens, weights=weights)
 
 
-def test_a_pooled_vector_counts_unless_all_its_tokens_are_masked():
-    fn = lambda p, x: jnp.tanh(x @ p["up"]).mean(1) @ p["down"]
-    mask = np.array([[1, 1, 1, 0, 0], [0, 0, 0, 0, 0]], np.float32)
-    found = with_moments(fn, sites(fn, P, X))(P, X, weights=jnp.asarray(mask))[1]
-    check(found["up"], X.reshape(10, 40), weights=mask.ravel())
-    check(found["down"], np.tanh(X @ P["up"]).mean(1), weights=np.array([1.0, 0.0]))
+def test_a_mask_of_another_order_is_refused():
+    fn = lambda p, x: x.swapaxes(0, 1) @ p["up"]
+    with pytest.raises(ValueError, match=r"up: weights have shape \(2, 5\), the site's tokens \(5, 2\)"):
+        calibrate(fn, P, [(X,)], mask=lambda x: np.ones(x.shape[:2]))
 
 
 def test_sites_of_one_input_share_their_moments():

@@ -17,7 +17,7 @@ from flax.traverse_util import unflatten_dict
 from awq_jax.formats.errors import InputError
 from awq_jax.formats.huggingface import Source, read_json, write_about, write_json
 from awq_jax.formats.written import written_whole
-from awq_jax.sites import named_leaves
+from awq_jax.paths import named_leaves
 from awq_jax.tensor import QuantizedTensor, in_rows, is_quantized, static_fields, static_json
 
 METADATA = "awq_jax.json"
@@ -91,10 +91,14 @@ def save_params(folder: str | Path, params: Any, *, overwrite: bool = False) -> 
 
     Raises:
       FileExistsError: the folder holds something.
-      ValueError: a leaf that is neither array nor QuantizedTensor, two of one path, or one alone; names its path.
+      ValueError: a leaf that is neither array nor QuantizedTensor, two of one path, one alone, or one that is the path
+        of others; names its path.
     """
     if "" in (leaves := named_leaves(params)):
         raise ValueError("params are one leaf: give it a name, {'kernel': params} say.")
+    above = {name[:k] for name in leaves for k, letter in enumerate(name) if letter == "/"}
+    if both := sorted(above & leaves.keys()):
+        raise ValueError(f"{both[0]!r} is a param, and the path of others: rename one.")
     with written_whole(folder, overwrite=overwrite) as scratch:
         writer = Writer(scratch, None)
         writer.write(PARAMS, unflatten_dict(leaves, sep="/"))
@@ -106,7 +110,7 @@ def load_params(folder: str | Path, like: Any = None) -> Any:
 
     Args:
       like: params of the structure to give back, dense or not; their leaves may be shapes. Without, nested dicts: a
-        list comes back as {"0": ..., "1": ...}, and a box as what is in it.
+        list comes back as {"0": ..., "1": ...}, a box as what is in it, and a key with slashes as one dict for each.
 
     Raises:
       InputError: no such folder, one that a newer awq_jax wrote, or a damaged one; other params than in `like`.
@@ -118,10 +122,17 @@ def load_params(folder: str | Path, like: Any = None) -> Any:
     if like is None:
         return found
     leaves, wanted = named_leaves(found), named_leaves(like)
-    if leaves.keys() != wanted.keys():
-        odd = [*(f"{name} is missing" for name in wanted.keys() - leaves.keys())]
-        odd += [f"{name} is not among yours" for name in leaves.keys() - wanted.keys()]
-        raise InputError(f"{folder} holds other params: {', '.join(sorted(odd)[:4])}.")
+    odd = [f"{name} is missing" for name in wanted.keys() - leaves.keys()]
+    odd += [f"{name} is not among yours" for name in leaves.keys() - wanted.keys()]
+    odd += [
+        f"{name} has shape {np.shape(leaves[name])}, yours {np.shape(wanted[name])}"
+        for name in leaves.keys() & wanted.keys()
+        if np.shape(leaves[name]) != np.shape(wanted[name])
+    ]
+    if odd:
+        raise InputError(
+            f"{folder} holds other params: {', '.join(sorted(odd)[:4])}. Give as `like` those that were quantized."
+        )
     return jax.tree.unflatten(jax.tree.structure(like, is_leaf=is_quantized), [leaves[name] for name in wanted])
 
 
