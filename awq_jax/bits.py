@@ -167,6 +167,7 @@ def with_average_bits(params: Any, calibration: Calibration, average: float, rec
     check_params(params, calibration)
     run = jax.jit(calibration.fn)
     exact = run(params, *calibration.example)
+    relative_error(exact, exact)  # refuses outputs that it cannot measure before the search
     offered = [
         Offer.of(group, relative_error(run(changed, *calibration.example), exact))
         for group, changed in quantized_alone(params, calibration, recipe)

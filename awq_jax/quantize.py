@@ -24,8 +24,9 @@ from awq_jax.transform import Calibration
 
 @dataclass(frozen=True)
 class SiteReport:
-    """What became of one param: output errors are relative to the output's energy, on the calibration's moments.
+    """What became of one param: squared output errors relative to the output's squares, on the calibration's moments.
 
+    An error of 1 % is an output that is off by 10 % of its size.
     `nearest_error` is that of rounding the dense param to nearest, without scale or clip.
     `spec` is None, and the errors are 0, where it stays dense though it is a matrix; `note` says why.
     """

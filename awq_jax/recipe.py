@@ -51,6 +51,8 @@ class Recipe:
             raise ValueError(f"unclipped={self.unclipped!r} is not a regular expression: {e}") from e
         if isinstance(self.rules, Rule):
             raise ValueError(f"rules={self.rules}: give a tuple of rules, ({self.rules},).")
+        if odd := [rule for rule in self.rules if not isinstance(rule, Rule)]:
+            raise ValueError(f"rules has {odd[0]!r}: give awq.Rule({odd[0]!r}, skip=True), say.")
         for k, rule in enumerate(self.rules):
             if any(rule.pattern == other.pattern and rule != other for other in self.rules[:k]):
                 raise ValueError(f"two rules contradict each other on {rule.pattern!r}: keep one.")

@@ -127,8 +127,9 @@ def trace(fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...]) -> tuple
         return jax.make_jaxpr(fn, return_shape=True)(params, *inputs)
     except LOOKS_AT_VALUES as e:
         raise ValueError(
-            f"The function looks at values of its params or inputs, of which a trace knows only the shapes: {e} Use "
-            "jax.lax.cond or jnp.where, or bind what is no array: functools.partial(fn, train=False)."
+            "The function looks at values of its params or inputs, of which a trace knows only the shapes: "
+            f"{str(e).splitlines()[0]} Use jax.lax.cond or jnp.where, or bind what is no array: "
+            "functools.partial(fn, train=False)."
         ) from e
 
 

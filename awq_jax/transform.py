@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools as ft
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -37,8 +37,8 @@ class Calibration:
 
     fn: Function
     traced: Traced
-    moments: dict[str, Moments]
-    example: tuple[Any, ...]
+    moments: dict[str, Moments] = field(repr=False)
+    example: tuple[Any, ...] = field(repr=False)
 
     def of(self, site: str) -> Moments:
         return self.moments[self.traced.sites[site].group]
@@ -162,14 +162,18 @@ def check_batch(batch: Any) -> None:
 
 def _why_none(traced: Traced) -> str:
     """The first params that are no sites, and why."""
-    told = [f"{name}: {why}" for name, why in traced.skipped.items()]
+    told = [f"{name or 'params'}: {why}" for name, why in traced.skipped.items()]
     return "; ".join(told[:4]) + ("; ..." if len(told) > 4 else "")
+
+
+UNFIT = (TypeError, ValueError, LookupError)
+"""What functions raise when they are called with inputs that they cannot take."""
 
 
 def _sites_of_batch(fn: Function, params: Any, batch: tuple[Any, ...]) -> Traced:
     try:
         return sites(fn, params, *batch)
-    except (TypeError, LookupError) as e:
+    except UNFIT as e:
         found = f"{type(e).__name__}: {e}"
         raise ValueError(f"Tracing the function with params and a batch of {len(batch)} inputs failed: {found}") from e
 
@@ -210,7 +214,7 @@ def calibrate(
         weights = mask(*batch) if mask else None
         try:
             new = step(params, tuple(batch), weights)
-        except (TypeError, LookupError) as e:
+        except UNFIT as e:
             shapes = [jnp.shape(x) for x in jax.tree.leaves(tuple(batch))]
             found = f"{type(e).__name__}: {e}"
             raise ValueError(f"Batch {k + 1}: the function cannot take inputs of shapes {shapes}: {found}") from e

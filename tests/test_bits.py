@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import sys
 from dataclasses import replace
 
 import jax.numpy as jnp
@@ -63,7 +64,7 @@ def test_an_average_out_of_range(average):
         allocate([], average)
 
 
-def test_what_cannot_be_measured_is_told():
+def test_what_cannot_be_measured_is_told_before_the_search(monkeypatch):
     w, x = np.eye(32, dtype="f4"), np.ones((4, 32), "f4")
     fn = lambda p, x: (x @ p).astype(int)
     calibration = awq.calibrate(fn, w, [(x,)])
@@ -71,6 +72,7 @@ def test_what_cannot_be_measured_is_told():
         with_average_bits(w, calibration, 9)
     with pytest.raises(ValueError, match=r"give the same params"):
         with_average_bits({"w": w}, calibration, 3.5)
+    monkeypatch.setattr(sys.modules["awq_jax.bits"], "quantize", None)
     with pytest.raises(ValueError, match=r"returns integers alone: let it return logits"):
         with_average_bits(w, calibration, 3.5, awq.Recipe(group_size=32))
 

@@ -76,6 +76,7 @@ def test_rules_that_cannot_be_meant_are_refused(arguments, message):
     [
         ("gram_block", 0, "gram_block=0"),
         ("unclipped", "(", "unclipped='\\(' is not a regular expression"),
+        ("rules", ("mlp",), r"rules has 'mlp': give awq\.Rule\('mlp', skip=True\), say"),
         ("rules", (Rule("mlp", bits=8), Rule("mlp", skip=True)), "two rules contradict each other on 'mlp': keep one"),
         ("rules", (Rule("mlp", bits=8), Rule("down", skip=True)), None),
         ("scale", lambda: None, None),

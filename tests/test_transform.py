@@ -473,6 +473,24 @@ def test_dense_matmuls_keep_their_precision():
 
 
 @pytest.mark.parametrize("second", [False, True])
+def test_what_the_model_says_of_a_batch_is_told_with_the_batch(second):
+    def fn(p, x):
+        if x.shape[-1] != 6:
+            raise ValueError("six channels, please")
+        return x @ p
+
+    batches = [(np.ones((4, 6), np.float32),)] * second + [(np.ones((4, 7), np.float32),)]
+    says = r"Batch 2: the function cannot take inputs of shapes \[\(4, 7\)\]" if second else "batch of 1 inputs failed"
+    with pytest.raises(ValueError, match=rf"{says}: ValueError: six channels, please"):
+        calibrate(fn, np.ones((6, 4), np.float32), batches)
+
+
+def test_a_calibration_prints_shortly():
+    found = calibrate(mlp, P, [(X,)])
+    assert len(repr(found)) < 3000
+
+
+@pytest.mark.parametrize("second", [False, True])
 def test_a_batch_that_lacks_a_key(second):
     fn = lambda p, batch: batch["x"] @ p
     x = np.ones((4, 6), np.float32)
