@@ -64,12 +64,14 @@ def check_folds(fn: Callable[..., Any], params: Any, folds: tuple[Fold, ...], *i
     if not any(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in jax.tree.leaves(before)):
         raise ValueError("The function returns integers alone, which show no fold that is wrong: let it return logits.")
 
+    leaves = named_leaves(params)
+
     def change(tried: tuple[Fold, ...]) -> float:
         rng = np.random.default_rng(0)
-        factors = {k: _powers_of_two(f, params, rng) for k, f in enumerate(tried)}
+        factors = {k: _powers_of_two(f, leaves, rng) for k, f in enumerate(tried)}
         return largest_change(before, run(fold(params, factors, tried), *inputs))
 
-    allowed = _rounding(before, params, folds)
+    allowed = _rounding(before, leaves, folds)
     if change(folds) <= allowed:
         return
     for f in folds:
@@ -101,16 +103,15 @@ def largest_change(before: Any, after: Any) -> float:
     return float(np.max(worst))
 
 
-def _powers_of_two(f: Fold, params: Any, rng: np.random.Generator) -> Float[Array, "*stack n"]:
+def _powers_of_two(f: Fold, leaves: Mapping[str, Any], rng: np.random.Generator) -> Float[Array, "*stack n"]:
     member = f.members[0]
-    shape = np.shape(named_leaves(params)[member.param])
+    shape = np.shape(leaves[member.param])
     layers = [shape[k] for k in stack_places(member.stack)]
     return jnp.exp2(jnp.asarray(rng.integers(1, 4, (*layers, f.n)), jnp.float32))
 
 
-def _rounding(outputs: Any, params: Any, folds: tuple[Fold, ...]) -> float:
+def _rounding(outputs: Any, leaves: Mapping[str, Any], folds: tuple[Fold, ...]) -> float:
     """How much of the largest output rounding may change: that of the outputs, and of params that hold w of 1 + w."""
-    leaves = named_leaves(params)
     rounded = [leaves[m.param] for f in folds for m in f.members if m.offset]
     dtypes = [jnp.result_type(leaf) for leaf in (*rounded, *jax.tree.leaves(outputs))]
     eps = max((float(jnp.finfo(dtype).eps) for dtype in dtypes if jnp.issubdtype(dtype, jnp.inexact)), default=0)

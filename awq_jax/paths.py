@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import jax
 from awq_jax.tensor import is_quantized
 
 
-def named_leaves(params: Any) -> dict[str, Any]:
+def named_leaves(params: Any, is_leaf: Callable[[Any], bool] = is_quantized) -> dict[str, Any]:
     """The leaves of a params pytree by path, QuantizedTensors as one leaf each.
 
     What flax boxes (nn.Partitioned, nnx.Param) is named like what it is in, without "/value" at the end.
@@ -18,7 +19,7 @@ def named_leaves(params: Any) -> dict[str, Any]:
     Raises:
       ValueError: two leaves have one path.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_quantized)
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_leaf)
     inside = Counter(path[:k] for path, _ in leaves for k in range(len(path)))
     named: dict[str, Any] = {}
     for path, leaf in leaves:

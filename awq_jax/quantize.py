@@ -14,7 +14,7 @@ from threadpoolctl import threadpool_limits
 
 from awq_jax.fold import by_channel, check_folds, fold
 from awq_jax.paths import named_leaves
-from awq_jax.recipe import Recipe
+from awq_jax.recipe import Recipe, some
 from awq_jax.search.params import scale_of_fold, solve_sites
 from awq_jax.sharding import placed_like
 from awq_jax.spec import QuantSpec
@@ -170,7 +170,7 @@ def unreached_note(reached: np.ndarray, n_lead: int) -> str:
     lent = n_lead and reached.any(tuple(range(reached.ndim - n_lead, reached.ndim))).all()
     by = "the statistics of all experts" if lent else "their weights alone"
     which = ["/".join(map(str, k)) for k in np.argwhere(~reached).tolist()]
-    named = f" ({', '.join(which[:4])}{', ...' * (len(which) > 4)})" if reached.ndim else ""
+    named = f" ({some(which)})" if reached.ndim else ""
     return f"{len(which)} of {reached.size} reached by no token{named}: rounded by {by}"
 
 

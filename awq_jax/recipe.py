@@ -79,9 +79,9 @@ class Recipe:
         for rule in self.rules:
             if not any(re.search(rule.pattern, name) for name in names):
                 found = [f"{name} ({why})" for name, why in (others or {}).items() if re.search(rule.pattern, name)]
-                no_site = f" It matches {_some(found)}, which cannot be quantized." if found else ""
+                no_site = f" It matches {some(found)}, which cannot be quantized." if found else ""
                 raise ValueError(
-                    f"rule {rule.pattern!r} matches none of the {len(names)} sites: {_some(names)}.{no_site} Rules "
+                    f"rule {rule.pattern!r} matches none of the {len(names)} sites: {some(names)}.{no_site} Rules "
                     "are regular expressions, searched anywhere in these names."
                 )
 
@@ -90,5 +90,6 @@ class Recipe:
         return next((rule for rule in reversed(self.rules) if re.search(rule.pattern, name)), None)
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first four of them."""
     return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")

@@ -132,8 +132,7 @@ def partition_specs(qparams: Any, specs: Any, mesh: Any) -> Any:
         return leaf_specs(w, PartitionSpec(*fitting), mesh)
 
     leaves = named_leaves(qparams)
-    found = jax.tree_util.tree_leaves_with_path(specs, is_leaf=lambda s: s is None or isinstance(s, PartitionSpec))
-    wanted = {jax.tree_util.keystr(path, simple=True, separator="/"): spec for path, spec in found}
+    wanted = named_leaves(specs, lambda s: s is None or isinstance(s, PartitionSpec))
     if odd := sorted(leaves.keys() ^ wanted.keys()):
         of, no = ("param", "PartitionSpec") if odd[0] in leaves else ("PartitionSpec", "param")
         raise ValueError(

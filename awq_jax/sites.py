@@ -161,6 +161,7 @@ def sites(fn: Callable[..., Any], params: Any, *inputs: Any) -> Traced:
     for dot in found.walk.dots:
         dots.setdefault(dot.param, []).append(dot)
     numbers = {n: w.dtype.name for n, w in leaves.items() if n in dots and not jnp.issubdtype(w.dtype, jnp.floating)}
+    reasons = dict.fromkeys(dots, "read in two ways") | {n: f"{dtype} weights" for n, dtype in numbers.items()}
     out: dict[str, Site] = {}
     groups: dict[Any, str] = {}
     for name, uses in dots.items():
@@ -184,11 +185,7 @@ def sites(fn: Callable[..., Any], params: Any, *inputs: Any) -> Traced:
         out[name] = replace(out[name], kept=f"an adapter of {beside}")
     widest = found.walk.widest
     skipped = {
-        name: f"{numbers[name]} weights"
-        if name in numbers
-        else "read in two ways"
-        if name in dots
-        else _names(found.walk.uses.get(name, ())) or "not used"
+        name: reasons.get(name) or _names(found.walk.uses.get(name, ())) or "not used"
         for name, leaf in leaves.items()
         if name not in out
         and len(one_layer(np.shape(leaf), found.walk.stacks[name])) > 1
