@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from awq_jax.kernels import grouped_int4_matmul, int4_matmul, triton
+from awq_jax.kernels import grouped_int4_matmul, int4_matmul, mosaic, triton
+from awq_jax.kernels.gpu import architecture
 from awq_jax.spec import QuantSpec
 from awq_jax.tensor import in_tiles, quantize
 
@@ -27,6 +28,17 @@ def test_the_product(rows, dtype, group):
     x = jnp.asarray(rng.normal(size=(rows, 1000)), dtype)
     w = in_tiles(quantize(rng.normal(size=(1000, 330)).astype(np.float32), QuantSpec(4, group)))
     check(jax.jit(int4_matmul, static_argnames="implementation")(x, w, implementation="triton"), x, w)
+
+
+@pytest.mark.skipif(architecture() != mosaic.HOPPER, reason="wgmma is an instruction of Hopper alone")
+@pytest.mark.parametrize("group", [32, 128, 256, -1])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("rows", [40, 128, 200, 1100])
+def test_the_product_on_hopper(rows, dtype, group):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, rows, 1024)), dtype)
+    w = in_tiles(quantize(rng.normal(size=(2, 1024, 320)).astype(np.float32), QuantSpec(4, group)))
+    check(jax.jit(int4_matmul, static_argnames="implementation")(x, w, implementation="mosaic"), x, w)
 
 
 @pytest.mark.parametrize("rows", [1, 13, 32])

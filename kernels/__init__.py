@@ -1,7 +1,7 @@
 """Matmuls of an activation with a packed low-bit weight. Knows nothing of models or files.
 
-api.py chooses among implementations: triton.py (kernels in triton_kernels.py, sizes of tiles from table.py) and
-reference.py (plain XLA). contract.py says what they are given.
+api.py chooses among implementations: triton.py (kernels in triton_kernels.py, sizes of tiles from table.py),
+mosaic.py (mosaic_kernels.py, for Hopper) and reference.py (plain XLA). contract.py says what they are given.
 """
 
 from awq_jax.kernels.api import grouped_int4_matmul as grouped_int4_matmul

@@ -11,13 +11,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from awq_jax.kernels import reference, rules, sharded, triton
+from awq_jax.kernels import mosaic, reference, rules, sharded, triton
 from awq_jax.kernels.contract import PackedWeight, check_shapes
 
 Implementation = Callable[..., Any]
 
 Table = Mapping[str, tuple[Implementation, Implementation]]
-"""By name, in the order in which they are tried. Asked for by name the second runs: no choice of platforms."""
+"""By name, in the order in which they are tried. Asked for by name the second runs: no choice of platforms.
+
+"xla" takes every case; what comes after it runs where it is asked for, or where the table hands a case to it.
+"""
 
 
 @ft.cache
@@ -25,12 +28,14 @@ def implementations(dtype: Any) -> Table:
     """Of a matmul whose result has a dtype; None for x's."""
     kernel = ft.partial(sharded.matmul, triton.matmul, dtype=dtype)
     plain = ft.partial(reference.matmul, dtype=dtype)
+    hopper = rules.with_rules(ft.partial(sharded.matmul, mosaic.matmul, dtype=dtype), plain, fail)
     return {
         "triton": (
             rules.with_rules(rules.everywhere(kernel, plain), plain, lambda e: tell_slow("XLA", [f"triton: {e}"])),
             rules.with_rules(kernel, plain, fail),
         ),
         "xla": (plain, plain),
+        "mosaic": (hopper, hopper),
     }
 
 
@@ -50,7 +55,7 @@ def int4_matmul(
     Args:
       x: float16, bfloat16 or float32 activations; leading axes of w, if any, are leading axes of x too.
       w: packed weight of logical shape (*lead, i, o), 2 to 8 bits; its input scale is applied to x.
-      implementation: "triton" or "xla"; None takes the first that supports the case.
+      implementation: "triton", "mosaic" or "xla"; None takes what is thought fastest of those that support the case.
       dtype: of the result, float32, bfloat16 or float16; None for x's.
 
     Raises:

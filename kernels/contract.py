@@ -47,6 +47,14 @@ class PackedWeight(Protocol):
     def in_features(self) -> Any: ...
 
 
+def check_tiles(w: PackedWeight) -> None:
+    """Raises NotImplementedError unless w is packed as the kernels for GPUs read it."""
+    if w.spec.bits != 4:
+        raise NotImplementedError(f"{w.spec.bits}-bit codes: the kernels read 4 bits")
+    if w.packing != "tiles":
+        raise NotImplementedError("codes are packed in rows: call awq_jax.prepare(params) once after loading")
+
+
 def check_shapes(x: Float[Array, "*b i"], w: PackedWeight, *, grouped: bool = False) -> None:
     """Raises ValueError unless x has the weight's features and, if not `grouped`, its leading axes; and unless scales,
     zeros and input scale have the codes' shape.

@@ -6,6 +6,7 @@ import functools as ft
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from awq_jax.kernels.gpu import TENSOR_CORES
 
@@ -18,7 +19,7 @@ SHARED = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227,
 class Tiling:
     """What a program of a kernel owns: bm rows of x, bn columns; kb blocks of 128 rows at once (decode, gemv).
 
-    The kernel "dense" is none: XLA multiplies with the dense weight.
+    The kernel "mosaic" is the one of mosaic_kernels.py; "dense" is none: XLA multiplies with the dense weight.
     """
 
     kernel: str
@@ -33,6 +34,9 @@ class Tiling:
 
         The tensor cores of sm_90 and sm_100 read x from there, so its part of the round that is multiplied stays too.
         """
+        if self.kernel == "mosaic":
+            result, per_column = 32 * 1024, 3
+            return self.stages * (256 * self.bm + (64 + per_column) * self.bn) + result + 1024
         blocks, ahead = max(self.kb, 1), self.stages - 1
         stays = self.kernel in ("tile", "ragged") and 90 <= arch < 120
         return blocks * (ahead * 64 * self.bn + (ahead + stays) * 256 * self.bm) + 1024
@@ -61,8 +65,18 @@ def limit(arch: int) -> int:
 @ft.cache
 def rows() -> tuple[Row, ...]:
     """The table; a measured row holds only for the arch, dtype, group, m, k and n it was measured at."""
-    data = json.loads(Path(__file__).with_name("table.json").read_text())
+    data = _data()
     return tuple(_row(r, measured=True) for r in data["measured"]) + tuple(_row(r) for r in data["rule"])
+
+
+@ft.cache
+def untimed() -> tuple[Row, ...]:
+    """Kernels that no GPU has timed yet, for who asks for them by name."""
+    return tuple(_row(r) for r in _data()["untimed"])
+
+
+def _data() -> dict[str, Any]:
+    return json.loads(Path(__file__).with_name("table.json").read_text())
 
 
 def _row(r: dict, measured: bool = False) -> Row:
@@ -108,6 +122,11 @@ def splits(programs: int, blocks: int, multiprocessors: int) -> int:
     written and read.
     """
     return max(1, min(round(multiprocessors / programs), blocks // 4))
+
+
+def mosaic_tiling(m: int) -> Tiling:
+    """The tiling of the kernel in Pallas Mosaic GPU for m rows."""
+    return next(row.tiling for row in untimed() if m <= row.m)
 
 
 def kernel_tiling(arch: int, dtype: str, group: int, m: int, k: int, n: int) -> Tiling:

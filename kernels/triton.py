@@ -10,6 +10,7 @@ again for every tile of columns, and cost more instructions than the weights.
 
 from __future__ import annotations
 
+import functools as ft
 import math
 from typing import Any
 
@@ -17,8 +18,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from awq_jax.kernels import reference, table
-from awq_jax.kernels.contract import PackedWeight
+from awq_jax.kernels import mosaic, reference, table
+from awq_jax.kernels.contract import PackedWeight, check_tiles
 from awq_jax.kernels.gpu import OLDEST, TENSOR_CORES, architecture, multiprocessors
 from awq_jax.kernels.launch import launch
 from awq_jax.kernels.reference import scaled
@@ -30,10 +31,7 @@ MOST_EXPERTS = 65535
 
 def check(dtype: Any, w: PackedWeight) -> None:
     """Raises NotImplementedError with the reason why the kernels cannot multiply w with an x of this dtype."""
-    if w.spec.bits != 4:
-        raise NotImplementedError(f"{w.spec.bits}-bit codes: the kernels read 4 bits")
-    if w.packing != "tiles":
-        raise NotImplementedError("codes are packed in rows: call awq_jax.prepare(params) once after loading")
+    check_tiles(w)
     if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise NotImplementedError(f"x is {jnp.dtype(dtype)}, the kernels take bfloat16, float16 or float32: cast x")
     arch = architecture()
@@ -81,8 +79,10 @@ def matmul(
             f"{t} takes {t.shared(arch)} bytes of shared memory, sm_{arch} has {table.limit(arch)}: "
             f"lower stages, or leave it to the table, which gives {known}."
         )
-    if t.kernel == "dense":
-        return reference.matmul(x, w if layer is None else jax.tree.map(lambda leaf: leaf[layer], w), dtype=dtype)
+    elsewhere = {"dense": reference.matmul, "mosaic": ft.partial(mosaic.matmul, tiling=t)}
+    if t.kernel in elsewhere:
+        one = w if layer is None else jax.tree.map(lambda leaf: leaf[layer], w)
+        return elsewhere[t.kernel](x, one, dtype=dtype)
     n_tiles, m_tiles, blocks = -(-n // t.bn), -(-rows // t.bm), -(-k // BLOCK)
     many = t.kernel == "tile"
     splits = table.splits(n_tiles * m_tiles * experts, blocks, multiprocessors()) if many else 1

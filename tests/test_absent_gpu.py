@@ -1,5 +1,6 @@
 """What XLA makes for a GPU of programs with packed weights: no copy of a weight, no dense weight in memory."""
 
+import functools as ft
 import re
 
 import jax
@@ -105,6 +106,31 @@ def test_scanned_layers_are_not_copied():
         return jax.lax.scan(lambda x, w: (int4_matmul(x, w), None), x, stack)[0]
 
     assert temporary(compile_for_h200(run, rows(1), weight(4))) < CODES // 16 + LEGACY * 1.1 * CODES
+
+
+@pytest.mark.parametrize(("lead", "m"), [((), 1024), ((), 256), ((4,), 128)])
+def test_the_kernel_for_hopper_is_one_call_without_spills(monkeypatch, tmp_path, lead, m):
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
+    compiled = compile_for_h200(ft.partial(int4_matmul, implementation="mosaic"), rows(*lead, m), weight(*lead))
+    assert compiled.as_text().count("custom-call(") == 1
+    assert temporary(compiled) == 0
+    (assembled,) = tmp_path.glob("*.ptxas")
+    assert "0 bytes spill stores, 0 bytes spill loads" in assembled.read_text()
+    (ptx,) = tmp_path.glob("*.ptx")
+    program = ptx.read_text()
+    # Of 64 columns and 128 rows a thread has 32 pairs of weights: one lop3 each, 8 products, no integer made a float.
+    assert program.count("0x000f000f") == 32
+    assert len(re.findall(r"wgmma\.mma_async", program)) == 8
+    assert not re.search(r"cvt\.r\w+\.\w+\.[us]\d+", program)
+
+
+def test_the_kernel_for_hopper_reads_scanned_layers_in_place():
+    def run(x, stack):
+        return jax.lax.scan(lambda x, w: (int4_matmul(x, w, implementation="mosaic"), None), x, stack)[0]
+
+    m = 128
+    copies = LEGACY * 1.1 * CODES
+    assert temporary(compile_for_h200(run, rows(m), weight(4))) < 2 * 2 * m * WIDTH + copies
 
 
 def test_gradients_keep_the_packed_weight_between_the_passes():
