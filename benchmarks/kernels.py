@@ -1,12 +1,13 @@
 """Time of the int4 matmul against dense bfloat16, dequantize-then-dot, other projects' and the machine's own ceilings.
 
-python benchmarks/kernels.py [--small] [--tune]
+python benchmarks/kernels.py [--small] [--shapes 4096x4096 4096x28672]
+python benchmarks/kernels.py --tune SECONDS
 
 Every figure is the median of several runs of one jitted program that makes many matmuls in a chain, each with another
 weight, so that at least 256 MB of weights pass by and none stays in the cache. Other projects' matmuls (peers.py) are
 timed where they are installed (pip install torch gemlite humming-kernels tokamax); who is left out, and why, is in the
-results. Writes results/kernels.json; with --tune the best tilings go into kernels/table.json. --small runs tiny shapes,
-so that a machine without a GPU can check the script.
+results. Writes results/kernels.json; with --tune, instead, the best tilings into kernels/table.json. --small runs tiny
+shapes, so that a machine without a GPU can check the script.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import functools as ft
 import json
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,9 @@ import jax.numpy as jnp
 from peers import PEERS, peer_seconds, reason, usable
 
 from awq_jax import kernels
-from awq_jax.kernels import table, triton
+from awq_jax.kernels import mosaic, table, triton
 from awq_jax.kernels.gpu import architecture
+from awq_jax.kernels.table import Tiling
 from awq_jax.spec import QuantSpec
 from awq_jax.tensor import in_tiles, quantize
 
@@ -53,11 +56,31 @@ def chain(multiply: Callable[..., Any], count: int) -> Callable[..., Any]:
     return run
 
 
+@dataclass(frozen=True)
+class Chain:
+    """A jitted program of `count` matmuls with its arguments."""
+
+    run: Any
+    x: Any
+    weights: list[Any]
+    count: int
+
+    @classmethod
+    def of(cls, multiply: Callable[..., Any], x: Any, weights: list[Any]) -> Chain:
+        count = max(len(weights), 8)
+        return cls(chain(multiply, count).lower(x, weights), x, weights, count)
+
+    def compiled(self) -> Chain:
+        return replace(self, run=self.run.compile())
+
+    def seconds(self, repeats: int = 5) -> float:
+        """The median time of one matmul."""
+        return timed(lambda: self.run(self.x, self.weights), repeats) / self.count
+
+
 def seconds(multiply: Callable[..., Any], x: Any, weights: list[Any], repeats: int = 5) -> float:
     """The median time of one matmul."""
-    count = max(len(weights), 8)
-    run = chain(multiply, count)
-    return timed(lambda: run(x, weights), repeats) / count
+    return Chain.of(multiply, x, weights).compiled().seconds(repeats)
 
 
 def ceilings(small: bool) -> dict[str, float]:
@@ -95,7 +118,7 @@ def weights_of(k: int, n: int, small: bool) -> tuple[list[Any], list[Any]]:
     return packed, [make(jax.random.key(i)) for i in range(counts[1])]
 
 
-def own(packed: list[Any], dense: list[Any], on_gpu: bool) -> dict[str, tuple[Callable[..., Any], list[Any]]]:
+def own(packed: list[Any], dense: list[Any], m: int, on_gpu: bool) -> dict[str, tuple[Callable[..., Any], list[Any]]]:
     """What is compared, by name: a matmul and its weights. The first is what the others are held against."""
     found = {
         BASELINE: (lambda x, w: x @ w, dense),
@@ -104,6 +127,8 @@ def own(packed: list[Any], dense: list[Any], on_gpu: bool) -> dict[str, tuple[Ca
     if on_gpu:
         found["int4_matmul"] = (kernels.int4_matmul, packed)
         found["triton"] = (always_the_kernel, packed)
+        if architecture() == mosaic.HOPPER and m >= 64:
+            found["mosaic"] = (ft.partial(kernels.int4_matmul, implementation="mosaic"), packed)
     return found
 
 
@@ -113,22 +138,36 @@ def always_the_kernel(x: Any, w: Any) -> Any:
     return triton.matmul(x, w, tiling=t)
 
 
-def measure(small: bool, out: Path) -> None:
+def measure(shapes: Sequence[tuple[int, int]], numbers_of_rows: Sequence[int], small: bool, out: Path) -> None:
     """Times of every shape and number of rows, written after each shape: a run that is cut short leaves what it had."""
     on_gpu = jax.default_backend() == "gpu"
     top, rows = ceilings(small), []
     others, left_out = usable(PEERS)
-    for k, n in ((256, 256),) if small else SHAPES:
+    for k, n in shapes:
         packed, dense = weights_of(k, n, small)
+        xs = {m: jax.random.normal(jax.random.key(0), (m, k), jnp.bfloat16) for m in numbers_of_rows}
+        chains: dict[int, dict[str, Future[Chain]]] = {m: {} for m in xs}
+        # Compiled beside each other, before the clock.
+        with ThreadPoolExecutor() as pool:
+            for m, x in xs.items():
+                for name, (multiply, weights) in own(packed, dense, m, on_gpu).items():
+                    try:
+                        chains[m][name] = pool.submit(Chain.of(multiply, x, weights).compiled)
+                    except Exception as e:
+                        left_out[f"{name}, {m} rows of {k} x {n}"] = reason(e)
         converted = {name: [peer.convert(w) for w in packed] for name, peer in others.items()}
-        for m in (1, 16) if small else ROWS:
-            x = jax.random.normal(jax.random.key(0), (m, k), jnp.bfloat16)
-            times = {
-                name: seconds(multiply, x, weights) for name, (multiply, weights) in own(packed, dense, on_gpu).items()
+        for m, x in xs.items():
+            clocks: dict[str, Callable[[], float]] = {
+                name: lambda c=c: c.result().seconds() for name, c in chains[m].items()
             }
-            for name, weights in converted.items():
+            clocks |= {
+                name: lambda name=name, x=x, weights=weights: peer_seconds(others[name], x, weights, seconds)
+                for name, weights in converted.items()
+            }
+            times = {}
+            for name, clock in clocks.items():
                 try:
-                    times[name] = peer_seconds(others[name], x, weights, seconds)
+                    times[name] = clock()
                 except Exception as e:
                     left_out[f"{name}, {m} rows of {k} x {n}"] = reason(e)
             for name, t in times.items():
@@ -157,41 +196,70 @@ def measure(small: bool, out: Path) -> None:
         print(f"left out: {name}: {why}")
 
 
-def tune() -> list[dict[str, Any]]:
-    """The fastest tiling of each shape and bucket of rows, as rows of the table."""
+def candidates(m: int) -> list[Tiling]:
+    """The tilings worth timing for m rows: those of the table, and of kernels not timed yet."""
     arch = architecture()
-    candidates = [t for t in dict.fromkeys(row.tiling for row in table.rows() if row.exact is None) if t.fits(arch)]
-    best = []
-    for k, n in SHAPES[:4]:
-        packed, _ = weights_of(k, n, small=False)
-        for m in (1, 8, 16, 32, 64, 256, 1024, 2048, 4096):
+    known = [row.tiling for row in (*table.rows(), *table.untimed()) if row.exact is None and row.arch <= arch]
+    of_rows = {"decode": lambda t: t.bm == max(8, m), "tile": lambda t: m > 16, "mosaic": lambda t: t.bm <= m}
+    worth = lambda t: of_rows.get(t.kernel, lambda _: t.kernel == "dense" and m >= 256)(t) and t.fits(arch)
+    return [t for t in dict.fromkeys(known) if worth(t)]
+
+
+def tune(limit: float) -> None:
+    """Writes the fastest tiling of each shape and number of rows into the table, until `limit` seconds are over.
+
+    What few rows and many rows take comes before what lies between them. A case is written as soon as it is timed.
+    """
+    end = time.monotonic() + limit
+    for m in (1, 64, 1024, 16, 256, 4096, 8, 32, 128, 512, 2048):
+        for k, n in SHAPES[:4]:
+            if time.monotonic() > end:
+                return
+            packed, _ = weights_of(k, n, small=False)
             x = jax.random.normal(jax.random.key(0), (m, k), jnp.bfloat16)
-            times = {}
-            for t in candidates:
-                if t.kernel == "decode" and m > t.bm:
-                    continue
-                times[t] = seconds(ft.partial(triton.matmul, tiling=t), x, packed, repeats=3)
-            t = min(times, key=times.__getitem__)
-            case = {"arch": arch, "dtype": "bfloat16", "group": 128, "m": m, "k": k, "n": n}
-            best.append(case | asdict(t))
-    return best
+            times: dict[Tiling, float] = {}
+            for t in candidates(m):
+                try:
+                    times[t] = seconds(ft.partial(triton.matmul, tiling=t), x, packed, repeats=3)
+                except Exception as e:
+                    print(f"not timed: {t}, {m} rows of {k} x {n}: {reason(e)}")
+            best = min(times, key=times.__getitem__)
+            for t, taken in sorted(times.items(), key=lambda item: item[1]):
+                print(f"{k:6} x {n:6}  m {m:5}  {taken * 1e6:10.2f} us  {t}")
+            write_row({"arch": architecture(), "dtype": "bfloat16", "group": 128, "m": m, "k": k, "n": n}, best)
+
+
+def write_row(case: dict[str, Any], best: Tiling) -> None:
+    """`best` as the table's measured tiling of a case, in the place of what was there."""
+    data = json.loads(TABLE.read_text())
+    others = [row for row in data["measured"] if any(row[key] != value for key, value in case.items())]
+    data["measured"] = [*others, case | asdict(best)]
+    lines = {key: ",\n".join(f"  {json.dumps(row)}" for row in data[key]) for key in ("measured", "untimed", "rule")}
+    parts = [f' "comment": {json.dumps(data["comment"])}'] + [f' "{key}": [\n{rows}\n ]' for key, rows in lines.items()]
+    TABLE.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+    table.rows.cache_clear()
+
+
+def shape(text: str) -> tuple[int, int]:
+    k, n = map(int, text.split("x"))
+    return k, n
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--small", action="store_true", help="tiny shapes, any machine")
-    parser.add_argument("--tune", action="store_true", help="write the best tilings into kernels/table.json; a GPU")
+    parser.add_argument(
+        "--tune", type=float, metavar="SECONDS", help="so long write the best tilings into kernels/table.json; a GPU"
+    )
+    parser.add_argument("--shapes", type=shape, nargs="+", default=SHAPES, metavar="KxN", help="of the weights")
     parser.add_argument("--out", type=Path, default=RESULTS / "kernels.json")
     options = parser.parse_args()
     if options.tune:
-        data = json.loads(TABLE.read_text())
-        fresh = tune()
-        keys = ("arch", "dtype", "group", "m", "k", "n")
-        measured = {tuple(r[key] for key in keys): r for r in (*data["measured"], *fresh)}
-        TABLE.write_text(json.dumps({**data, "measured": list(measured.values())}, indent=1) + "\n")
-        table.rows.cache_clear()
+        tune(options.tune)
+        return
     options.out.parent.mkdir(exist_ok=True)
-    measure(options.small, options.out)
+    shapes, rows = (((256, 256),), (1, 16)) if options.small else (options.shapes, ROWS)
+    measure(shapes, rows, options.small, options.out)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ one `lop3` makes two weights of two nibbles (there it says how), the scale is mu
 from __future__ import annotations
 
 import functools as ft
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.experimental.pallas as pl
@@ -36,14 +36,13 @@ def magic(dtype: Any) -> int:
 
 def lifted(words: Int16[Array, "n 32"], plane: int, dtype: Any) -> Float[Array, "n 32"]:
     """128 + the codes of a plane in bfloat16, 1024 + codes in float16."""
-    from jax.experimental.mosaic.gpu import FragmentedArray
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import arith, llvm
 
     result = plgpu.ShapeDtypeStruct(words.shape, dtype, layout=plgpu.Layout.WGMMA)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=result)
-    def lift(_: Any, words: FragmentedArray) -> FragmentedArray:
+    def lift(_: Any, words: Any) -> Any:
         i32 = ir.IntegerType.get_signless(32)
         pair = ir.VectorType.get((2,), ir.BF16Type.get() if dtype == jnp.bfloat16 else ir.F16Type.get())
 
@@ -52,11 +51,11 @@ def lifted(words: Int16[Array, "n 32"], plane: int, dtype: Any) -> Float[Array, 
             if plane:
                 bits = arith.shrui(bits, arith.constant(i32, ir.IntegerAttr.get(i32, 4 * plane)))
             lop3 = f"lop3.b32 $0, $1, 0x000f000f, {magic(dtype) * 0x10001}, 0xEA;"
-            return llvm.bitcast(pair, llvm.inline_asm(i32, [bits], lop3, "=r,r"))
+            return llvm.bitcast(pair, cast(Any, llvm.inline_asm(i32, [bits], lop3, "=r,r")))
 
         return words._pointwise(two)
 
-    return lift(words)
+    return cast(Any, lift)(words)
 
 
 def swizzled(dtype: Any, width: int) -> tuple[Any, ...]:
@@ -136,7 +135,7 @@ def product(
                     return sums
 
                 def store(run: Any) -> None:
-                    @ft.partial(pl.run_scoped, sums=plgpu.ACC((COLUMNS, bm), jnp.float32))
+                    @ft.partial(pl.run_scoped, sums=plgpu.WGMMAAccumulatorRef((COLUMNS, bm), jnp.float32))
                     def _(sums: Any) -> None:
                         run(sums)
                         y = plgpu.layout_cast(sums[...].astype(dtype), plgpu.Layout.WGMMA)

@@ -93,8 +93,8 @@ def test_a_batched_weight_is_one_call_of_experts(emulator):
 
 
 def test_what_it_refuses():
-    def refused(match, x_dtype=jnp.bfloat16, arch=90, shape=(256, 128), spec=QuantSpec(), pack=in_tiles):
-        w = pack(quantize(normal(*shape), spec))
+    def refused(match, x_dtype=jnp.bfloat16, arch=90, shape=(256, 128), group=128, pack=in_tiles, bits=4):
+        w = pack(quantize(normal(*shape), QuantSpec(bits, group)))
         x = jnp.ones((64, shape[0]), x_dtype)
         with target(arch), pytest.raises(NotImplementedError, match=match):
             int4_matmul(x, w, implementation="mosaic")
@@ -104,8 +104,8 @@ def test_what_it_refuses():
     refused("float32", x_dtype=jnp.float32)
     refused("200 x 128", shape=(200, 128))
     refused("256 x 100", shape=(256, 100))
-    refused("groups of 96", shape=(384, 128), spec=QuantSpec(4, 96))
-    refused("8-bit", spec=QuantSpec(8), pack=lambda w: w)
+    refused("groups of 96", shape=(384, 128), group=96)
+    refused("8-bit", bits=8, pack=lambda w: w)
     refused("prepare", pack=lambda w: w)
 
 
