@@ -55,7 +55,8 @@ def _plugin(installed: dict[str, str | None]) -> str:
         return "for an NVIDIA GPU: pip install 'awq-jax[cuda12]', or [cuda13] with a driver of CUDA 13"
     wrong = [f"{name} {version}" for name, version in plugins.items() if version != installed["jaxlib"]]
     if wrong:
-        return f"{', '.join(wrong)} and jaxlib {installed['jaxlib']} differ: pip install -U 'awq-jax[cuda12]'"
+        cuda = next(iter(plugins)).split("-")[1]
+        return f"{', '.join(wrong)} and jaxlib {installed['jaxlib']} differ: pip install -U 'awq-jax[{cuda}]'"
     return ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools as ft
 import importlib
 import importlib.util
 import inspect
@@ -11,20 +12,30 @@ import jax
 
 from awq_jax.kernels.gpu import architecture
 
-INSTALL = "pip install 'awq-jax[cuda12]'"
+
+def install() -> str:
+    """The command that brings what the kernels need, for the CUDA that jax has or, without one, CUDA 12."""
+    cuda = "cuda13" if importlib.util.find_spec("jax_cuda13_plugin") else "cuda12"
+    return f"pip install 'awq-jax[{cuda}]'"
+
+
+@ft.cache
+def broken() -> str | None:
+    """Why jax-triton cannot be imported. Asked once: an import that fails is tried again by each that needs it."""
+    # Versions that do not fit each other fail in many ways: names that are gone, signatures, broken libraries.
+    try:
+        importlib.import_module("jax_triton")
+    except Exception as e:
+        return f"jax-triton cannot be imported beside jax {jax.__version__} ({type(e).__name__}: {e})"
+    return None
 
 
 def missing() -> str | None:
     """What of the packages that run Triton kernels is not installed or does not fit the others; None if all is well."""
     lacking = [name for name in ("triton", "jax_triton") if importlib.util.find_spec(name) is None]
     if lacking:
-        return f"{' and '.join(lacking).replace('_', '-')} not installed: {INSTALL}"
-    # Versions that do not fit each other fail in many ways: names that are gone, signatures, broken libraries.
-    try:
-        importlib.import_module("jax_triton")
-    except Exception as e:
-        return f"jax-triton cannot be imported beside jax {jax.__version__} ({type(e).__name__}: {e}): {INSTALL}"
-    return None
+        return f"{' and '.join(lacking).replace('_', '-')} not installed: {install()}"
+    return f"{reason}: {install()}" if (reason := broken()) else None
 
 
 def too_old(kernel: str) -> str | None:

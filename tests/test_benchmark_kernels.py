@@ -41,7 +41,7 @@ def script(monkeypatch, tmp_path):
     monkeypatch.setattr(found, "TABLE", tmp_path / "table.json")
     found.TABLE.write_text(json.dumps(empty))
     monkeypatch.setattr(found, "SHAPES", ((256, 256), (256, 512)))
-    monkeypatch.setattr(found, "ROTATED", 1)
+    monkeypatch.setattr(found, "weights_of", lambda k, n, small: ([], []))
     monkeypatch.setattr(found, "seconds", lambda multiply, *_, **__: multiply.keywords["tiling"].stages + 1.0)
     yield found
     table.rows.cache_clear()

@@ -99,6 +99,14 @@ def test_packages_that_lack_are_told(monkeypatch, on_a_gpu):
         int4_matmul(x(1), weight(64, 8))
 
 
+@pytest.fixture
+def _asked_again():
+    launch.broken.cache_clear()
+    yield
+    launch.broken.cache_clear()
+
+
+@pytest.mark.usefixtures("_asked_again")
 def test_packages_that_do_not_fit_each_other_are_told(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace())
     monkeypatch.setitem(sys.modules, "jax_triton", None)
@@ -106,3 +114,5 @@ def test_packages_that_do_not_fit_each_other_are_told(monkeypatch):
     assert f"jax-triton cannot be imported beside jax {jax.__version__} (ModuleNotFoundError" in reason
     with target(90), pytest.raises(NotImplementedError, match="cannot be imported"):
         int4_matmul(x(1), weight(64, 8), implementation="triton")
+    # Every package is said to be here, that of CUDA 13 too.
+    assert reason.endswith("pip install 'awq-jax[cuda13]'")
