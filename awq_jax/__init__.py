@@ -32,6 +32,7 @@ from awq_jax.transform import Calibration as Calibration
 from awq_jax.transform import calibrate as calibrate
 from awq_jax.transform import quantized as quantized
 from awq_jax.transform import with_moments as with_moments
+from awq_jax.tune import tune as tune
 
 __version__ = version("awq-jax")
 

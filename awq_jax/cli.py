@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tyro.conf import Positional, arg
 
 from awq_jax.cache import keep_compiled_programs
-from awq_jax.report import console, scores_table, sites_table, summary
+from awq_jax.report import console, scores_table, sites_table, summary, tunings_table
 
 Preset = Literal["default", "fast", "rtn", "llm_awq", "autoawq", "llmcompressor"]
 
@@ -179,6 +179,26 @@ class Demo:
 
 
 @dataclass(frozen=True)
+class Tune:
+    """Time the kernels on this GPU for the shapes of a quantized model, and use the fastest from then on."""
+
+    model: Annotated[Positional[str], arg(metavar="MODEL")]
+    """A quantized checkpoint."""
+    minutes: float = 5.0
+    """After which no further case is begun; decoding and a long prefill come first."""
+
+    def run(self) -> None:
+        from awq_jax.kernels.table import users_file
+        from awq_jax.load import load
+        from awq_jax.tune import tune
+
+        with bar() as progress:
+            found = tune(load(self.model).params, limit=60 * self.minutes, progress=progress)
+        console().print(tunings_table(found))
+        say(f"Kept in {users_file()}; delete it to forget them.")
+
+
+@dataclass(frozen=True)
 class Doctor:
     """What is installed, which GPU is here, what would run the matmuls, and what to install."""
 
@@ -195,6 +215,7 @@ Command = (
     | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Tune, tyro.conf.subcommand("tune")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
 )
 

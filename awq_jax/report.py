@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from awq_jax.quantize import SiteReport
+from awq_jax.tune import Tuned
 
 
 def size(n: float) -> str:
@@ -61,6 +62,22 @@ def scores_table(rows: Mapping[str, Any]) -> Table:
         kl = "" if s.kl is None else f"{s.kl:.4f}"
         top1 = "" if s.top1 is None else f"{s.top1:.1%}"
         table.add_row(escape(name), f"{s.perplexity:.2f}", kl, top1)
+    return table
+
+
+def tunings_table(found: Iterable[Tuned]) -> Table:
+    """The fastest tiling of each case, and how much it gains."""
+    table = Table(title="Fastest kernels")
+    for column in ("rows", "weight", "kernel", "us", "times as fast as before"):
+        table.add_column(column, justify="right")
+    for one in found:
+        rows, weight = str(one.case.m), f"{one.case.k} x {one.case.n}"
+        if not one.seconds:
+            table.add_row(rows, weight, "none ran", "", "")
+            continue
+        t, seconds = next(iter(one.seconds.items()))
+        gain = "" if one.gain is None else f"{one.gain:.2f}"
+        table.add_row(rows, weight, f"{t.kernel} {t.bm} x {t.bn}" if t.bm else t.kernel, f"{1e6 * seconds:.1f}", gain)
     return table
 
 

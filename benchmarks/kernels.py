@@ -15,11 +15,10 @@ from __future__ import annotations
 import argparse
 import functools as ft
 import json
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,54 +32,18 @@ from awq_jax.kernels.gpu import architecture
 from awq_jax.kernels.table import Tiling
 from awq_jax.spec import QuantSpec
 from awq_jax.tensor import in_tiles, quantize
+from awq_jax.tune import Chain, distinct, timed, timings
 
 RESULTS = Path(__file__).parent / "results"
 TABLE = Path(kernels.__file__).with_name("table.json")
 SHAPES = ((4096, 4096), (4096, 6144), (14336, 4096), (4096, 28672), (8192, 57344))
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 BASELINE = "xla bf16"
-ROTATED = 256 * 2**20
 
 
-def chain(multiply: Callable[..., Any], count: int) -> Callable[..., Any]:
-    """`count` matmuls, each with the next weight and with an x that waits for the result before it."""
-
-    @jax.jit
-    def run(x: Any, weights: list[Any]) -> Any:
-        carried = jnp.zeros((), x.dtype)
-        for i in range(count):
-            y = multiply(x + carried, weights[i % len(weights)])
-            carried = y[0, 0] * 0
-        return y
-
-    return run
-
-
-@dataclass(frozen=True)
-class Chain:
-    """A jitted program of `count` matmuls with its arguments."""
-
-    run: Any
-    x: Any
-    weights: list[Any]
-    count: int
-
-    @classmethod
-    def of(cls, multiply: Callable[..., Any], x: Any, weights: list[Any]) -> Chain:
-        count = max(len(weights), 8)
-        return cls(chain(multiply, count).lower(x, weights), x, weights, count)
-
-    def compiled(self) -> Chain:
-        return replace(self, run=self.run.compile())
-
-    def seconds(self, repeats: int = 5) -> float:
-        """The median time of one matmul."""
-        return timed(lambda: self.run(self.x, self.weights), repeats) / self.count
-
-
-def seconds(multiply: Callable[..., Any], x: Any, weights: list[Any], repeats: int = 5) -> float:
+def seconds(multiply: Callable[..., Any], x: Any, weights: list[Any]) -> float:
     """The median time of one matmul."""
-    return Chain.of(multiply, x, weights).compiled().seconds(repeats)
+    return Chain.of(multiply, x, weights).compiled().seconds()
 
 
 def ceilings(small: bool) -> dict[str, float]:
@@ -97,25 +60,11 @@ def ceilings(small: bool) -> dict[str, float]:
     }
 
 
-def timed(call: Callable[[], Any], repeats: int = 10) -> float:
-    jax.block_until_ready(call())
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
 def weights_of(k: int, n: int, small: bool) -> tuple[list[Any], list[Any]]:
     """Packed and dense weights of one shape, enough of each to pass the cache."""
-    make = jax.jit(lambda key: jax.random.normal(key, (k, n), jnp.bfloat16) / k**0.5)
-    bytes_of = lambda per_weight: max(2, -(-ROTATED // int(k * n * per_weight)))
-    counts = (2, 2) if small else (bytes_of(0.53), bytes_of(2))
-    spec = QuantSpec(4, 128)
-    pack = jax.jit(lambda w: in_tiles(quantize(w, spec)))
-    packed = [pack(make(jax.random.key(i))) for i in range(counts[0])]
-    return packed, [make(jax.random.key(i)) for i in range(counts[1])]
+    most = 2 if small else None
+    packed = distinct(k, n, lambda w: in_tiles(quantize(w, QuantSpec(4, 128))))
+    return packed[:most], distinct(k, n, lambda w: w)[:most]
 
 
 def own(packed: list[Any], dense: list[Any], m: int, on_gpu: bool) -> dict[str, tuple[Callable[..., Any], list[Any]]]:
@@ -196,37 +145,19 @@ def measure(shapes: Sequence[tuple[int, int]], numbers_of_rows: Sequence[int], s
         print(f"left out: {name}: {why}")
 
 
-def candidates(m: int) -> list[Tiling]:
-    """The tilings worth timing for m rows: those of the table, and of kernels not timed yet."""
-    arch = architecture()
-    known = [row.tiling for row in (*table.rows(), *table.untimed()) if row.exact is None and row.arch <= arch]
-    of_rows = {"decode": lambda t: t.bm == max(8, m), "tile": lambda t: m > 16, "mosaic": lambda t: t.bm <= m}
-    worth = lambda t: of_rows.get(t.kernel, lambda _: t.kernel == "dense" and m >= 256)(t) and t.fits(arch)
-    return [t for t in dict.fromkeys(known) if worth(t)]
-
-
 def tune(limit: float) -> None:
     """Writes the fastest tiling of each shape and number of rows into the table, until `limit` seconds are over.
 
-    What few rows and many rows take comes before what lies between them. A case is written as soon as it is timed.
+    A case is written as soon as it is timed.
     """
     end = time.monotonic() + limit
-    for m in (1, 64, 1024, 16, 256, 4096, 8, 32, 128, 512, 2048):
-        for k, n in SHAPES[:4]:
-            if time.monotonic() > end:
-                return
-            packed, _ = weights_of(k, n, small=False)
-            x = jax.random.normal(jax.random.key(0), (m, k), jnp.bfloat16)
-            times: dict[Tiling, float] = {}
-            for t in candidates(m):
-                try:
-                    times[t] = seconds(ft.partial(triton.matmul, tiling=t), x, packed, repeats=3)
-                except Exception as e:
-                    print(f"not timed: {t}, {m} rows of {k} x {n}: {reason(e)}")
-            best = min(times, key=times.__getitem__)
-            for t, taken in sorted(times.items(), key=lambda item: item[1]):
-                print(f"{k:6} x {n:6}  m {m:5}  {taken * 1e6:10.2f} us  {t}")
-            write_row({"arch": architecture(), "dtype": "bfloat16", "group": 128, "m": m, "k": k, "n": n}, best)
+    for case, times in timings(SHAPES[:4], group=128, dtype=jnp.bfloat16):
+        for t, taken in times.items():
+            print(f"{case.k:6} x {case.n:6}  m {case.m:5}  {taken * 1e6:10.2f} us  {t}")
+        if times:
+            write_row(asdict(case), next(iter(times)))
+        if time.monotonic() > end:
+            return
 
 
 def write_row(case: dict[str, Any], best: Tiling) -> None:

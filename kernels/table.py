@@ -1,15 +1,24 @@
-"""Sizes of tiles by GPU, dtype, group and shape: data in table.json, read once, nothing tuned at run time."""
+"""Sizes of tiles by GPU, dtype, group and shape: data, read once. Nothing is tuned at run time.
+
+table.json comes with the package. What `awq_jax.tune` measured on this user's GPUs is in the user's cache and goes
+first.
+"""
 
 from __future__ import annotations
 
 import functools as ft
 import json
-from dataclasses import dataclass, fields
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from awq_jax.cache import cache
 from awq_jax.kernels.gpu import TENSOR_CORES
 
+TRITON = ("decode", "tile", "gemv")
+KERNELS = (*TRITON, "mosaic", "dense")
 UNLIMITED = 2**31
 SHARED = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
 """KiB of shared memory that a program may take, by architecture."""
@@ -46,15 +55,30 @@ class Tiling:
 
 
 @dataclass(frozen=True)
+class Case:
+    """x (m, k) of a dtype times a weight (k, n) in groups, on a GPU of an architecture."""
+
+    arch: int
+    dtype: str
+    group: int
+    m: int
+    k: int
+    n: int
+
+
+@dataclass(frozen=True)
 class Row:
-    """A tiling, and the cases it is for: architecture, group and columns at least these, rows of x at most m."""
+    """A tiling, and the cases it is for: architecture, group and columns at least these, rows of x at most m.
+
+    Or one case alone, which was measured.
+    """
 
     tiling: Tiling
     arch: int
     group: int
     m: int = UNLIMITED
     n: int = 0
-    exact: tuple[int, str, int, int, int, int] | None = None
+    exact: Case | None = None
 
 
 def limit(arch: int) -> int:
@@ -64,9 +88,10 @@ def limit(arch: int) -> int:
 
 @ft.cache
 def rows() -> tuple[Row, ...]:
-    """The table; a measured row holds only for the arch, dtype, group, m, k and n it was measured at."""
+    """What this user measured, then the package's table; a measured row holds only for the case it was measured at."""
     data = _data()
-    return tuple(_row(r, measured=True) for r in data["measured"]) + tuple(_row(r) for r in data["rule"])
+    measured = [*remembered(), *(_row(r, measured=True) for r in data["measured"])]
+    return (*measured, *(_row(r) for r in data["rule"]))
 
 
 @ft.cache
@@ -79,10 +104,35 @@ def _data() -> dict[str, Any]:
     return json.loads(Path(__file__).with_name("table.json").read_text())
 
 
-def _row(r: dict, measured: bool = False) -> Row:
+def _row(r: Mapping[str, Any], measured: bool = False) -> Row:
     tiling = Tiling(**{field.name: r[field.name] for field in fields(Tiling) if field.name in r})
-    exact = tuple(r[key] for key in ("arch", "dtype", "group", "m", "k", "n")) if measured else None
+    exact = Case(**{field.name: r[field.name] for field in fields(Case)}) if measured else None
     return Row(tiling, r["arch"], r["group"], r.get("m", UNLIMITED), r.get("n", 0), exact)
+
+
+def users_file() -> Path:
+    """Where the tilings that this user measured are, a row a line."""
+    return cache() / "tilings.jsonl"
+
+
+def remembered() -> tuple[Row, ...]:
+    """This user's rows, the newest first."""
+    file = users_file()
+    try:
+        lines = file.read_text().splitlines() if file.exists() else []
+        found = tuple(_row(json.loads(line), measured=True) for line in lines)
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        warnings.warn(f"{file} holds something else than tilings ({type(e).__name__}: {e}): delete it.", stacklevel=2)
+        return ()
+    return tuple(row for row in reversed(found) if row.tiling.kernel in KERNELS)
+
+
+def remember(case: Case, tiling: Tiling) -> None:
+    """From now on this user's programs take this tiling for this case."""
+    users_file().parent.mkdir(parents=True, exist_ok=True)
+    with users_file().open("a") as file:
+        file.write(json.dumps(asdict(case) | asdict(tiling)) + "\n")
+    rows.cache_clear()
 
 
 def power_of_two(m: int) -> int:
@@ -90,15 +140,17 @@ def power_of_two(m: int) -> int:
     return 1 << max(0, m - 1).bit_length()
 
 
-def tiling(arch: int, dtype: str, group: int, m: int, k: int, n: int) -> Tiling:
-    """The tiling for x (m, k) and a weight (k, n).
+def tiling(arch: int, dtype: str, group: int, m: int, k: int, n: int, *, among: Sequence[str] = KERNELS) -> Tiling:
+    """The tiling for x (m, k) and a weight (k, n), among these kernels.
 
     Raises:
       NotImplementedError: too many rows of a dtype, or on a GPU, for which there are no tensor cores.
     """
     on_tensor_cores = arch >= TENSOR_CORES and dtype != "float32"
     for row in rows():
-        if row.exact == (arch, dtype, group, power_of_two(m), k, n):
+        if row.tiling.kernel not in among:
+            continue
+        if row.exact == Case(arch, dtype, group, power_of_two(m), k, n):
             return row.tiling
         at_least = arch >= row.arch and group >= row.group and n >= row.n
         fits = on_tensor_cores == (row.tiling.kernel != "gemv") and row.tiling.fits(arch)
@@ -130,9 +182,9 @@ def mosaic_tiling(m: int) -> Tiling:
 
 
 def kernel_tiling(arch: int, dtype: str, group: int, m: int, k: int, n: int) -> Tiling:
-    """The tiling of a kernel, also where there are so many rows that the dense weight is thought to be faster."""
-    most = max(row.m for row in rows() if row.tiling.kernel == "tile")
-    return tiling(arch, dtype, group, min(m, most), k, n)
+    """The tiling of a Triton kernel, also where the table thinks something else to be faster."""
+    most = max(row.m for row in rows() if row.tiling.kernel == "tile" and row.exact is None)
+    return tiling(arch, dtype, group, min(m, most), k, n, among=TRITON)
 
 
 def grouped_tiling(arch: int, dtype: str, group: int, m: int, k: int, n: int) -> Tiling:

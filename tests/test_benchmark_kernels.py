@@ -4,12 +4,13 @@ import importlib
 import json
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from awq_jax.kernels import table, target
+from awq_jax.kernels.table import Case, Tiling
 from awq_jax.spec import QuantSpec
 from awq_jax.tensor import in_tiles, quantize
 
@@ -32,42 +33,19 @@ def test_small(tmp_path):
     assert all(f"<!-- {text} -->" in drawn for text in ("256 x 256", "xla dequantize"))
 
 
-@pytest.fixture
-def script(monkeypatch, tmp_path):
-    """benchmarks/kernels.py as a module that writes another table, of two tiny shapes and a clock that knows."""
+def test_tuning_keeps_one_row_a_case(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(SCRIPT.parent)
-    found = importlib.import_module("kernels")
-    empty = json.loads(found.TABLE.read_text()) | {"measured": []}
-    monkeypatch.setattr(found, "TABLE", tmp_path / "table.json")
-    found.TABLE.write_text(json.dumps(empty))
-    monkeypatch.setattr(found, "SHAPES", ((256, 256), (256, 512)))
-    monkeypatch.setattr(found, "weights_of", lambda k, n, small: ([], []))
-    monkeypatch.setattr(found, "seconds", lambda multiply, *_, **__: multiply.keywords["tiling"].stages + 1.0)
-    yield found
-    table.rows.cache_clear()
-
-
-def test_tuning_times_what_may_serve_and_keeps_one_row_a_case(script):
+    script = importlib.import_module("kernels")
     before = json.loads(script.TABLE.read_text())
-    with target(90):
-        kernels = {m: {t.kernel for t in script.candidates(m)} for m in (1, 64, 1024)}
-        assert kernels == {1: {"decode"}, 64: {"tile", "mosaic"}, 1024: {"tile", "mosaic", "dense"}}
-        for _ in range(2):
-            script.tune(1e6)
-    after = json.loads(script.TABLE.read_text())
-    assert {key: after[key] for key in ("comment", "untimed", "rule")} == {
-        key: before[key] for key in ("comment", "untimed", "rule")
-    }
-    assert len(after["measured"]) == 11 * 2
-    best = {(row["m"], row["n"]): row["kernel"] for row in after["measured"]}
-    assert best[1024, 512] == "dense"
-    assert best[64, 256] == "tile"
-
-
-def test_tuning_stops_in_time(script):
-    with target(90):
-        script.tune(-1)
-    assert json.loads(script.TABLE.read_text())["measured"] == []
+    monkeypatch.setattr(script, "TABLE", tmp_path / "table.json")
+    script.TABLE.write_text(json.dumps(before | {"measured": []}))
+    case = Case(90, "bfloat16", 128, 64, 4096, 4096)
+    slow, fast = Tiling("tile", 64, 128, 4, 4), Tiling("mosaic", 64, 128, 12, 6)
+    timed = iter([[(case, {slow: 2.0})], [(replace(case, m=1), {}), (case, {fast: 1.0, slow: 2.0})]])
+    monkeypatch.setattr(script, "timings", lambda *_, **__: next(timed))
+    for _ in range(2):
+        script.tune(60)
+    assert json.loads(script.TABLE.read_text()) == before | {"measured": [asdict(case) | asdict(fast)]}
 
 
 @pytest.fixture

@@ -53,11 +53,11 @@ def test_help_from_the_shell():
         pytest.skip("awq-jax is not installed beside this Python")
     done = subprocess.run([command, "--help"], capture_output=True, text=True, timeout=120, check=True)
     assert done.stderr == ""
-    for name in ("quantize", "eval", "generate", "inspect", "demo"):
+    for name in ("quantize", "eval", "generate", "inspect", "demo", "tune", "doctor"):
         assert f"• {name}" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["quantize", "eval", "generate", "inspect", "demo"])
+@pytest.mark.parametrize("command", ["quantize", "eval", "generate", "inspect", "demo", "tune", "doctor"])
 def test_every_argument_has_its_help(command):
     done = run(command, "--help")
     assert (done.code, done.err) == (0, "")
