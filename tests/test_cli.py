@@ -57,7 +57,7 @@ def test_help_from_the_shell():
         assert f"• {name}" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["quantize", "eval", "generate", "inspect", "demo", "tune", "doctor"])
+@pytest.mark.parametrize("command", ["quantize", "eval", "generate", "inspect", "demo", "tune"])
 def test_every_argument_has_its_help(command):
     done = run(command, "--help")
     assert (done.code, done.err) == (0, "")
