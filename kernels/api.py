@@ -37,7 +37,7 @@ def implementations(dtype: Any) -> Table:
 @ft.cache
 def grouped_implementations(dtype: Any) -> Table:
     """As `implementations`, of sorted rows."""
-    kernel = ft.partial(triton.grouped_matmul, dtype=dtype)
+    kernel = ft.partial(sharded.grouped_matmul, triton.grouped_matmul, dtype=dtype)
     plain = ft.partial(reference.grouped_matmul, dtype=dtype)
     return {"triton": (rules.with_rules_of(plain, rules.everywhere(kernel, plain)), kernel), "xla": (plain, plain)}
 
