@@ -100,11 +100,15 @@ def test_layers_read_in_place_are_not_copied():
     assert temporary(compile_for_h200(run, rows(1), weight(4))) < CODES // 16
 
 
-def test_scanned_layers_are_not_copied():
-    def run(x, stack):
-        return jax.lax.scan(lambda x, w: (int4_matmul(x, w), None), x, stack)[0]
+def test_scanned_layers_are_not_copied(monkeypatch):
+    def run(x, *stacks):
+        return jax.lax.scan(lambda x, ws: (sum(shared_int4_matmul(x, *ws)), None), x, stacks)[0]
 
-    assert temporary(compile_for_h200(run, rows(1), weight(4))) < CODES // 16 + LEGACY * 1.1 * CODES
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    for n in (1, 2):
+        compiled = compile_for_h200(run, rows(1), *[weight(4)] * n)
+        assert compiled.as_text().count('custom_call_target="triton_kernel') == 1
+        assert temporary(compiled) < CODES // 16 + LEGACY * 1.1 * n * CODES
 
 
 def test_gradients_keep_the_packed_weight_between_the_passes():
