@@ -1,7 +1,8 @@
 """Runs a jaxpr with some of its arguments held as `Weight`s: rearranged only on paper, multiplied only by a hook.
 
 Equations without a Weight are bound as they are. Control flow that a Weight enters is emitted again through the
-public functions (`lax.scan`, `jax.checkpoint`), so any pytree may stand where the weight stood.
+public functions (`lax.scan`, `jax.checkpoint`), so any pytree may stand where the weight stood. The hook of a matmul
+is told of those that will read the same input, and may answer for them too.
 """
 
 from __future__ import annotations

@@ -64,7 +64,8 @@ def quantized(fn: Function) -> Function:
     """`fn` that takes QuantizedTensors where it took dense params; every matmul with one goes through `dot`.
 
     Works under jit, vmap, scan and grad with respect to the inputs. Where a quantized param meets anything but
-    rearrangements and a matmul it is made dense there.
+    rearrangements and a matmul it is made dense there. On one GPU few rows are multiplied with two or three weights in
+    one launch, wherever the function reads the same input again.
 
     Keyword arguments go to `fn` as they are. A custom_vjp that a quantized param enters is differentiated as what it
     computes, its own rule is lost.

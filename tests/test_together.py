@@ -9,7 +9,7 @@ pytest.importorskip("triton", reason="triton has wheels for Linux only")
 
 import interpreted
 
-from awq_jax import calibrate, quantized, sites
+from awq_jax import quantized, sites, with_moments
 from awq_jax.kernels import api, rules, triton
 from awq_jax.spec import QuantSpec
 from awq_jax.tensor import Layout, prepare, quantize
@@ -167,7 +167,17 @@ def test_only_weights_of_the_same_spec_go_together(launches):
     assert launches == [("decode_shared", 8, 10), ("decode", 9)]
 
 
-def test_gradients_vmap_and_statistics_are_those_of_separate_matmuls(launches, monkeypatch):
+def test_statistics_are_those_of_separate_matmuls(launches, monkeypatch):
+    fn = lambda p, x: [x @ p["a"], x @ p["b"], (x + 1) @ p["b"]]
+    x, params = normal(3, WIDTH), weights("a", "b")
+    q, observed = packed(fn, params, x), with_moments(fn, sites(fn, params, x))
+    together = observed(q, x)
+    assert launches == [("decode", WIDTH)] * 3
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    jax.tree.map(np.testing.assert_array_equal, together, observed(q, x))
+
+
+def test_gradients_and_vmap_are_those_of_separate_matmuls(launches, monkeypatch):
     x = normal(3, WIDTH)
     q = packed(layer, PARAMS, x)
 
@@ -175,10 +185,9 @@ def test_gradients_vmap_and_statistics_are_those_of_separate_matmuls(launches, m
         slope = jax.grad(lambda x: quantized(layer)(q, x).astype(jnp.float32).sum())(x)
         return slope, jax.vmap(lambda x: quantized(layer)(q, x[None])[0])(x)
 
-    together, moments = found(), calibrate(layer, PARAMS, [(x,)]).moments
+    together = found()
     monkeypatch.setattr(jax, "device_count", lambda: 8)
     jax.tree.map(close, together, found())
-    jax.tree.map(np.testing.assert_array_equal, moments, calibrate(layer, PARAMS, [(x,)]).moments)
 
 
 @pytest.mark.gpu_compiler
