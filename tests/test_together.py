@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend import core
 
 pytest.importorskip("triton", reason="triton has wheels for Linux only")
 
@@ -37,20 +38,27 @@ def packed(fn, params, *inputs, specs=None):
 
 
 @pytest.fixture
-def launches(monkeypatch):
-    """The kernels launched by programs for one device, and their widths."""
-    seen = []
-
-    def launch(kernel, *args, **options):
-        seen.append((kernel, *(options[n] for n in ("N", "N0", "N1", "N2") if options.get(n))))
-        return interpreted.launch(kernel, *args, **options)
-
-    monkeypatch.setattr(triton, "launch", launch)
+def one_device(monkeypatch):
+    """Programs run the kernels, interpreted, as on one GPU."""
+    monkeypatch.setattr(triton, "launch", interpreted.launch)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     monkeypatch.setattr(rules, "everywhere", lambda kernel, plain: kernel)
     api.implementations.cache_clear()
-    yield seen
+    yield
     api.implementations.cache_clear()
+
+
+def launches(fn, *args) -> list[list[int]]:
+    """How wide the results of each kernel are, in the order of the program."""
+
+    def of(jaxpr):
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == "pure_callback":
+                yield [v.aval.shape[-1] for v in eqn.outvars if v.aval.shape[-1] > 1]
+            for inner in core.jaxprs_in_params(eqn.params):
+                yield from of(inner)
+
+    return list(of(jax.make_jaxpr(fn)(*args).jaxpr))
 
 
 def layer(p, x):
@@ -64,8 +72,8 @@ def layer(p, x):
 
 
 PARAMS = weights("q", "k", "v", "o", "gate", "up", "down")
-SEVEN = [("decode", WIDTH)] * 7
-FOUR = [("decode_shared", *[WIDTH] * n) if n > 1 else ("decode", WIDTH) for n in (3, 1, 2, 1)]
+SEVEN = [[WIDTH]] * 7
+FOUR = [[WIDTH] * n for n in (3, 1, 2, 1)]
 
 
 def close(found, expected):
@@ -75,15 +83,14 @@ def close(found, expected):
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint], ids=["plain", "jit", "checkpoint"])
-def test_a_layer_is_four_launches(launches, monkeypatch, wrap):
+def test_a_layer_is_four_launches(one_device, monkeypatch, wrap):
     x = normal(1, WIDTH)
     q = packed(layer, PARAMS, x)
+    assert launches(quantized(wrap(layer)), q, x) == FOUR
     together = quantized(wrap(layer))(q, x)
-    assert launches == FOUR
-    launches.clear()
     monkeypatch.setattr(jax, "device_count", lambda: 8)
+    assert launches(quantized(layer), q, x) == SEVEN
     close(together, quantized(layer)(q, x))
-    assert launches == SEVEN
 
 
 def test_many_rows_and_other_refusals_leave_the_program_as_it_was(monkeypatch):
@@ -104,7 +111,7 @@ def of_widths(*widths: int):
 
 
 @pytest.mark.parametrize("n", range(1, 9))
-def test_of_any_number_none_is_launched_alone(launches, n):
+def test_of_any_number_none_is_launched_alone(one_device, n):
     fn, params = of_widths(*range(8, 8 + n))
     x = normal(2, WIDTH)
     q = packed(fn, params, x)
@@ -112,8 +119,9 @@ def test_of_any_number_none_is_launched_alone(launches, n):
         quantized(fn)(q, x), fn({name: w.dequantize() for name, w in q.items()}, x), strict=True
     ):
         close(found, expected)
-    assert sum(len(ns) for _, *ns in launches) == n
-    assert n == 1 or {len(ns) for _, *ns in launches} <= {2, 3}
+    widths = launches(quantized(fn), q, x)
+    assert [width for together in widths for width in together] == list(range(8, 8 + n))
+    assert n == 1 or set(map(len, widths)) <= {2, 3}
 
 
 WAYS = {
@@ -136,12 +144,12 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_of_writing_two_matmuls(launches, way):
+def test_every_way_of_writing_two_matmuls(one_device, way):
     fn, shape, x_shape = WAYS[way]
     x = normal(*x_shape, seed=2)
     q = packed(fn, weights("a", "b", shape=shape), x)
     jax.tree.map(close, quantized(fn)(q, x), fn({name: w.dequantize() for name, w in q.items()}, x))
-    assert {kernel for kernel, *_ in launches} == {"decode_shared"}
+    assert list(map(len, launches(quantized(fn), q, x))) == [2]
 
 
 APART = {
@@ -153,31 +161,31 @@ APART = {
 
 
 @pytest.mark.parametrize("name", APART)
-def test_matmuls_that_only_look_alike_are_launched_apart(launches, name):
+def test_matmuls_that_only_look_alike_are_launched_apart(one_device, name):
     fn, x = APART[name], normal(2, WIDTH, seed=2)
     q = packed(fn, weights("a", "b"), x)
     jax.tree.map(close, quantized(fn)(q, x), fn({n: w.dequantize() for n, w in q.items()}, x))
-    assert launches == [("decode", WIDTH)] * 2
+    assert launches(quantized(fn), q, x) == [[WIDTH]] * 2
 
 
-def test_only_weights_of_the_same_spec_go_together(launches):
+def test_only_weights_of_the_same_spec_go_together(one_device):
     fn, params = of_widths(8, 9, 10)
     x = normal(2, WIDTH)
-    quantized(fn)(packed(fn, params, x, specs={"w1": QuantSpec(4, 64)}), x)
-    assert launches == [("decode_shared", 8, 10), ("decode", 9)]
+    q = packed(fn, params, x, specs={"w1": QuantSpec(4, 64)})
+    assert launches(quantized(fn), q, x) == [[8, 10], [9]]
 
 
-def test_statistics_are_those_of_separate_matmuls(launches, monkeypatch):
+def test_statistics_are_those_of_separate_matmuls(one_device, monkeypatch):
     fn = lambda p, x: [x @ p["a"], x @ p["b"], (x + 1) @ p["b"]]
     x, params = normal(3, WIDTH), weights("a", "b")
     q, observed = packed(fn, params, x), with_moments(fn, sites(fn, params, x))
+    assert launches(observed, q, x) == [[WIDTH]] * 3
     together = observed(q, x)
-    assert launches == [("decode", WIDTH)] * 3
     monkeypatch.setattr(jax, "device_count", lambda: 8)
     jax.tree.map(np.testing.assert_array_equal, together, observed(q, x))
 
 
-def test_gradients_and_vmap_are_those_of_separate_matmuls(launches, monkeypatch):
+def test_gradients_and_vmap_are_those_of_separate_matmuls(one_device, monkeypatch):
     x = normal(3, WIDTH)
     q = packed(layer, PARAMS, x)
 
