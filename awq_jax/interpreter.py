@@ -1,13 +1,14 @@
 """Runs a jaxpr with some of its arguments held as `Weight`s: rearranged only on paper, multiplied only by a hook.
 
 Equations without a Weight are bound as they are. Control flow that a Weight enters is emitted again through the
-public functions (`lax.scan`, `jax.checkpoint`), so any pytree may stand where the weight stood.
+public functions (`lax.scan`, `jax.checkpoint`), so any pytree may stand where the weight stood. The hook of a matmul
+is told of those that will read the same input, and may answer for them too.
 """
 
 from __future__ import annotations
 
 import functools as ft
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from jaxtyping import Array
 
 from awq_jax.compat import scan_split, vary, varying
 from awq_jax.gauge import CALLS
-from awq_jax.tensor import Layout, is_quantized
+from awq_jax.tensor import Layout, QuantizedTensor, is_quantized
 from awq_jax.views import STRUCTURAL, View, is_grouped_by_rows, is_pointwise, names_in, pointwise_slices
 
 Records = dict[Any, Any]
@@ -30,7 +31,8 @@ Records = dict[Any, Any]
 class Weight:
     """The param `name` (dense or quantized) as the traced function sees it, through `view`.
 
-    `varying` are the mesh axes along which it is said to differ, inside a shard_map.
+    `varying` are the mesh axes along which it is said to differ, inside a shard_map. `beside` are those that the same
+    input is multiplied with later, likewise.
     """
 
     name: str
@@ -38,6 +40,12 @@ class Weight:
     view: View
     dtype: Any
     varying: tuple[str, ...] = ()
+    beside: tuple[Weight, ...] = ()
+
+    def matrix(self, layout: Layout) -> QuantizedTensor | None:
+        """The param, if it is quantized and stored as the matrix that `layout` makes of it."""
+        stored = is_quantized(self.base) and self.base.layout == (None if layout.is_matrix else layout)
+        return self.base if stored else None
 
     @property
     def cuts(self) -> tuple[str, ...]:
@@ -60,8 +68,11 @@ class Weight:
         return vary(out, self.varying) if self.varying else out
 
 
-OnDot = Callable[[Weight, Layout, Array, Array | None, Any], tuple[Array, Records]]
-"""`(weight, layout, x, None, dtype) -> (y, records)`: x (*lead, *tokens, i), y (*lead, *tokens, o); records add up.
+Products = tuple[Sequence[Array], Records]
+OnDot = Callable[[Weight, Layout, Array, Array | None, Any], Products]
+"""`(weight, layout, x, None, dtype) -> ([y], records)`: x (*lead, *tokens, i), y (*lead, *tokens, o); records add up.
+
+Behind y may be the products of x with the first of `weight.beside`, of which nothing is recorded.
 
 `(weight, layout, x, sizes, dtype)` multiplies sorted rows: of x (rows, i), the first sizes[0] belong to the first
 expert. y has the dtype, or x's where that is None.
@@ -90,14 +101,49 @@ def evaluate(jaxpr: Any, args: list[Any], on_dot: OnDot) -> tuple[list[Any], Rec
     env = dict(zip(jaxpr.constvars, consts, strict=True)) | dict(zip(jaxpr.invars, args, strict=True))
     read = lambda v: v.val if isinstance(v, core.Literal) else env[v]
     records: Records = {}
-    for eqn in jaxpr.eqns:
+    dots = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "dot_general"]
+    rearranged = {eqn.outvars[0]: eqn for eqn in jaxpr.eqns if eqn.primitive.name in STRUCTURAL}
+
+    def run(eqn: Any) -> None:
+        nonlocal records
         ins = [read(v) for v in eqn.invars]
         rule = RULES.get(eqn.primitive.name, bind) if any(isinstance(x, Weight) for x in ins) else bind
+        others = [e for e in dots if e is not eqn and e.outvars[0] not in env] if rule is _dot_general else []
+        later = _of_same_input(eqn, ins, others, ahead) if others else {}
+        ins = [replace(x, beside=tuple(later.values())) if later and isinstance(x, Weight) else x for x in ins]
         with eqn.ctx.manager, jax.named_scope(str(eqn.source_info.name_stack)):
             outs, new = rule(eqn, ins, on_dot)
         records = merge(records, new)
-        env |= zip(eqn.outvars, outs, strict=True)
+        env.update(zip([*eqn.outvars, *later], outs, strict=not later))
+
+    def ahead(v: Any) -> Any:
+        """What v is, also before its turn if it is a Weight that is rearranged; None if it is not known yet."""
+        if isinstance(v, core.Literal):
+            return v.val
+        if v not in env and v in rearranged and isinstance(ahead(rearranged[v].invars[0]), Weight):
+            run(rearranged[v])
+        return env.get(v)
+
+    for eqn in jaxpr.eqns:
+        if not eqn.outvars or eqn.outvars[0] not in env:
+            run(eqn)
     return [read(v) for v in jaxpr.outvars], records
+
+
+def _of_same_input(eqn: Any, ins: list[Any], others: list[Any], ahead: Callable[[Any], Any]) -> dict[Any, Weight]:
+    """The Weights, of the same spec, of the other matmuls that are like this one and read its input; by their outputs.
+
+    Args:
+      ahead: what an operand of another will be.
+    """
+    k = 0 if isinstance(ins[0], Weight) else 1
+    contracted, batch = (axes[k] for axes in eqn.params["dimension_numbers"])
+    matrix = lambda w: w.matrix(w.view.layout(batch, contracted)) if isinstance(w, Weight) else None
+    if (own := matrix(ins[k])) is None:
+        return {}
+    same = [e for e in others if e.invars[1 - k] is eqn.invars[1 - k] and e.params == eqn.params]
+    weights = {e.outvars[0]: ahead(e.invars[k]) for e in same}
+    return {v: w for v, w in weights.items() if (m := matrix(w)) is not None and m.spec == own.spec}
 
 
 def bind(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Records]:
@@ -138,16 +184,20 @@ def _dot_general(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Re
     if w.view.matrix_cuts(layout) is None:
         return bind(eqn, ins, on_dot)
     tokens = [k for k in range(x.ndim) if k not in c and k not in b]
-    free = [k for k in range(len(w.view.axes)) if k not in cw and k not in bw]
     lead = [layout.sizes[a] for a in layout.order[: layout.n_lead]]
     token_shape = [x.shape[k] for k in tokens]
     flat = x.transpose(*b, *tokens, *c).reshape(*lead, *token_shape, -1)
-    out, records = on_dot(w, layout, flat, None, wider(x, eqn))
-    n_b, n_t, n_f = len(b), len(tokens), len(free)
-    out = out.reshape([*(x.shape[k] for k in b), *token_shape, *(w.view.shape[k] for k in free)])
-    if weight_first:
-        out = out.transpose(*range(n_b), *range(n_b + n_t, n_b + n_t + n_f), *range(n_b, n_b + n_t))
-    return [out.astype(eqn.outvars[0].aval.dtype)], records
+    outs, records = on_dot(w, layout, flat, None, wider(x, eqn))
+    n_b, n_t = len(b), len(tokens)
+
+    def output(out: Array, w: Weight) -> Array:
+        free = [n for k, n in enumerate(w.view.shape) if k not in cw and k not in bw]
+        out = out.reshape([*(x.shape[k] for k in b), *token_shape, *free])
+        if weight_first:
+            out = out.transpose(*range(n_b), *range(n_b + n_t, out.ndim), *range(n_b, n_b + n_t))
+        return out.astype(eqn.outvars[0].aval.dtype)
+
+    return [output(out, w) for out, w in zip(outs, (w, *w.beside), strict=False)], records
 
 
 def _convolution(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Records]:
@@ -156,7 +206,7 @@ def _convolution(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Re
         return bind(eqn, ins, on_dot)
     of_x, of_w, of_out = eqn.params["dimension_numbers"]
     x = x[pointwise_slices(eqn.params)].transpose(of_x[0], *of_x[2:], of_x[1])
-    out, records = on_dot(w, w.view.layout((), (of_w[1],)), x, None, wider(x, eqn))
+    (out,), records = on_dot(w, w.view.layout((), (of_w[1],)), x, None, wider(x, eqn))
     out = out.transpose([(0, x.ndim - 1, *range(1, x.ndim - 1))[of_out.index(k)] for k in range(x.ndim)])
     return [out.astype(eqn.outvars[0].aval.dtype)], records
 
@@ -269,7 +319,7 @@ def _ragged_dot(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Rec
     if isinstance(x, Weight) or not is_grouped_by_rows(numbers):
         return bind(eqn, ins, on_dot)
     ((_, cw), _) = numbers.dot_dimension_numbers
-    out, records = on_dot(w, w.view.layout(numbers.rhs_group_dimensions, cw), x, sizes, wider(x, eqn))
+    (out,), records = on_dot(w, w.view.layout(numbers.rhs_group_dimensions, cw), x, sizes, wider(x, eqn))
     return [out.astype(eqn.outvars[0].aval.dtype)], records
 
 

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from awq_jax.compat import varying
-from awq_jax.interpreter import OnDot, Records, Weight, bind, dense, evaluate
+from awq_jax.interpreter import OnDot, Products, Records, Weight, bind, dense, evaluate
 from awq_jax.kernels.sharded import names_of
 from awq_jax.sharding import as_shard, cuts_of, gathered, leaf_specs
 from awq_jax.tensor import Layout, is_quantized
@@ -39,13 +39,13 @@ def shard_map(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Recor
     manual = [name for name in p["mesh"].axis_names if name in p["newly_manual_axes"]]
     of_records: dict[Any, PartitionSpec] = {}
 
-    def on_shard(weight: Weight, layout: Layout, x: Array, sizes: Array | None, dtype: Any) -> tuple[Array, Records]:
-        y, records = on_dot(weight, layout, x, sizes, dtype)
+    def on_shard(weight: Weight, layout: Layout, x: Array, sizes: Array | None, dtype: Any) -> Products:
+        ys, records = on_dot(weight, layout, x, sizes, dtype)
         differ = varying(x) if p["check_vma"] else split | set(weight.cuts)
         records = _summed(records, weight, layout, [name for name in manual if name in differ], p["check_vma"])
         outer = next(w for w in weights.values() if w.name == weight.name)
         of_records.update(dict.fromkeys(records, _record_spec(weight, layout, len(outer.view.picks), manual)))
-        return y, records
+        return ys, records
 
     def body(bases: dict[int, Any], arrays: dict[int, Array]) -> tuple[list[Any], Records]:
         shards = {k: replace(w, base=as_shard(bases[k], w.view.cuts)) for k, w in weights.items()}

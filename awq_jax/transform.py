@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools as ft
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -14,8 +15,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from awq_jax import moments as mo
-from awq_jax.interpreter import RULES, Records, Weight, evaluate
+from awq_jax.interpreter import RULES, Products, Records, Weight, evaluate
 from awq_jax.interpreter_shards import all_gather, shard_map
+from awq_jax.kernels import in_one_launch
 from awq_jax.moments import Moments
 from awq_jax.paths import named_leaves
 from awq_jax.sites import Traced, abstract, sites, trace
@@ -62,7 +64,8 @@ def quantized(fn: Function) -> Function:
     """`fn` that takes QuantizedTensors where it took dense params; every matmul with one goes through `dot`.
 
     Works under jit, vmap, scan and grad with respect to the inputs. Where a quantized param meets anything but
-    rearrangements and a matmul it is made dense there.
+    rearrangements and a matmul it is made dense there. On one GPU few rows are multiplied with two or three weights in
+    one launch, wherever the function reads the same input again.
 
     Keyword arguments go to `fn` as they are. A custom_vjp that a quantized param enters is differentiated as what it
     computes, its own rule is lost.
@@ -78,11 +81,17 @@ def quantized(fn: Function) -> Function:
     return run
 
 
-def _multiply(weight: Weight, layout: Layout, x: Array, sizes: Array | None, dtype: Any) -> tuple[Array, Records]:
-    w = weight.base
-    if not is_quantized(w) or w.layout != (None if layout.is_matrix else layout):
-        w = layout.matrix(w.dequantize() if is_quantized(w) else w).astype(x.dtype)
-    return dot(x, w, sizes, dtype=dtype), {}
+def _multiply(weight: Weight, layout: Layout, x: Array, sizes: Array | None, dtype: Any) -> Products:
+    w = weight.matrix(layout)
+    if w is None:
+        base = weight.base.dequantize() if is_quantized(weight.base) else weight.base
+        return [dot(x, layout.matrix(base).astype(x.dtype), sizes, dtype=dtype)], {}
+    together = (w, *(other.base for other in weight.beside))
+    if len(together) > 1 and dtype is None:
+        with contextlib.suppress(NotImplementedError):
+            # Four are two and two, so that none is left alone.
+            return in_one_launch(x, *together[: 2 if len(together) == 4 else 3]), {}
+    return [dot(x, w, sizes, dtype=dtype)], {}
 
 
 def with_moments(fn: Function, traced: Traced, *, block: int | None = mo.GRAM_BLOCK) -> Function:
@@ -97,10 +106,10 @@ def with_moments(fn: Function, traced: Traced, *, block: int | None = mo.GRAM_BL
     leaders = {site.group for site in traced.sites.values()}
 
     def run(params: Any, *inputs: Any, weights: Array | None = None) -> tuple[Any, dict[str, Moments]]:
-        def on_dot(weight: Weight, layout: Layout, x: Array, sizes: Array | None, dtype: Any) -> tuple[Array, Records]:
+        def on_dot(weight: Weight, layout: Layout, x: Array, sizes: Array | None, dtype: Any) -> Products:
             # Else XLA computes what leads to x twice, for the matmul and for the moments.
             x = jax.lax.optimization_barrier(x)
-            y, _ = _multiply(weight, layout, x, sizes, dtype)
+            y, _ = _multiply(replace(weight, beside=()), layout, x, sizes, dtype)
             if weight.name not in leaders:
                 return y, {}
             x = weight.whole_input(layout, x)

@@ -5,6 +5,7 @@ mosaic.py (mosaic_kernels.py, for Hopper) and reference.py (plain XLA). contract
 """
 
 from awq_jax.kernels.api import grouped_int4_matmul as grouped_int4_matmul
+from awq_jax.kernels.api import in_one_launch as in_one_launch
 from awq_jax.kernels.api import int4_matmul as int4_matmul
 from awq_jax.kernels.api import shared_int4_matmul as shared_int4_matmul
 from awq_jax.kernels.contract import PackedWeight as PackedWeight

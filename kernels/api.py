@@ -42,7 +42,7 @@ def implementations(dtype: Any) -> Table:
 @ft.cache
 def grouped_implementations(dtype: Any) -> Table:
     """As `implementations`, of sorted rows."""
-    kernel = ft.partial(triton.grouped_matmul, dtype=dtype)
+    kernel = ft.partial(sharded.grouped_matmul, triton.grouped_matmul, dtype=dtype)
     plain = ft.partial(reference.grouped_matmul, dtype=dtype)
     return {"triton": (rules.with_rules_of(plain, rules.everywhere(kernel, plain)), kernel), "xla": (plain, plain)}
 
@@ -70,19 +70,24 @@ def int4_matmul(
 
 
 def shared_int4_matmul(x: Float[Array, "*b i"], *ws: PackedWeight) -> tuple[Float[Array, "*b o"], ...]:
-    """`int4_matmul` of x with each of ws; in one launch where x has few rows and there is one device.
+    """`int4_matmul` of x with each of ws; in one launch where x has few rows and there is one device."""
+    try:
+        return in_one_launch(x, *ws)
+    except NotImplementedError:
+        return separate(x, *ws)
 
-    Among several devices XLA may have cut the weights, and cannot cut a launch. vmap and gradients are those of
-    separate matmuls.
+
+def in_one_launch(x: Float[Array, "*b i"], *ws: PackedWeight) -> tuple[Float[Array, "*b o"], ...]:
+    """`int4_matmul` of x with each of ws, two or three; vmap and gradients are those of separate matmuls.
+
+    Raises:
+      NotImplementedError: one launch cannot run this case; the message says why.
     """
     for w in ws:
         check_shapes(x, w)
-    if jax.device_count() == 1:
-        try:
-            return rules.with_rules_of(separate, rules.everywhere(triton.shared_matmul, separate))(x, *ws)
-        except NotImplementedError:
-            pass
-    return separate(x, *ws)
+    if jax.device_count() > 1:
+        raise NotImplementedError("among several devices XLA may have cut the weights, and cannot cut a launch")
+    return rules.with_rules_of(separate, rules.everywhere(triton.shared_matmul, separate))(x, *ws)
 
 
 def separate(x: Float[Array, "*b i"], *ws: PackedWeight) -> tuple[Float[Array, "*b o"], ...]:

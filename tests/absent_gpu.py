@@ -52,16 +52,17 @@ GPUS = {90: H200, 75: T4}
 
 
 @ft.cache
-def mesh(architecture: int) -> Mesh:
-    config = GPUS[architecture]
-    topology = topologies.get_topology_desc(f"sm_{architecture}", "cuda", target_config=config, topology="1x1x1")
+def mesh(architecture: int, devices: int = 1) -> Mesh:
+    name, config = f"{devices} of sm_{architecture}", GPUS[architecture]
+    topology = topologies.get_topology_desc(name, "cuda", target_config=config, topology=f"1x1x{devices}")
     return Mesh(np.array(topology.devices), ("x",))
 
 
 def compile_for(architecture: int, function, *args, **options):
-    """The compiled program of arrays like `args`; options of XLA."""
-    place = NamedSharding(mesh(architecture), PartitionSpec())
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), args)
+    """The compiled program of arrays like `args`, on one GPU if they are not said to be cut; options of XLA."""
+    whole = NamedSharding(mesh(architecture), PartitionSpec())
+    place = lambda a: a.sharding if isinstance(a.sharding, NamedSharding) else whole
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place(a)), args)
     with kernels.target(architecture):
         lowered = jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",))
         return lowered.compile(compiler_options={"xla_gpu_autotune_level": 0, **options})

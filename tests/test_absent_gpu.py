@@ -10,7 +10,9 @@ import pytest
 pytest.importorskip("jax_cuda12_plugin", reason="XLA's GPU compiler is not installed")
 pytest.importorskip("jax_triton", reason="jax-triton is not installed")
 
-from absent_gpu import compile_for, compile_for_h200
+from absent_gpu import compile_for, compile_for_h200, mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from awq_jax.kernels import grouped_int4_matmul, int4_matmul, shared_int4_matmul, triton
 from awq_jax.models.generate import _generate
@@ -93,6 +95,20 @@ def test_experts_and_ragged_rows_need_no_dense_weight():
     assert temporary(compile_for_h200(grouped_int4_matmul, rows(64), weight(4), sizes)) < 100_000
 
 
+@pytest.mark.parametrize(("cut", "sums"), [(P("x"), 1), (P(None, None, "x"), 0), (P(None, "x"), 1)])
+def test_experts_of_four_gpus_stay_where_they_are(cut, sums):
+    on = lambda tree, spec: jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh(90, 4), spec)), tree
+    )
+    sizes = jax.ShapeDtypeStruct((16,), jnp.int32)
+    compiled = compile_for_h200(grouped_int4_matmul, on(rows(64), P()), on(weight(16), cut), on(sizes, P()))
+    text = compiled.as_text()
+    assert text.count('custom_call_target="triton_kernel') == 1
+    assert "all-gather" not in text
+    assert len(re.findall(r" all-reduce(-start)?\(", text)) == sums
+    assert temporary(compiled) < CODES
+
+
 def test_layers_read_in_place_are_not_copied():
     def run(x, stack):
         step = lambda layer, x: triton.matmul(x, stack, layer=layer)
@@ -101,11 +117,15 @@ def test_layers_read_in_place_are_not_copied():
     assert temporary(compile_for_h200(run, rows(1), weight(4))) < CODES // 16
 
 
-def test_scanned_layers_are_not_copied():
-    def run(x, stack):
-        return jax.lax.scan(lambda x, w: (int4_matmul(x, w), None), x, stack)[0]
+def test_scanned_layers_are_not_copied(monkeypatch):
+    def run(x, *stacks):
+        return jax.lax.scan(lambda x, ws: (sum(shared_int4_matmul(x, *ws)), None), x, stacks)[0]
 
-    assert temporary(compile_for_h200(run, rows(1), weight(4))) < CODES // 16 + LEGACY * 1.1 * CODES
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    for n in (1, 2):
+        compiled = compile_for_h200(run, rows(1), *[weight(4)] * n)
+        assert compiled.as_text().count('custom_call_target="triton_kernel') == 1
+        assert temporary(compiled) < CODES // 16 + LEGACY * 1.1 * n * CODES
 
 
 @pytest.mark.parametrize(("lead", "m"), [((), 1024), ((), 256), ((4,), 128)])

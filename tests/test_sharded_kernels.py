@@ -23,9 +23,9 @@ mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "model"))
 normal = lambda *shape, seed=0: np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 seen = []
 
-def kernel(x, w, dtype=None):
+def kernel(x, w, *sizes, dtype=None):
     seen.append((x.shape, w.codes.shape, w.scales.shape))
-    return reference.matmul(x, w, dtype=dtype)
+    return (reference.grouped_matmul if sizes else reference.matmul)(x, w, *sizes, dtype=dtype)
 
 def weight(*shape, group=128, scaled=False):
     w = quantize(normal(*shape), QuantSpec(4, group))
@@ -44,9 +44,32 @@ def check(x, w, x_spec, w_spec, part, out):
     y = compiled(xs, ws)
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-3)
     assert y.sharding.is_equivalent_to(NamedSharding(mesh, P(*out)), y.ndim), y.sharding
+    return text_without_gathered_weight(compiled)
+
+def text_without_gathered_weight(compiled):
     text = compiled.as_text()
     assert not any("all-gather" in line and "s16" in line for line in text.splitlines()), "a weight is gathered"
     return text
+
+SIZES = ([3, 0, 17, 1, 0, 2, 9, 8], [0, 0, 0, 0, 0, 0, 0, 0], [40, 0, 0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0, 0, 90],
+         [13, 0, 0, 11, 16, 0, 0, 0])
+
+def in_numpy(x, w, sizes):
+    owner = np.repeat(np.arange(9), [*sizes, len(x)])[: len(x)]
+    dense = np.concatenate([np.asarray(w.dequantize()), np.zeros((1, *w.matrix_shape[1:]), np.float32)])
+    return np.einsum("mk,mkn->mn", x, dense[owner])
+
+def check_grouped(x_spec, w_spec, part, out, group=128, scaled=True):
+    x, w = normal(40, 512, seed=1), weight(8, 512, 64, group=group, scaled=scaled)
+    xs, ws = place(x, x_spec), place(w, w_spec)
+    seen.clear()
+    compiled = jax.jit(ft.partial(sharded.grouped_matmul, kernel)).lower(xs, ws, jnp.zeros(8, jnp.int32)).compile()
+    assert part in seen, seen
+    for sizes in SIZES:
+        y = compiled(xs, ws, jnp.asarray(sizes, jnp.int32))
+        np.testing.assert_allclose(y, in_numpy(x, w, sizes), rtol=1e-4, atol=1e-3)
+        assert y.sharding.is_equivalent_to(NamedSharding(mesh, P(*out)), y.ndim), y.sharding
+    return text_without_gathered_weight(compiled)
 """
 
 CASES = {
@@ -95,6 +118,68 @@ CASES = {
         np.testing.assert_allclose(jax.jit(jax.grad(loss(f)))(x), expected, rtol=1e-3, atol=1)
         batch = jax.jit(jax.vmap(f, (0, None)))(jnp.stack([x, -x]), w)
         np.testing.assert_allclose(batch[1], -reference.matmul(x, w), rtol=1e-4, atol=1e-3)
+    """,
+    "columns of sorted experts": """
+        text = check_grouped((), (None, None, "model"), ((40, 512), (8, 4, 512), (8, 4, 16)), (None, "model"))
+        assert "all-" not in text and "collective" not in text
+    """,
+    "sorted experts, each device its own": """
+        for axes, experts in (("model", 2), (("data", "model"), 1)):
+            text = check_grouped((), (axes,), ((40, 512), (experts, 4, 2048), (experts, 4, 64)), ())
+            assert "f32[40,64]" in next(line for line in text.splitlines() if " all-reduce(" in line)
+    """,
+    "sorted experts and their columns": """
+        check_grouped((), ("data", None, "model"), ((40, 512), (4, 4, 512), (4, 4, 16)), (None, "model"))
+    """,
+    "inputs of sorted experts": """
+        for group in (128, 32):
+            text = check_grouped((None, "model"), (None, "model"),
+                                 ((40, 128), (8, 1, 2048), (8, 128 // group, 64)), (), group=group)
+            assert text.count(" all-reduce(") == 1
+    """,
+    "inputs of sorted experts that would cut a group stay whole": """
+        check_grouped((None, "model"), (), ((40, 512), (8, 4, 2048), (8, 1, 64)), (), group=-1)
+    """,
+    "sorted experts and their inputs, added up once": """
+        text = check_grouped((None, "model"), ("data", "model"), ((40, 128), (4, 1, 2048), (4, 1, 64)), ())
+        assert text.count(" all-reduce(") == 1
+    """,
+    "sorted rows": """
+        text = check_grouped(("model",), (), ((10, 512), (8, 4, 2048), (8, 4, 64)), ("model",))
+        assert "all-" not in text
+    """,
+    "sorted rows of experts that are cut": """
+        check_grouped(("data",), ("model",), ((20, 512), (2, 4, 2048), (2, 4, 64)), ("data",))
+    """,
+    "a result of sorted rows is rounded once": """
+        x, w = jnp.asarray(normal(40, 512, seed=1), jnp.bfloat16), weight(8, 512, 64)
+        sizes = jnp.asarray(SIZES[0], jnp.int32)
+        for dtype in (None, jnp.dtype("float32")):
+            f = jax.jit(ft.partial(sharded.grouped_matmul, kernel, dtype=dtype))
+            y = f(place(x, (None, "data")), place(w, ("model", "data")), sizes)
+            expected = reference.grouped_matmul(x, w, sizes, dtype=jnp.float32)
+            assert y.dtype == (dtype or x.dtype)
+            np.testing.assert_allclose(y.astype(jnp.float32), expected, rtol=1e-4 if dtype else 2**-8, atol=1e-3)
+    """,
+    "sorted experts in shard_map": """
+        def run(x, w, sizes):
+            return sharded.grouped_matmul(kernel, x, w, sizes)
+
+        x, w, sizes = normal(40, 256, seed=1), weight(8, 256, 64), np.full((4, 2), 5, np.int32)
+        f = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(P("model"), P("model"), P("model")), out_specs=P("model")))
+        np.testing.assert_allclose(f(x, w, sizes.ravel()), in_numpy(x, w, sizes.ravel()), rtol=1e-4, atol=1e-3)
+        assert ((10, 256), (2, 2, 2048), (2, 2, 64)) in seen
+    """,
+    "vmap and grad of sorted experts": """
+        f = rules.with_rules_of(reference.grouped_matmul, ft.partial(sharded.grouped_matmul, kernel))
+        sizes = jnp.asarray(SIZES[0], jnp.int32)
+        x, w = place(normal(40, 256, seed=1), ()), place(weight(8, 256, 64, scaled=True), ("model",))
+        loss = lambda f: lambda x: (f(x, w, sizes) ** 2).sum()
+        expected = jax.grad(loss(reference.grouped_matmul))(x)
+        np.testing.assert_allclose(jax.jit(jax.grad(loss(f)))(x), expected, rtol=1e-3, atol=1)
+        twice = lambda tree: jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), tree)
+        batch = jax.jit(jax.vmap(f))(jnp.stack([x, -x]), twice(w), twice(sizes))
+        np.testing.assert_allclose(batch[1], -in_numpy(x, w, SIZES[0]), rtol=1e-4, atol=1e-3)
     """,
 }
 
