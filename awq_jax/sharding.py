@@ -41,7 +41,8 @@ def leaf_specs(w: QuantizedTensor, spec: PartitionSpec, mesh: Any) -> QuantizedT
     zeros = None if w.zeros is None else of_matrix
     of_input = None if w.input_scale is None else PartitionSpec(*names[:-1])
     specs: Any = of_matrix
-    return replace(w, codes=specs, scales=specs, zeros=zeros, input_scale=of_input)
+    codes: Any = PartitionSpec(*names[:-1], None, names[-1]) if w.packing == "int4" else of_matrix
+    return replace(w, codes=codes, scales=specs, zeros=zeros, input_scale=of_input)
 
 
 def _matrix_cuts(w: QuantizedTensor, cuts: Cuts) -> Cuts | None:
@@ -56,7 +57,7 @@ def _matrix_cuts(w: QuantizedTensor, cuts: Cuts) -> Cuts | None:
 def _split(w: QuantizedTensor, cuts: Cuts) -> tuple[Cuts, Cuts]:
     """What cuts the axes of layers of w's param, and what its others."""
     assert w.layout is not None
-    places = w.layout.places(w.codes.ndim - w.layout.n_lead - 2)
+    places = w.layout.places(w.scales.ndim - w.layout.n_lead - 2)
     return tuple(cuts[k] for k in places), tuple(cut for k, cut in enumerate(cuts) if k not in places)
 
 
@@ -85,7 +86,7 @@ def gathered(
     layout = None if w.layout is None else w.layout.whole(pieces(_split(w, alone)[1]))
     return replace(
         w,
-        codes=gather(w.codes, k),
+        codes=gather(w.codes, w.codes.ndim - 1 if is_output else k),
         scales=gather(w.scales, k),
         zeros=None if w.zeros is None else gather(w.zeros, k),
         input_scale=w.input_scale if w.input_scale is None or is_output else gather(w.input_scale, k),

@@ -32,6 +32,8 @@ def check(dtype: Any, w: PackedWeight) -> None:
     """Raises NotImplementedError with the reason why the kernels cannot multiply w with an x of this dtype."""
     if w.spec.bits != 4:
         raise NotImplementedError(f"{w.spec.bits}-bit codes: the kernels read 4 bits")
+    if w.packing == "int4":
+        raise NotImplementedError("codes are an int4 array, for a machine without the kernels: see `awq-jax doctor`")
     if w.packing != "tiles":
         raise NotImplementedError("codes are packed in rows: call awq_jax.prepare(params) once after loading")
     if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
