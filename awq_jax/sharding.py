@@ -41,8 +41,7 @@ def leaf_specs(w: QuantizedTensor, spec: PartitionSpec, mesh: Any) -> QuantizedT
     zeros = None if w.zeros is None else of_matrix
     of_input = None if w.input_scale is None else PartitionSpec(*names[:-1])
     specs: Any = of_matrix
-    codes: Any = PartitionSpec(*names[:-1], None, names[-1]) if w.packing == "int4" else of_matrix
-    return replace(w, codes=codes, scales=specs, zeros=zeros, input_scale=of_input)
+    return replace(w, codes=specs, scales=specs, zeros=zeros, input_scale=of_input)
 
 
 def _matrix_cuts(w: QuantizedTensor, cuts: Cuts) -> Cuts | None:
@@ -86,7 +85,7 @@ def gathered(
     layout = None if w.layout is None else w.layout.whole(pieces(_split(w, alone)[1]))
     return replace(
         w,
-        codes=gather(w.codes, w.codes.ndim - 1 if is_output else k),
+        codes=gather(w.codes, k),
         scales=gather(w.scales, k),
         zeros=None if w.zeros is None else gather(w.zeros, k),
         input_scale=w.input_scale if w.input_scale is None or is_output else gather(w.input_scale, k),

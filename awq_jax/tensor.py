@@ -162,12 +162,12 @@ class QuantizedTensor:
       pad: rows of padding in the last group.
       layout: how the param is read as matrices; None when it is stored as (*lead, i, o).
       packing: "rows", or after `prepare` "tiles" (kernels/tiles.py): (i + pad) / 128 blocks of 32 * o int16 words; or
-        "int4" (kernels/int4.py): groups of g * o int4 codes, minus 8.
+        "int4" (kernels/int4.py): (groups, o, g) int4 codes, minus 8.
 
     The logical shape follows from the leaves, so vmap, scan and stacking may add or take leading axes.
     """
 
-    codes: UInt32[Array, "*lead w o"] | Int16[Array, "*lead blocks o32"] | Int4[Array, "*lead groups g o"]
+    codes: UInt32[Array, "*lead w o"] | Int16[Array, "*lead blocks o32"] | Int4[Array, "*lead groups o g"]
     scales: Float[Array, "*lead groups o"]
     zeros: UInt8[Array, "*lead groups o"] | None
     input_scale: Float[Array, "*lead i"] | None
@@ -185,7 +185,7 @@ class QuantizedTensor:
     @property
     def in_features(self) -> int:
         if self.packing == "int4":
-            return self.codes.shape[-3] * self.codes.shape[-2] - self.pad
+            return self.codes.shape[-3] * self.codes.shape[-1] - self.pad
         words = self.codes.shape[-2]
         rows = words * kernels.BLOCK if self.packing == "tiles" else words * 32 // self.spec.bits
         return rows - self.pad

@@ -17,7 +17,7 @@ class PackedWeight(Protocol):
     """What a kernel reads of a quantized weight of logical shape (*lead, i, o).
 
     codes: with packing "rows" uint32 (*lead, w, o), see packing.py; with "tiles" int16 (*lead, blocks, o * 32), see
-    tiles.py; with "int4" int4 (*lead, groups, g, o), see int4.py. scales: float (*lead, groups, o); zeros: uint8 like scales, or None where the zero point is
+    tiles.py; with "int4" int4 (*lead, groups, o, g), see int4.py. scales: float (*lead, groups, o); zeros: uint8 like scales, or None where the zero point is
     `spec.middle`; input_scale: float (*lead, i), multiplied into x, or None. The last `pad` rows of the codes are
     padding.
     """
@@ -56,13 +56,14 @@ def check_shapes(x: Float[Array, "*b i"], w: PackedWeight, *, grouped: bool = Fa
             f"x has {x.shape[-1]} features in its last axis, the weight takes {w.in_features}. "
             "Move the contracted axis of x to the end."
         )
-    lead, i = w.codes.shape[: -3 if w.packing == "int4" else -2], w.in_features
+    of_groups = w.codes.shape[:-1] if w.packing == "int4" else w.codes.shape
+    lead, i = of_groups[:-2], w.in_features
     if not grouped and x.shape[: len(lead)] != lead:
         raise ValueError(
             f"x has shape {x.shape}, the weight {(*lead, i, w.scales.shape[-1])}: the weight's leading axes {lead} "
             "must lead x too. Broadcast x, or jax.vmap over the weight."
         )
-    outs = w.codes.shape[-1] // (WORDS if w.packing == "tiles" else 1)
+    outs = of_groups[-1] // (WORDS if w.packing == "tiles" else 1)
     expected = (*lead, -(-i // w.spec.group(i)), outs)
     for name, found, shape in (
         ("scales", w.scales, expected),

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int4
 
 from awq_jax.kernels.contract import PackedWeight
 from awq_jax.kernels.gpu import TENSOR_CORES, architecture
@@ -29,23 +29,33 @@ def matmul(x: Float[Array, "*b i"], w: PackedWeight, *, dtype: Any = None) -> Fl
     """
     if w.packing != "int4":
         raise NotImplementedError(f"codes are packed in {w.packing}")
-    *lead, groups, g, _ = w.codes.shape
+    *lead, groups, _, g = w.codes.shape
     n, rows = len(lead), x.shape[len(lead) : -1]
     whole = jnp.pad(scaled(x, w.input_scale), [(0, 0)] * (x.ndim - 1) + [(0, groups * g - x.shape[-1])])
     by_group = whole.reshape(*lead, *rows, groups, g)
-    last, experts = by_group.ndim - 1, tuple(range(n))
     if not few(math.prod(rows), g, x.dtype):
+        last, experts = by_group.ndim - 1, tuple(range(n))
         numbers = (((last - 1, last), (n, n + 1)), (experts, experts))
         y = lax.dot_general(by_group, in_groups(w).astype(x.dtype), numbers, preferred_element_type=jnp.float32)
         return y.astype(dtype or x.dtype)
-    # float32, exact for 16-bit x: XLA's CPU backend multiplies no batch of bfloat16 into one.
-    wide = by_group.astype(jnp.float32)
-    numbers = (((last,), (n + 1,)), ((*experts, last - 1), (*experts, n)))
-    sums = jnp.moveaxis(lax.dot_general(wide, w.codes.astype(jnp.float32), numbers), n, -2)
+    # XLA multiplies no batch of 16-bit floats into float32 on a CPU.
+    wide = lambda x, codes: products(x.astype(jnp.float32), codes)
+    sums = lax.platform_dependent(by_group, w.codes, cpu=wide, default=products)
     of_rows = lambda a: a.astype(jnp.float32).reshape(*lead, *(1 for _ in rows), groups, -1)
     if w.zeros is not None:
-        sums -= wide.sum(-1, keepdims=True) * (of_rows(w.zeros) - MIDDLE)
+        sums -= by_group.astype(jnp.float32).sum(-1, keepdims=True) * (of_rows(w.zeros) - MIDDLE)
     return (sums * of_rows(w.scales)).sum(-2).astype(dtype or x.dtype)
+
+
+def products(
+    x: Float[Array, "*lead *rows groups g"], codes: Int4[Array, "*lead groups o g"]
+) -> Float[Array, "*lead *rows groups o"]:
+    """Each group of x times its codes, in float32."""
+    n, last = codes.ndim - 3, x.ndim - 1
+    experts = tuple(range(n))
+    numbers = (((n + 2,), (last,)), ((*experts, n), (*experts, last - 1)))
+    sums = lax.dot_general(codes.astype(x.dtype), x, numbers, preferred_element_type=jnp.float32)
+    return jnp.moveaxis(sums, (n, n + 1), (-2, -1))
 
 
 def few(rows: int, group: int, dtype: Any) -> bool:
