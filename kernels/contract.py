@@ -17,9 +17,9 @@ class PackedWeight(Protocol):
     """What a kernel reads of a quantized weight of logical shape (*lead, i, o).
 
     codes: with packing "rows" uint32 (*lead, w, o), see packing.py; with "tiles" int16 (*lead, blocks, o * 32), see
-    tiles.py; with "int4" int4 (*lead, groups, o, g), see int4.py. scales: float (*lead, groups, o); zeros: uint8 like scales, or None where the zero point is
-    `spec.middle`; input_scale: float (*lead, i), multiplied into x, or None. The last `pad` rows of the codes are
-    padding.
+    tiles.py; with "int4" int4 (*lead, groups, o, g), see int4.py. scales: float (*lead, groups, o); zeros: uint8 like
+    scales, or None where the zero point is `spec.middle`; input_scale: float (*lead, i), multiplied into x, or None.
+    The last `pad` rows of the codes are padding.
     """
 
     @property
