@@ -1,4 +1,4 @@
-"""`awq-jax doctor`: which packages and GPU are here, what would run the matmuls, and what to install."""
+"""`awq-jax doctor`: which packages and GPU or TPU are here, what would run the matmuls, and what to install."""
 
 from __future__ import annotations
 
@@ -39,10 +39,12 @@ def examine() -> list[Finding]:
     import jax
 
     device = jax.devices()[0]
-    on_gpu = jax.default_backend() == "gpu"
-    findings.append(
-        Finding("device", device.device_kind if on_gpu else f"{device.device_kind}, no GPU", _plugin(installed))
-    )
+    if jax.default_backend() == "tpu":
+        findings.append(Finding("device", device.device_kind))
+    else:
+        on_gpu = jax.default_backend() == "gpu"
+        name = device.device_kind if on_gpu else f"{device.device_kind}, no GPU"
+        findings.append(Finding("device", name, _plugin(installed)))
     findings.append(Finding("decode (1 row)", *_serves(1)))
     findings.append(Finding("prefill (512 rows)", *_serves(512)))
     return findings
@@ -65,13 +67,16 @@ def _serves(rows: int) -> tuple[str, str]:
     import jax
     import jax.numpy as jnp
 
-    from awq_jax.kernels import gpu, launch, table, triton
+    from awq_jax.kernels import best_packing, direct, gpu, launch, table, triton
     from awq_jax.spec import QuantSpec
     from awq_jax.tensor import in_tiles, quantize
 
-    arch = gpu.architecture()
+    arch, packing = gpu.architecture(), best_packing()
+    alone, to_do = "plain XLA", f"weights in {packing}: awq_jax.prepare(params) after loading"
+    if packing == "int4":
+        alone += ", reads 4-bit codes" if direct.few(rows, 128, jnp.bfloat16) else ", makes each weight dense"
     if arch is None:
-        return "plain XLA", ""
+        return alone, to_do if packing == "int4" else ""
     dense = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)
     w = jax.eval_shape(lambda w: in_tiles(quantize(w, QuantSpec())), dense)
     try:
@@ -80,8 +85,5 @@ def _serves(rows: int) -> tuple[str, str]:
         if reason := launch.missing() or launch.too_old(tiling.kernel):
             raise NotImplementedError(reason)
     except NotImplementedError as e:
-        return "plain XLA", str(e)
-    return (
-        f"Triton, {tiling.kernel} {tiling.bm} x {tiling.bn}",
-        "weights in tiles: awq_jax.prepare(params) after loading",
-    )
+        return alone, f"{e}; {to_do}" if packing == "int4" else str(e)
+    return f"Triton, {tiling.kernel} {tiling.bm} x {tiling.bn}", to_do

@@ -264,7 +264,7 @@ def _in_front(x: Weight, k: int | None) -> Any:
         return None if k is None else jnp.moveaxis(x.base, k, 0)
     layout, depth = x.base.layout, len(x.view.stack)
     stack = (layout.stack if layout else ()) or (0,) * (depth + 1)
-    is_stacked = x.base.codes.ndim > 2 + (layout.n_lead if layout else 0)
+    is_stacked = x.base.scales.ndim > 2 + (layout.n_lead if layout else 0)
     return x.base if is_stacked and stack[depth : depth + 1] == (k,) else None
 
 

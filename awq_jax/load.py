@@ -138,4 +138,5 @@ def load(path: str | Path) -> Model:
     else:
         params = module.load(checkpoint.read, config)
     params = jax.tree.map(jnp.asarray, params)
-    return Model(module, config, prepare(params) if jax.default_backend() == "gpu" else params, checkpoint.tokenizer())
+    accelerated = jax.default_backend() in ("gpu", "tpu")
+    return Model(module, config, prepare(params) if accelerated else params, checkpoint.tokenizer())

@@ -56,7 +56,7 @@ def _matrix_cuts(w: QuantizedTensor, cuts: Cuts) -> Cuts | None:
 def _split(w: QuantizedTensor, cuts: Cuts) -> tuple[Cuts, Cuts]:
     """What cuts the axes of layers of w's param, and what its others."""
     assert w.layout is not None
-    places = w.layout.places(w.codes.ndim - w.layout.n_lead - 2)
+    places = w.layout.places(w.scales.ndim - w.layout.n_lead - 2)
     return tuple(cuts[k] for k in places), tuple(cut for k, cut in enumerate(cuts) if k not in places)
 
 

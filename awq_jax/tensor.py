@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import export
-from jaxtyping import Array, Float, Int, Int16, UInt8, UInt32
+from jaxtyping import Array, Float, Int, Int4, Int16, UInt8, UInt32
 
 import awq_jax.kernels as kernels
 from awq_jax.kernels.reference import dense_grouped_matmul, dense_matmul
@@ -161,12 +161,13 @@ class QuantizedTensor:
       dtype: of the dense weight that this one replaced.
       pad: rows of padding in the last group.
       layout: how the param is read as matrices; None when it is stored as (*lead, i, o).
-      packing: "rows", or "tiles" after `prepare` (kernels/tiles.py): (i + pad) / 128 blocks of 32 * o int16 words.
+      packing: "rows", or after `prepare` "tiles" (kernels/tiles.py): (i + pad) / 128 blocks of 32 * o int16 words; or
+        "int4" (kernels/int4.py): (groups, o, g) int4 codes, minus 8.
 
     The logical shape follows from the leaves, so vmap, scan and stacking may add or take leading axes.
     """
 
-    codes: UInt32[Array, "*lead w o"] | Int16[Array, "*lead blocks o32"]
+    codes: UInt32[Array, "*lead w o"] | Int16[Array, "*lead blocks o32"] | Int4[Array, "*lead groups o g"]
     scales: Float[Array, "*lead groups o"]
     zeros: UInt8[Array, "*lead groups o"] | None
     input_scale: Float[Array, "*lead i"] | None
@@ -183,6 +184,8 @@ class QuantizedTensor:
 
     @property
     def in_features(self) -> int:
+        if self.packing == "int4":
+            return self.codes.shape[-3] * self.codes.shape[-1] - self.pad
         words = self.codes.shape[-2]
         rows = words * kernels.BLOCK if self.packing == "tiles" else words * 32 // self.spec.bits
         return rows - self.pad
@@ -190,14 +193,14 @@ class QuantizedTensor:
     @property
     def matrix_shape(self) -> tuple[int, ...]:
         """(*lead, i, o)."""
-        return (*self.codes.shape[:-2], self.in_features, self.scales.shape[-1])
+        return (*self.scales.shape[:-2], self.in_features, self.scales.shape[-1])
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the dense param."""
         if self.layout is None:
             return self.matrix_shape
-        return self.layout.param_shape(self.codes.shape[: self.codes.ndim - self.layout.n_lead - 2])
+        return self.layout.param_shape(self.scales.shape[: self.scales.ndim - self.layout.n_lead - 2])
 
     @property
     def ndim(self) -> int:
@@ -358,29 +361,42 @@ def in_tiles(w: QuantizedTensor) -> QuantizedTensor:
     """`w` with its 4-bit codes in the order that the GPU kernels read."""
     if w.packing == "tiles":
         return w
-    codes = kernels.to_tiles(w.codes)
+    codes = kernels.to_tiles(in_rows(w).codes)
     return replace(w, codes=codes, packing="tiles", pad=codes.shape[-2] * kernels.BLOCK - w.in_features)
 
 
 @jax.jit
+def in_int4(w: QuantizedTensor) -> QuantizedTensor:
+    """`w` with its 4-bit codes as an array of int4, which XLA reads."""
+    if w.packing == "int4":
+        return w
+    rows = in_rows(w)
+    return replace(rows, codes=kernels.to_int4(rows.codes, w.spec.group(w.in_features)), packing="int4")
+
+
+@jax.jit
 def in_rows(w: QuantizedTensor) -> QuantizedTensor:
-    """`w` with its codes as the canonical bit stream; undoes `in_tiles`."""
+    """`w` with its codes as the canonical bit stream; undoes `in_tiles` and `in_int4`."""
     if w.packing == "rows":
         return w
     pad = w.spec.padding(w.in_features)
-    return replace(w, codes=kernels.from_tiles(w.codes, w.in_features + pad), packing="rows", pad=pad)
+    is_int4 = w.packing == "int4"
+    codes = kernels.from_int4(w.codes) if is_int4 else kernels.from_tiles(w.codes, w.in_features + pad)
+    return replace(w, codes=codes, packing="rows", pad=pad)
 
 
 def prepare(qparams: Any) -> Any:
-    """`qparams` for a GPU: every 4-bit QuantizedTensor with its codes in the order that the kernels read.
+    """`qparams` for a GPU or TPU: every 4-bit QuantizedTensor with its codes packed as they are read there.
 
-    Once, after loading. Values, shapes and bytes stay, and what runs without a GPU runs on. Other leaves
-    stay as they are.
+    In tiles for the Triton kernels; as int4 arrays for XLA on a TPU, or an NVIDIA GPU on which the kernels cannot run
+    (`awq-jax doctor` says which). Once, after loading. Values, shapes and bytes stay, and what runs elsewhere runs on.
+    Other leaves stay as they are.
 
     Example:
       >>> params = awq.prepare(awq.load("folder").params)
     """
-    convert = lambda leaf: in_tiles(leaf) if is_quantized(leaf) and leaf.spec.bits == 4 else leaf
+    pack = in_int4 if kernels.best_packing() == "int4" else in_tiles
+    convert = lambda leaf: pack(leaf) if is_quantized(leaf) and leaf.spec.bits == 4 else leaf
     return jax.tree.map(convert, qparams, is_leaf=is_quantized)
 
 

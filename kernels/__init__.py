@@ -1,15 +1,19 @@
 """Matmuls of an activation with a packed low-bit weight. Knows nothing of models or files.
 
-api.py chooses among implementations: triton.py (kernels in triton_kernels.py, sizes of tiles from table.py),
-mosaic.py (mosaic_kernels.py, for Hopper) and reference.py (plain XLA). contract.py says what they are given.
+api.py chooses among implementations: triton.py (kernels in triton_kernels.py, sizes of tiles from table.py), mosaic.py
+(mosaic_kernels.py, for Hopper), direct.py (XLA that reads int4 arrays) and reference.py (XLA that makes the weight
+dense). contract.py says what they are given.
 """
 
+from awq_jax.kernels.api import best_packing as best_packing
 from awq_jax.kernels.api import grouped_int4_matmul as grouped_int4_matmul
 from awq_jax.kernels.api import in_one_launch as in_one_launch
 from awq_jax.kernels.api import int4_matmul as int4_matmul
 from awq_jax.kernels.api import shared_int4_matmul as shared_int4_matmul
 from awq_jax.kernels.contract import PackedWeight as PackedWeight
 from awq_jax.kernels.gpu import target as target
+from awq_jax.kernels.int4 import from_int4 as from_int4
+from awq_jax.kernels.int4 import to_int4 as to_int4
 from awq_jax.kernels.packing import pack as pack
 from awq_jax.kernels.packing import unpack as unpack
 from awq_jax.kernels.reference import dequantize as dequantize

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from awq_jax.kernels import mosaic, reference, rules, sharded, triton
+from awq_jax.kernels import direct, launch, mosaic, reference, rules, sharded, triton
 from awq_jax.kernels.contract import PackedWeight, check_shapes
+from awq_jax.kernels.gpu import OLDEST, architecture
 
 Implementation = Callable[..., Any]
 
@@ -26,14 +27,21 @@ Table = Mapping[str, tuple[Implementation, Implementation]]
 @ft.cache
 def implementations(dtype: Any) -> Table:
     """Of a matmul whose result has a dtype; None for x's."""
-    kernel = ft.partial(sharded.matmul, triton.matmul, dtype=dtype)
+
+    def cut(module: Any, x: Any, w: PackedWeight) -> Array:
+        module.check(x.dtype, w)
+        return sharded.matmul(module.matmul, x, w, dtype=dtype)
+
+    kernel = ft.partial(cut, triton)
     plain = ft.partial(reference.matmul, dtype=dtype)
-    hopper = rules.with_rules(ft.partial(sharded.matmul, mosaic.matmul, dtype=dtype), plain, fail)
+    hopper = rules.with_rules(ft.partial(cut, mosaic), plain, fail)
+    read = rules.with_rules(ft.partial(direct.matmul, dtype=dtype), plain, fail)
     return {
         "triton": (
-            rules.with_rules(rules.everywhere(kernel, plain), plain, lambda e: tell_slow("XLA", [f"triton: {e}"])),
+            rules.with_rules(rules.everywhere(kernel, plain), plain, lambda e: tell_slow([f"triton: {e}"])),
             rules.with_rules(kernel, plain, fail),
         ),
+        "direct": (read, read),
         "xla": (plain, plain),
         "mosaic": (hopper, hopper),
     }
@@ -55,7 +63,8 @@ def int4_matmul(
     Args:
       x: float16, bfloat16 or float32 activations; leading axes of w, if any, are leading axes of x too.
       w: packed weight of logical shape (*lead, i, o), 2 to 8 bits; its input scale is applied to x.
-      implementation: "triton", "mosaic" or "xla"; None takes what is thought fastest of those that support the case.
+      implementation: "triton", "mosaic", "direct" or "xla"; None takes what is thought fastest of those that support
+        the case.
       dtype: of the result, float32, bfloat16 or float16; None for x's.
 
     Raises:
@@ -119,6 +128,16 @@ def grouped_int4_matmul(
     return first_that_can(grouped_implementations(result_dtype(dtype)), implementation, x, w, group_sizes)
 
 
+def best_packing() -> str:
+    """How 4-bit codes are best packed here: "tiles" for the Triton kernels, "int4" where XLA alone has to read them.
+
+    Where that was seen to spare the dense weight: TPUs, and NVIDIA GPUs on which the kernels cannot run.
+    """
+    arch = architecture()
+    no_kernels = arch is not None and (arch < OLDEST or launch.missing() is not None)
+    return "int4" if no_kernels or jax.default_backend() == "tpu" else "tiles"
+
+
 def result_dtype(dtype: Any) -> Any:
     """`dtype` as numpy names it, or None.
 
@@ -145,7 +164,7 @@ def first_that_can(table: Table, name: str | None, *args: Any) -> Float[Array, "
             reasons.append(f"{name}: {e}")
             continue
         if reasons:
-            tell_slow(name.upper(), reasons)
+            tell_slow(reasons)
         return out
     raise NotImplementedError("No implementation runs this int4 matmul. " + "; ".join(reasons))
 
@@ -154,10 +173,10 @@ def fail(reason: NotImplementedError) -> None:
     raise reason
 
 
-def tell_slow(name: str, reasons: Sequence[str]) -> None:
+def tell_slow(reasons: Sequence[str]) -> None:
     """What runs on a GPU instead of a kernel, and why."""
     if jax.default_backend() == "gpu":
-        tell(f"int4 matmul runs as plain {name}, slower than it could. {'; '.join(reasons)}.")
+        tell(f"int4 matmul runs as plain XLA, slower than it could. {'; '.join(reasons)}.")
 
 
 @ft.cache

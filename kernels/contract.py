@@ -17,9 +17,9 @@ class PackedWeight(Protocol):
     """What a kernel reads of a quantized weight of logical shape (*lead, i, o).
 
     codes: with packing "rows" uint32 (*lead, w, o), see packing.py; with "tiles" int16 (*lead, blocks, o * 32), see
-    tiles.py. scales: float (*lead, groups, o); zeros: uint8 like scales, or None where the zero point is
-    `spec.middle`; input_scale: float (*lead, i), multiplied into x, or None. The last `pad` rows of the codes are
-    padding.
+    tiles.py; with "int4" int4 (*lead, groups, o, g), see int4.py. scales: float (*lead, groups, o); zeros: uint8 like
+    scales, or None where the zero point is `spec.middle`; input_scale: float (*lead, i), multiplied into x, or None.
+    The last `pad` rows of the codes are padding.
     """
 
     @property
@@ -51,6 +51,8 @@ def check_tiles(w: PackedWeight) -> None:
     """Raises NotImplementedError unless w is packed as the kernels for GPUs read it."""
     if w.spec.bits != 4:
         raise NotImplementedError(f"{w.spec.bits}-bit codes: the kernels read 4 bits")
+    if w.packing == "int4":
+        raise NotImplementedError("codes are an int4 array, for a machine without the kernels: see `awq-jax doctor`")
     if w.packing != "tiles":
         raise NotImplementedError("codes are packed in rows: call awq_jax.prepare(params) once after loading")
 
@@ -64,13 +66,14 @@ def check_shapes(x: Float[Array, "*b i"], w: PackedWeight, *, grouped: bool = Fa
             f"x has {x.shape[-1]} features in its last axis, the weight takes {w.in_features}. "
             "Move the contracted axis of x to the end."
         )
-    lead, i = w.codes.shape[:-2], w.in_features
+    of_groups = w.codes.shape[:-1] if w.packing == "int4" else w.codes.shape
+    lead, i = of_groups[:-2], w.in_features
     if not grouped and x.shape[: len(lead)] != lead:
         raise ValueError(
             f"x has shape {x.shape}, the weight {(*lead, i, w.scales.shape[-1])}: the weight's leading axes {lead} "
             "must lead x too. Broadcast x, or jax.vmap over the weight."
         )
-    outs = w.codes.shape[-1] // (WORDS if w.packing == "tiles" else 1)
+    outs = of_groups[-1] // (WORDS if w.packing == "tiles" else 1)
     expected = (*lead, -(-i // w.spec.group(i)), outs)
     for name, found, shape in (
         ("scales", w.scales, expected),

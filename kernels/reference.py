@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt8
 
+from awq_jax.kernels.int4 import unpack_int4
 from awq_jax.kernels.packing import unpack
 from awq_jax.kernels.tiles import unpack_tiles
 
@@ -19,18 +20,26 @@ def unpacked(w: PackedWeight) -> UInt8[Array, "*lead i o"]:
     """The codes of whole groups, whichever way they are packed."""
     if w.packing == "rows":
         return unpack(w.codes, w.spec.bits)
+    if w.packing == "int4":
+        return unpack_int4(w.codes)
     return unpack_tiles(w.codes)[..., : w.in_features + w.spec.padding(w.in_features), :]
 
 
 def dequantize(w: PackedWeight) -> Float[Array, "*lead i o"]:
     """`(q - z) * s` in float32, padding dropped, the input scale not applied."""
+    dense = in_groups(w)
+    *lead, groups, g, o = dense.shape
+    return dense.reshape(*lead, groups * g, o)[..., : w.in_features, :]
+
+
+def in_groups(w: PackedWeight) -> Float[Array, "*lead groups g o"]:
+    """`(q - z) * s` in float32 with the padding of the last group, the input scale not applied."""
     codes = unpacked(w)
     *lead, padded, o = codes.shape
     groups = w.scales.shape[-2]
     zeros = w.spec.middle if w.zeros is None else w.zeros[..., :, None, :].astype(jnp.float32)
     steps = codes.reshape(*lead, groups, padded // groups, o).astype(jnp.float32) - zeros
-    dense = (steps * w.scales[..., :, None, :].astype(jnp.float32)).reshape(*lead, padded, o)
-    return dense[..., : w.in_features, :]
+    return steps * w.scales[..., :, None, :].astype(jnp.float32)
 
 
 def matmul(x: Float[Array, "*b i"], w: PackedWeight, *, dtype: Any = None) -> Float[Array, "*b o"]:

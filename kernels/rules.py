@@ -45,7 +45,7 @@ def with_rules(matmul: Matmul, plain: Matmul, refused: Callable[[NotImplementedE
     @batchable.def_vmap
     def rule(size: int, batched: Any, x: Any, w: Any) -> tuple[Any, bool]:
         x_batched, w_batched = batched
-        lead = w.codes.ndim - 2
+        lead = w.scales.ndim - 2
         if not any(jax.tree.leaves(w_batched)):
             return jnp.moveaxis(accepted(jnp.moveaxis(x, 0, lead), w), lead, 0), True
         spread = lambda leaf, is_batched: leaf if is_batched else jnp.broadcast_to(leaf, (size, *leaf.shape))

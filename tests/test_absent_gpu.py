@@ -1,6 +1,7 @@
 """What XLA makes for a GPU of programs with packed weights: no copy of a weight, no dense weight in memory."""
 
 import functools as ft
+import math
 import re
 
 import jax
@@ -18,7 +19,7 @@ from awq_jax.kernels import grouped_int4_matmul, int4_matmul, shared_int4_matmul
 from awq_jax.models.generate import _generate
 from awq_jax.models.llama import Config, Llama
 from awq_jax.spec import QuantSpec
-from awq_jax.tensor import in_tiles, prepare, quantize, with_input_scale
+from awq_jax.tensor import in_int4, in_rows, in_tiles, prepare, quantize, with_input_scale
 
 pytestmark = pytest.mark.gpu_compiler
 
@@ -28,8 +29,8 @@ LEGACY = jax.__version_info__ < (0, 11)
 """jax-triton 0.3 makes a call of which XLA knows little: it copies a slice for it and does not say what graphs hold."""
 
 
-def weight(*lead: int, spec: QuantSpec = QuantSpec(), tiles: bool = True):  # noqa: B008
-    make = lambda w: in_tiles(quantize(w, spec)) if tiles else quantize(w, spec)
+def weight(*lead: int, spec: QuantSpec = QuantSpec(), pack=in_tiles):  # noqa: B008
+    make = lambda w: pack(quantize(w, spec))
     return jax.eval_shape(make, jax.ShapeDtypeStruct((*lead, WIDTH, WIDTH), jnp.bfloat16))
 
 
@@ -76,8 +77,47 @@ def test_the_input_scale_is_multiplied_where_x_is_made():
 
 
 def test_the_kernel_is_seen_to_save_the_dense_weight():
-    compiled = compile_for_h200(int4_matmul, rows(16), weight(tiles=False))
+    compiled = compile_for_h200(int4_matmul, rows(16), weight(pack=in_rows))
     assert temporary(compiled) >= 2 * WIDTH * WIDTH
+
+
+@pytest.mark.parametrize("m", [1, 4, 16])
+@pytest.mark.parametrize("lead", [(), (4,)])
+def test_without_a_kernel_few_rows_write_sums_of_groups_and_no_weight(m, lead):
+    """What XLA may write beside the sums, a float32 for each row, group and column, is those of x."""
+    sums = math.prod(lead) * m * WIDTH // 128 * (WIDTH + 2) * 4
+    assert temporary(compile_for_h200(int4_matmul, rows(*lead, m), weight(*lead, pack=in_int4))) <= 1.1 * sums
+
+
+def test_without_a_kernel_the_weight_is_made_dense_where_it_is_smaller_than_sums():
+    used = lambda m, pack: temporary(compile_for_h200(int4_matmul, rows(m), weight(pack=pack)))
+    for m in (64, 65, 1024):
+        assert used(m, in_int4) <= used(m, in_rows)
+
+
+def test_on_a_t4_one_row_reads_int4_codes_and_more_are_multiplied_as_before():
+    half = lambda m: jax.ShapeDtypeStruct((m, WIDTH), jnp.float16)
+    used = lambda m, pack: temporary(compile_for(75, int4_matmul, half(m), weight(pack=pack)))
+    assert used(1, in_int4) < WIDTH * WIDTH // 16
+    assert used(4, in_int4) == used(4, in_rows)
+
+
+@pytest.mark.parametrize("m", [1, 4])
+def test_scanned_layers_of_int4_codes_are_read_in_place_or_sliced_one_by_one(m):
+    def run(x, stack):
+        return jax.lax.scan(lambda x, w: (int4_matmul(x, w), None), x, stack)[0]
+
+    sums = m * WIDTH // 128 * (WIDTH + 2) * 4
+    assert temporary(compile_for_h200(run, rows(m), weight(8, pack=in_int4))) <= 1.2 * sums + (m > 1) * CODES
+
+
+def test_gradients_through_int4_codes_keep_no_dense_weight_of_each_layer():
+    def loss(x, stack):
+        return jax.lax.scan(lambda x, w: (int4_matmul(x, w), None), x, stack)[0].astype(jnp.float32).sum()
+
+    layers = 8
+    compiled = compile_for_h200(jax.grad(loss), rows(64), weight(layers, pack=in_int4))
+    assert temporary(compiled) < layers * WIDTH * WIDTH
 
 
 def test_weights_of_one_input_are_one_kernel(monkeypatch):

@@ -54,7 +54,7 @@ def test_a_plugin_of_another_version_is_named(installed):
     [
         (90, "Triton, decode 8 x 16", "Triton, tile 128 x 128", "awq_jax.prepare"),
         (75, "Triton, gemv 1 x 16", "plain XLA", "more than 8 rows of bfloat16 on sm_75 would need tensor cores"),
-        (70, "plain XLA", "plain XLA", "the GPU is sm_70"),
+        (70, "plain XLA, reads 4-bit codes", "plain XLA, makes each weight dense", "the GPU is sm_70"),
     ],
 )
 def test_on_a_gpu(monkeypatch, arch, decode, prefill, reason):

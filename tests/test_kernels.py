@@ -5,7 +5,11 @@ roundoff:
   - float32 accumulation, any order: at most K 2**-24 S;
   - the result rounded to x's dtype: u |y|;
   - a weight rounded to x's dtype before the product, as plain XLA does: u S; with the scale rounded first, as the
-    kernel of many rows does: (2 u + u**2) S, and once more u S for x rounded after its input scale.
+    kernel of many rows does: (2 u + u**2) S, and once more u S for x rounded after its input scale;
+  - zero points taken off after the product of a group, as XLA does that reads int4 arrays: what float32 rounds is
+    sum_k |x_k| s (|q - 8| + |z - 8|) <= S + 2 C with C = sum_k |x_k| s |z - 8|, each term in g additions of its group,
+    3 operations with s and z, and as many additions as there are groups: at most (K + 4) 2**-24 (S + 2 C), for g and
+    groups, both at least 1, sum to no more than K + 1.
 """
 
 import dataclasses
@@ -27,9 +31,9 @@ from awq_jax.kernels import api, grouped_int4_matmul, int4_matmul, shared_int4_m
 from awq_jax.kernels.api import separate
 from awq_jax.kernels.gpu import architecture, multiprocessors
 from awq_jax.spec import QuantSpec
-from awq_jax.tensor import QuantizedTensor, in_tiles, quantize, with_input_scale
+from awq_jax.tensor import QuantizedTensor, in_int4, in_tiles, quantize, with_input_scale
 
-IMPLEMENTATIONS = ("triton", "xla")
+IMPLEMENTATIONS = ("triton", "direct", "xla")
 SPEC = QuantSpec(4, 32)
 dense_weight = jax.jit(lambda w: w.dequantize())
 multiply = jax.jit(int4_matmul, static_argnames="implementation")
@@ -46,9 +50,12 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def weight(*shape: int, spec: QuantSpec = SPEC, scaled: bool = False, seed: int = 0) -> QuantizedTensor:
+def weight(
+    *shape: int, spec: QuantSpec = SPEC, scaled: bool = False, seed: int = 0, implementation: str = "triton"
+) -> QuantizedTensor:
     w = quantize(normal(*shape, seed=seed) + 0.3, spec)
-    return in_tiles(with_input_scale(w, np.exp(normal(*shape[:-1], seed=seed + 1))) if scaled else w)
+    w = with_input_scale(w, np.exp(normal(*shape[:-1], seed=seed + 1))) if scaled else w
+    return in_int4(w) if implementation == "direct" else in_tiles(w)
 
 
 def exact(x, w: QuantizedTensor) -> tuple[np.ndarray, np.ndarray]:
@@ -58,10 +65,21 @@ def exact(x, w: QuantizedTensor) -> tuple[np.ndarray, np.ndarray]:
     return x @ dense, np.abs(x) @ np.abs(dense)
 
 
+def taken_off(x, w: QuantizedTensor) -> np.ndarray:
+    """C of the error bounds."""
+    if w.zeros is None or w.packing != "int4":
+        return np.zeros(())
+    off = np.abs(np.asarray(w.zeros, np.float64) - 8) * np.asarray(w.scales, np.float64)
+    scale = 1 if w.input_scale is None else np.asarray(w.input_scale, np.float64)[..., None, :]
+    rows = np.repeat(off, w.spec.group(w.in_features), axis=-2)[..., : w.in_features, :]
+    return np.abs(np.asarray(x, np.float64) * scale) @ rows
+
+
 def check(y, x, w: QuantizedTensor, reference=None) -> None:
     product, magnitude = exact(x, w) if reference is None else reference
     u = ROUNDING[x.dtype.name]
-    bound = (x.shape[-1] * 2.0**-24 + 4 * u) * magnitude + u * np.abs(product) + 1e-6
+    summed = (x.shape[-1] + 4) * 2.0**-24 * (magnitude + 2 * taken_off(x, w))
+    bound = summed + 4 * u * magnitude + u * np.abs(product) + 1e-6
     assert y.dtype == x.dtype
     error = np.abs(np.asarray(y, np.float64) - product)
     assert np.all(error <= bound), f"{np.max(error / bound)} times the bound"
@@ -92,7 +110,7 @@ def cases(draw):
 def test_the_product_is_within_its_bound(implementation, case):
     rows, k, n, spec, scaled, dtype, arch, seed = case
     x = jnp.asarray(normal(rows, k, seed=seed), dtype)
-    w = weight(k, n, spec=spec, scaled=scaled, seed=seed)
+    w = weight(k, n, spec=spec, scaled=scaled, seed=seed, implementation=implementation)
     with target(arch):
         y = int4_matmul(x, w, implementation=implementation)
     check(y, x, w)
@@ -136,13 +154,40 @@ def test_without_tensor_cores_many_rows_and_sorted_rows_are_left_to_plain_xla(ar
 
 
 @pytest.mark.parametrize("rows", [2, 40])
-def test_few_rows_lose_nothing_to_rounded_weights_and_many_little(rows):
-    """The decode kernel multiplies exact integers: its result is the exact one, rounded."""
-    x, w = jnp.asarray(normal(rows, 256), jnp.bfloat16), weight(256, 32)
-    y = np.asarray(int4_matmul(x, w, implementation="triton"), np.float64)
+@pytest.mark.parametrize("implementation", ["triton", "direct"])
+def test_few_rows_lose_nothing_to_rounded_weights_and_many_little(implementation, rows):
+    """Integers are multiplied exactly: the result is the exact one, rounded."""
+    x, w = jnp.asarray(normal(rows, 256), jnp.bfloat16), weight(256, 32, implementation=implementation)
+    y = np.asarray(int4_matmul(x, w, implementation=implementation), np.float64)
     product, magnitude = exact(x, w)
-    only_rounded = np.all(np.abs(y - product) <= 256 * 2.0**-24 * magnitude + 2.0**-8 * np.abs(product))
+    summed = 260 * 2.0**-24 * (magnitude + 2 * taken_off(x, w))
+    only_rounded = np.all(np.abs(y - product) <= summed + 2.0**-8 * np.abs(product))
     assert only_rounded == (rows <= 32)
+
+
+@settings(max_examples=15)
+@given(
+    k=st.sampled_from([20, 96, 300]),
+    group=st.sampled_from([32, 96, -1]),
+    symmetric=st.booleans(),
+    lead=st.sampled_from([(), (2,)]),
+    rows=st.sampled_from([(), (1,), (5,), (2, 3)]),
+    dtype=st.sampled_from(["bfloat16", "float16", "float32"]),
+    seed=st.integers(0, 99),
+)
+def test_zero_points_taken_off_after_the_product_cost_float32_rounding_only(
+    k, group, symmetric, lead, rows, dtype, seed
+):
+    """Weights far from zero: sums of x times codes are an order of magnitude more than what is left of them."""
+    w = in_int4(
+        quantize(normal(*lead, k, 6, seed=seed) * 0.1 + np.float32(seed % 3 - 1), QuantSpec(4, group, symmetric))
+    )
+    x = jnp.asarray(normal(*lead, *rows, k, seed=seed + 1), dtype)
+    y = np.asarray(int4_matmul(x, w, implementation="direct"), np.float64).reshape(*lead, -1, 6)
+    x = x.reshape(*lead, -1, k)
+    product, magnitude = exact(x, w)
+    summed = (k + 4) * 2.0**-24 * (magnitude + 2 * taken_off(x, w))
+    assert np.all(np.abs(y - product) <= summed + ROUNDING[dtype] * np.abs(product) + 1e-7)
 
 
 @pytest.mark.parametrize(("rows", "dtype"), [(3, "bfloat16"), (40, "bfloat16"), (3, "float32")])
@@ -159,7 +204,8 @@ def test_matrices_whose_last_group_takes_a_block_more_than_their_rows(rows, dtyp
 @pytest.mark.parametrize(("rows", "dtype"), [(3, "bfloat16"), (40, "bfloat16"), (3, "float32")])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_leading_axes_are_experts(implementation, rows, dtype, scaled):
-    x, w = jnp.asarray(normal(3, rows, 96), dtype), weight(3, 96, 20, scaled=scaled)
+    x = jnp.asarray(normal(3, rows, 96), dtype)
+    w = weight(3, 96, 20, scaled=scaled, implementation=implementation)
     check(multiply(x, w, implementation=implementation), x, w)
 
 
@@ -203,13 +249,13 @@ def test_k_is_split_for_one_program_on_each_multiprocessor_and_no_more(programs,
     assert splits == max(1, blocks // 4) or programs * splits >= multiprocessors / 1.5
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("implementation", "pack"), [("triton", in_tiles), ("xla", in_tiles), ("xla", in_int4)])
 @pytest.mark.parametrize(
     "sizes", [[3, 0, 17, 1], [0, 0, 0, 50], [0, 0, 0, 0], [13, 13, 13, 11], [1, 1, 1, 150]], ids=str
 )
-def test_ragged_groups_of_rows(implementation, sizes):
+def test_ragged_groups_of_rows(implementation, pack, sizes):
     rows, scaled = 160 if sum(sizes) > 50 else 50, sizes[0] == 3
-    x, w = jnp.asarray(normal(rows, 160), jnp.bfloat16), weight(4, 160, 70, spec=QuantSpec(4, 64), scaled=scaled)
+    x, w = jnp.asarray(normal(rows, 160), jnp.bfloat16), pack(weight(4, 160, 70, spec=QuantSpec(4, 64), scaled=scaled))
     y = np.asarray(grouped_multiply(x, w, jnp.asarray(sizes), implementation=implementation))
     start = 0
     for i, size in enumerate(sizes):
@@ -237,7 +283,8 @@ def test_row_tiles_cover_every_row_once(bm, sizes, rows):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_vmap_over_the_weight_the_activation_or_both(implementation):
     one_of = lambda x, w: int4_matmul(x, w, implementation=implementation)
-    x, w = jnp.asarray(normal(3, 5, 64), jnp.bfloat16), weight(3, 64, 20, scaled=True)
+    x = jnp.asarray(normal(3, 5, 64), jnp.bfloat16)
+    w = weight(3, 64, 20, scaled=True, implementation=implementation)
     one = jax.tree.map(lambda leaf: leaf[0], w)
     check(jax.vmap(one_of)(x, w), x, w)
     check(jax.vmap(one_of, (0, None))(x, one), x, one)
@@ -247,10 +294,12 @@ def test_vmap_over_the_weight_the_activation_or_both(implementation):
 
 
 @pytest.mark.parametrize("rows", [3, 40])
-def test_gradients_are_those_of_the_dense_weight(rows):
-    x, w = jnp.asarray(normal(rows, 96), jnp.bfloat16), weight(96, 20, scaled=True)
+@pytest.mark.parametrize("implementation", ["triton", "direct"])
+def test_gradients_are_those_of_the_dense_weight(implementation, rows):
+    x = jnp.asarray(normal(rows, 96), jnp.bfloat16)
+    w = weight(96, 20, scaled=True, implementation=implementation)
     dy = jnp.asarray(normal(rows, 20, seed=3), jnp.bfloat16)
-    _, pull = jax.vjp(lambda x, w: int4_matmul(x, w, implementation="triton"), x, w)
+    _, pull = jax.vjp(lambda x, w: int4_matmul(x, w, implementation=implementation), x, w)
     dx, dw = pull(dy)
     expected, expected_w = jax.vjp(lambda x, w: int4_matmul(x, w, implementation="xla"), x, w)[1](dy)
     np.testing.assert_array_equal(dx, expected)
@@ -262,16 +311,16 @@ def test_gradients_are_those_of_the_dense_weight(rows):
 @pytest.mark.parametrize(("rows", "k"), [(3, 96), (40, 96), (40, 1100)])
 def test_a_float32_result_is_not_rounded_to_the_dtype_of_x(implementation, rows, k):
     wide = ft.partial(int4_matmul, implementation=implementation, dtype=jnp.float32)
-    x, w = jnp.asarray(normal(3, rows, k), jnp.bfloat16), weight(3, k, 20)
+    x, w = jnp.asarray(normal(3, rows, k), jnp.bfloat16), weight(3, k, 20, implementation=implementation)
     y = jax.jit(wide)(x, w)
     assert y.dtype == jnp.float32
     assert np.any(y != y.astype(jnp.bfloat16))
     check(y.astype(jnp.bfloat16), x, w)
-    np.testing.assert_array_equal(jax.vmap(wide)(x, w), y)
+    np.testing.assert_array_equal(jax.jit(jax.vmap(wide))(x, w), y)
     dx = jax.grad(lambda x: wide(x, w).sum())(x)
     assert (dx.dtype, dx.shape) == (x.dtype, x.shape)
-    sizes = jnp.full(3, rows)
-    ragged = grouped_int4_matmul(x.reshape(-1, k), w, sizes, implementation=implementation, dtype=jnp.float32)
+    sizes, sorted_by = jnp.full(3, rows), "triton" if implementation == "triton" else "xla"
+    ragged = grouped_int4_matmul(x.reshape(-1, k), w, sizes, implementation=sorted_by, dtype=jnp.float32)
     assert ragged.dtype == jnp.float32
     np.testing.assert_allclose(ragged.reshape(y.shape), y, rtol=0.02, atol=0.02 * np.abs(y).max())
 
@@ -282,24 +331,50 @@ def test_a_result_of_a_dtype_that_no_matmul_writes_is_refused():
 
 
 def test_it_works_in_scan_and_remat():
-    x, stack = jnp.asarray(normal(3, 64), jnp.bfloat16), weight(4, 64, 64)
-    stack = dataclasses.replace(stack, scales=stack.scales / 16)
+    x = jnp.asarray(normal(3, 64), jnp.bfloat16)
 
     def run(implementation):
+        stack = weight(4, 64, 64, implementation=implementation)
+        stack = dataclasses.replace(stack, scales=stack.scales / 16)
+
         @jax.checkpoint
         def step(x, w):
             return jnp.tanh(int4_matmul(x, w, implementation=implementation)), None
 
         return jax.value_and_grad(lambda x: jax.lax.scan(step, x, stack)[0].astype(jnp.float32).sum())(x)
 
-    for a, b in zip(run("triton"), run("xla"), strict=True):
-        np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=0.03, atol=0.03)
+    for implementation in ("triton", "direct"):
+        for a, b in zip(run(implementation), run("xla"), strict=True):
+            np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=0.03, atol=0.03)
 
 
 def test_one_program_runs_the_kernel_on_cuda_and_plain_xla_elsewhere():
     x, w = jnp.asarray(normal(3, 64), jnp.bfloat16), weight(64, 20)
     np.testing.assert_array_equal(int4_matmul(x, w), int4_matmul(x, w, implementation="xla"))
     assert "platform_index" in str(jax.make_jaxpr(int4_matmul)(x, w))
+
+
+def test_rows_that_vmap_adds_are_counted():
+    """Each row alone would be few: 40 of them are multiplied with the weight made dense, as 40 rows are."""
+    x, w = jnp.asarray(normal(40, 64), jnp.bfloat16), weight(64, 20, implementation="direct")
+    each = jax.vmap(lambda row: int4_matmul(row, w))
+    assert "40,2,20" not in str(jax.make_jaxpr(each)(x))
+    np.testing.assert_array_equal(each(x), int4_matmul(x, w))
+
+
+def test_int4_arrays_are_read_where_they_are_and_are_no_case_for_a_kernel():
+    x, w = jnp.asarray(normal(3, 64), jnp.bfloat16), weight(64, 20, implementation="direct")
+    np.testing.assert_array_equal(int4_matmul(x, w), int4_matmul(x, w, implementation="direct"))
+    for y, alone in zip(shared_int4_matmul(x, w, w), separate(x, w, w), strict=True):
+        np.testing.assert_array_equal(y, alone)
+    with pytest.raises(NotImplementedError, match="int4 array, for a machine without the kernels"):
+        int4_matmul(x, w, implementation="triton")
+    with pytest.raises(NotImplementedError, match="packed in tiles"):
+        int4_matmul(x, weight(64, 20), implementation="direct")
+    with pytest.raises(ValueError, match=r"leading axes \(3,\) must lead x too"):
+        int4_matmul(x[None], weight(3, 64, 20, implementation="direct"))
+    with pytest.raises(ValueError, match=r"scales has shape \(2, 7\)"):
+        int4_matmul(x, dataclasses.replace(w, scales=w.scales[:, :7]))
 
 
 REFUSED = {
