@@ -86,4 +86,5 @@ def _serves(rows: int) -> tuple[str, str]:
             raise NotImplementedError(reason)
     except NotImplementedError as e:
         return alone, f"{e}; {to_do}" if packing == "int4" else str(e)
-    return f"Triton, {tiling.kernel} {tiling.bm} x {tiling.bn}", to_do
+    runs = {"dense": "plain XLA, makes each weight dense", "mosaic": f"Pallas Mosaic GPU, {tiling.bm} x {tiling.bn}"}
+    return runs.get(tiling.kernel, f"Triton, {tiling.kernel} {tiling.bm} x {tiling.bn}"), to_do

@@ -6,7 +6,8 @@ import jax
 import pytest
 
 from awq_jax import doctor
-from awq_jax.kernels import launch
+from awq_jax.kernels import launch, table
+from awq_jax.kernels.table import Case, Tiling
 
 
 @pytest.fixture
@@ -66,6 +67,24 @@ def test_on_a_gpu(monkeypatch, arch, decode, prefill, reason):
         assert finding("decode (1 row)").found == decode
         assert finding("prefill (512 rows)").found == prefill
         assert reason in finding("prefill (512 rows)").advice
+
+
+@pytest.mark.parametrize(
+    ("tiling", "said"),
+    [(Tiling("mosaic", 256, 128, 12, 2), "Pallas Mosaic GPU, 256 x 128"), (Tiling("dense"), "plain XLA, makes")],
+)
+def test_what_was_measured_here_is_said(monkeypatch, tmp_path, tiling, said):
+    from awq_jax import kernels
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(launch, "missing", lambda: None)
+    table.remember(Case(90, "bfloat16", 128, 512, 4096, 4096), tiling)
+    try:
+        with kernels.target(90):
+            assert finding("prefill (512 rows)").found.startswith(said)
+    finally:
+        table.rows.cache_clear()
 
 
 def test_a_missing_package_is_the_reason(monkeypatch):
