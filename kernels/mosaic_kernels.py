@@ -89,6 +89,7 @@ def product(
         per_group,
     ] + [per_group] * (zeros is not None)
     stored = min(bm, STORED)
+    parts = bm // stored
 
     def awq_mosaic(*refs: Any, staged: Any) -> None:
         *ins, out = refs
@@ -139,9 +140,10 @@ def product(
                     def _(sums: Any) -> None:
                         run(sums)
                         y = plgpu.layout_cast(sums[...].astype(dtype), plgpu.Layout.WGMMA)
-                        for part in range(bm // stored):
+                        for part in range(parts):
                             place = staged.at[warpgroup, part % 2]
-                            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                            # What was there before is read: two parts ago, of the last tile if there are not so many.
+                            plgpu.wait_smem_to_gmem(1 - parts % 2, wait_read_only=True)
                             piece = y[:, part * stored : (part + 1) * stored]
                             place.T[...] = plgpu.layout_cast(piece, plgpu.Layout.WGMMA_TRANSPOSED)
                             plgpu.commit_smem()

@@ -47,7 +47,7 @@ def emulator(monkeypatch):
     monkeypatch.setattr(plgpu, "kernel", with_room)
     monkeypatch.setattr(plgpu, "wgmma", from_memory)
     monkeypatch.setattr(mosaic_kernels, "lifted", lifted)
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         yield
 
 
@@ -79,6 +79,19 @@ def test_the_product_is_within_its_bound(emulator, lead, rows, k, n, spec, dtype
     bound = (k * 2.0**-24 + 4 * u) * magnitude + u * np.abs(product)
     assert y.dtype == (result or dtype)
     assert np.all(np.abs(np.asarray(y, np.float64) - product) <= bound)
+
+
+@emulated
+@pytest.mark.parametrize("k", [128, 640])
+@pytest.mark.parametrize("bm", [16, 128, 192])
+def test_a_program_takes_tile_after_tile(emulator, monkeypatch, bm, k):
+    """Of two matrices, with more copies in flight than there are rounds, or fewer."""
+    monkeypatch.setattr(mosaic, "multiprocessors", lambda: 1)
+    w = jax.vmap(lambda w: in_tiles(quantize(w, QuantSpec(4, 64))))(normal(2, k, 192))
+    x = jnp.asarray(normal(2, 2 * bm - 8, k, seed=1), jnp.bfloat16)
+    y = mosaic.matmul(x, w, tiling=dataclasses.replace(SMALL, bm=bm, stages=3))
+    expected = np.asarray(x, np.float64) @ np.asarray(jax.vmap(lambda w: w.dequantize())(w), np.float64)
+    np.testing.assert_allclose(np.asarray(y, np.float64), expected, atol=0.02 * np.abs(expected).max())
 
 
 @emulated
