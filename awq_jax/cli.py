@@ -110,12 +110,15 @@ class Eval:
     """Tokens a window."""
 
     def run(self) -> None:
+        import jax.numpy as jnp
+
         from awq_jax.evaluate import score, windows
         from awq_jax.load import load
 
         text = read_text(self.text)
-        model = load(self.model)
-        reference = load(self.dense) if self.dense else None
+        # In one dtype everywhere, so that scores of two machines can be compared.
+        model = load(self.model, jnp.float32)
+        reference = load(self.dense, jnp.float32) if self.dense else None
         tokens = windows(text, model.tokenizer, self.windows, self.length, str(self.text))
         with bar() as progress:
             rows = {self.model: score(model, tokens, reference, lambda k, n: progress("window", k, n))}
@@ -184,16 +187,25 @@ class Tune:
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]
     """A quantized checkpoint."""
+    rows: tuple[int, ...] = (1, 1024, 16, 256, 4, 64)
+    """Of the activations, in the order in which they are timed: sequences of a decode step, tokens of a prefill."""
     minutes: float = 5.0
-    """After which no further case is begun; decoding and a long prefill come first."""
+    """After which no further matmul is begun."""
 
     def run(self) -> None:
+        import jax.numpy as jnp
+
         from awq_jax.kernels.table import users_file
         from awq_jax.load import load
         from awq_jax.tune import tune
 
+        model = load(self.model)
+
+        def steps(params: Any) -> list[Any]:
+            return [replace(model, params=params).logits(jnp.zeros((m, 1), jnp.int32)) for m in self.rows]
+
         with bar() as progress:
-            found = tune(load(self.model).params, limit=60 * self.minutes, progress=progress)
+            found = tune(steps, model.params, limit=60 * self.minutes, progress=progress)
         console().print(tunings_table(found))
         say(f"Kept in {users_file()}; delete it to forget them.")
 

@@ -12,6 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 from rich.panel import Panel
 from rich.text import Text
 
@@ -56,14 +57,14 @@ def demo(
 ) -> list[Any]:
     """Quantize `model` (or SmolLM2) into a temporary folder; tables and answers for the terminal."""
     path = str(fetch_smollm2()) if model is None else model
-    dense = load(path)
+    dense = load(path, jnp.float32)
     recipe = Recipe(group_size=largest_group(dense))
     with tempfile.TemporaryDirectory() as scratch:
         out, nearest = Path(scratch, "awq"), Path(scratch, "nearest")
         done = quantize_checkpoint(path, out, recipe, progress=progress)
         rtn = replace(PRESETS["rtn"], group_size=recipe.group_size)
         quantize_checkpoint(path, nearest, rtn, samples=2, progress=lambda s, k, n: progress(f"{s}, nearest", k, n))
-        small = load(out)
+        small = load(out, jnp.float32)
         tokens = windows(evaluation_text(), dense.tokenizer, 4, 512)
         moving = lambda stage: lambda k, n: progress(stage, k, n)
         rows = {

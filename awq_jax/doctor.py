@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import sys
 from dataclasses import dataclass
@@ -38,7 +39,12 @@ def examine() -> list[Finding]:
     findings += [Finding(name, version or "not installed") for name, version in installed.items()]
     import jax
 
-    device = jax.devices()[0]
+    try:
+        device = jax.devices()[0]
+    except (RuntimeError, AssertionError) as e:
+        asked = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
+        advice = f"{asked} does not start here: {_plugin(installed) or 'unset it, or mend what jax says'}"
+        return [*findings, Finding("device", f"none: {e}".strip(": "), advice)]
     if jax.default_backend() == "tpu":
         findings.append(Finding("device", device.device_kind))
     else:
@@ -54,7 +60,10 @@ def _plugin(installed: dict[str, str | None]) -> str:
     """What is wrong with the CUDA plugin, in words."""
     plugins = {name: installed[name] for name in PACKAGES if name.endswith("plugin") and installed[name]}
     if not plugins:
-        return "for an NVIDIA GPU: pip install 'awq-jax[cuda12]', or [cuda13] with a driver of CUDA 13"
+        return (
+            "for an NVIDIA GPU: pip install 'awq-jax[cuda12]', or [cuda13] with a driver of CUDA 13; "
+            "for a TPU: pip install 'jax[tpu]'"
+        )
     wrong = [f"{name} {version}" for name, version in plugins.items() if version != installed["jaxlib"]]
     if wrong:
         cuda = next(iter(plugins)).split("-")[1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from awq_jax import models
 from awq_jax.formats import orbax
 from awq_jax.formats.checkpoint import Checkpoint, open_checkpoint
 from awq_jax.formats.errors import InputError
+from awq_jax.machine import fast_dtype
 from awq_jax.models.generate import generate
 from awq_jax.tensor import prepare
 
@@ -121,8 +122,11 @@ def architecture(checkpoint: Checkpoint) -> tuple[Any, Any]:
         raise InputError(f"{checkpoint.path}: {e}") from e
 
 
-def load(path: str | Path) -> Model:
+def load(path: str | Path, dtype: Any = None) -> Model:
     """The model at `path`: a Hugging Face folder or hub id, a GGUF file, an AutoAWQ folder, or a folder of ours.
+
+    Args:
+      dtype: of the activations; None for bfloat16 on GPUs and TPUs that multiply it faster, else float32.
 
     Raises:
       InputError: a file that is missing or damaged; an architecture that is not supported.
@@ -139,4 +143,5 @@ def load(path: str | Path) -> Model:
         params = module.load(checkpoint.read, config)
     params = jax.tree.map(jnp.asarray, params)
     accelerated = jax.default_backend() in ("gpu", "tpu")
+    config = replace(config, dtype=dtype or (fast_dtype() if accelerated else jnp.float32))
     return Model(module, config, prepare(params) if accelerated else params, checkpoint.tokenizer())

@@ -72,12 +72,12 @@ def tunings_table(found: Iterable[Tuned]) -> Table:
         table.add_column(column, justify="right")
     for one in found:
         rows, weight = str(one.case.m), f"{one.case.k} x {one.case.n}"
-        if not one.seconds:
-            table.add_row(rows, weight, "none ran", "", "")
+        if one.best is None:
+            table.add_row(rows, weight, escape(next(iter(one.failed.values()), "")), "", "")
             continue
-        t, seconds = next(iter(one.seconds.items()))
-        gain = "" if one.gain is None else f"{one.gain:.2f}"
-        table.add_row(rows, weight, f"{t.kernel} {t.bm} x {t.bn}" if t.bm else t.kernel, f"{1e6 * seconds:.1f}", gain)
+        t = one.best
+        tiles = f"{t.kernel} {t.bm} x {t.bn}" if t.bm else t.kernel
+        table.add_row(rows, weight, tiles, f"{1e6 * one.seconds[t]:.1f}", f"{one.gain:.2f}")
     return table
 
 

@@ -330,6 +330,7 @@ def dot(
     """`x @ w`, dense or quantized; the leading axes of w, if any, are leading axes of x too.
 
     Args:
+      x: integers are multiplied as what they are in w's dtype.
       group_sizes: x is (rows, i), w (e, i, o), and of the rows the first group_sizes[0] are multiplied with w[0], and
         so on, as in jax.lax.ragged_dot.
       dtype: of the result, float32, bfloat16 or float16; None for x's. Sums are float32 in any case.
@@ -337,6 +338,7 @@ def dot(
     Example:
       >>> y = dot(x, params["kernel"])  # the only matmul a quantizable layer needs
     """
+    x = as_floats(x, w.dtype)
     if isinstance(w, QuantizedTensor):
         if group_sizes is None:
             return kernels.int4_matmul(x, w, dtype=dtype)
@@ -353,7 +355,14 @@ def dots(x: Float[Array, "*b i"], *ws: Float[Array, "i o"] | QuantizedTensor) ->
       >>> q, k, v = dots(x, *(params[name]["kernel"] for name in ("q", "k", "v")))
     """
     quantized = [w for w in ws if isinstance(w, QuantizedTensor)]
-    return kernels.shared_int4_matmul(x, *quantized) if len(quantized) == len(ws) else tuple(dot(x, w) for w in ws)
+    if len(quantized) < len(ws):
+        return tuple(dot(x, w) for w in ws)
+    return kernels.shared_int4_matmul(as_floats(x, ws[0].dtype), *quantized)
+
+
+def as_floats(x: Array, dtype: Any) -> Array:
+    """x, in `dtype` if it is of integers or booleans."""
+    return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(dtype)
 
 
 @jax.jit

@@ -21,7 +21,7 @@ from awq_jax.kernels import in_one_launch
 from awq_jax.moments import Moments
 from awq_jax.paths import named_leaves
 from awq_jax.sites import Traced, abstract, sites, trace
-from awq_jax.tensor import Layout, dot, is_quantized, stack_places
+from awq_jax.tensor import Layout, as_floats, dot, is_quantized, stack_places
 from awq_jax.views import View
 
 Function = Callable[..., Any]
@@ -82,6 +82,7 @@ def quantized(fn: Function) -> Function:
 
 
 def _multiply(weight: Weight, layout: Layout, x: Array, sizes: Array | None, dtype: Any) -> Products:
+    x = as_floats(x, weight.dtype)
     w = weight.matrix(layout)
     if w is None:
         base = weight.base.dequantize() if is_quantized(weight.base) else weight.base

@@ -6,55 +6,62 @@ import functools as ft
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from awq_jax.kernels import table, triton
+from awq_jax.kernels import launch, mosaic, table, triton
 from awq_jax.kernels.gpu import TENSOR_CORES, architecture
 from awq_jax.kernels.table import Case, Tiling
 from awq_jax.spec import QuantSpec
-from awq_jax.tensor import in_tiles, is_quantized, quantize
+from awq_jax.tensor import in_tiles, quantize
 
 ROTATED = 256 * 2**20
 """Bytes of distinct weights that pass by, so that none stays in the cache from one matmul to the next."""
 MOST = 128
-ROWS = (1, 64, 1024, 16, 256, 4, 32, 128, 512, 2, 8, 2048, 4096)
-"""Decoding and a prefill first, then what lies between them."""
+SECONDS = 0.01
+"""What a program shall take at least, beside which its launch is little."""
 
 
 @dataclass(frozen=True)
 class Chain:
-    """A jitted program of `count` matmuls, each with the next weight and an x that waits for the result before it."""
+    """A program of `rounds` rounds, each of an x of its own times every weight."""
 
     run: Any
     x: Any
     weights: list[Any]
-    count: int
+    rounds: int
 
     @classmethod
     def of(cls, multiply: Callable[..., Any], x: Any, weights: list[Any]) -> Chain:
-        count = max(len(weights), 8)
+        (m, k), n = x.shape, weights[0].shape[-1]
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
+        # On a GPU with 3 TB/s and 600 TFLOP/s; on others it takes longer.
+        ideal = max(size / 3e12, 2 * m * k * n * len(weights) / 6e14)
+        rounds = min(64, max(2, math.ceil(SECONDS / ideal)))
 
         @jax.jit
         def run(x: Any, weights: list[Any]) -> Any:
-            carried = jnp.zeros((), x.dtype)
-            for i in range(count):
-                y = multiply(x + carried, weights[i % len(weights)])
-                carried = y[0, 0] * 0
-            return y
+            def one(ys: list[Any], x: Any) -> tuple[list[Any], None]:
+                # Else XLA makes a weight dense once for all rounds.
+                return [multiply(*lax.optimization_barrier((x, w))) for w in weights], None
 
-        return cls(run.lower(x, weights), x, weights, count)
+            xs = x * (1 + jnp.arange(rounds, dtype=x.dtype)[:, None, None] / rounds)
+            return lax.scan(one, [jnp.zeros((m, n), x.dtype)] * len(weights), xs)[0]
+
+        return cls(run.lower(x, weights), x, weights, rounds)
 
     def compiled(self) -> Chain:
         return replace(self, run=self.run.compile())
 
     def seconds(self, repeats: int = 5) -> float:
         """The median time of one matmul."""
-        return timed(lambda: self.run(self.x, self.weights), repeats) / self.count
+        return timed(lambda: self.run(self.x, self.weights), repeats) / (self.rounds * len(self.weights))
 
 
 def timed(call: Callable[[], Any], repeats: int = 10) -> float:
@@ -78,100 +85,107 @@ def distinct(k: int, n: int, make: Callable[[Any], Any]) -> list[Any]:
 
 def candidates(case: Case) -> list[Tiling]:
     """The tilings worth timing for a case: those of the table, and of kernels not timed yet."""
-    rows = [row for row in (*table.rows(), *table.untimed()) if row.exact is None]
-    able = {row.tiling for row in rows if row.arch <= case.arch and row.group <= case.group}
+    rows = table.packaged("rule") + table.packaged("untimed")
+    able = [row.tiling for row in rows if row.arch <= case.arch and row.group <= case.group]
     worth = {
         "decode": lambda t: t.bm == max(8, case.m),
         "tile": lambda t: case.m > 16,
-        "mosaic": lambda t: t.bm <= case.m,
+        "mosaic": lambda t: case.arch == mosaic.HOPPER and t.bm <= case.m,
         "dense": lambda t: case.m >= 256,
         "gemv": lambda t: False,
     }
-    return [
-        t for t in dict.fromkeys(row.tiling for row in rows) if t in able and worth[t.kernel](t) and t.fits(case.arch)
-    ]
-
-
-def seconds_of(case: Case, weights: list[Any]) -> dict[Tiling, float]:
-    """The time of one matmul in each tiling that runs, the fastest first."""
-    x = jax.random.normal(jax.random.key(0), (case.m, case.k), jnp.dtype(case.dtype))
-    times: dict[Tiling, float] = {}
-    for t in candidates(case):
-        try:
-            times[t] = Chain.of(ft.partial(triton.matmul, tiling=t), x, weights).compiled().seconds(repeats=3)
-        except Exception:
-            # What does not compile or takes too much of the GPU is none to choose.
-            continue
-    return dict(sorted(times.items(), key=lambda item: item[1]))
-
-
-def timings(
-    shapes: Sequence[tuple[int, int]], *, group: int, dtype: Any, rows: Sequence[int] = ROWS
-) -> Iterator[tuple[Case, dict[Tiling, float]]]:
-    """Each number of rows with each shape (k, n): the case, and what `seconds_of` measures."""
-    arch = architecture() or 0
-    if arch < TENSOR_CORES:
-        raise ValueError("tune times kernels that need an NVIDIA GPU of compute capability 8.0 or newer: none is here.")
-    weights_of = ft.cache(lambda k, n: distinct(k, n, lambda w: in_tiles(quantize(w, QuantSpec(4, group)))))
-    for m in rows:
-        for k, n in shapes:
-            weights = weights_of(k, n)
-            case = Case(arch, jnp.dtype(dtype).name, weights[0].spec.group(k), m, k, n)
-            yield case, seconds_of(case, weights)
+    return [t for t in dict.fromkeys(able) if worth[t.kernel](t) and t.fits(case.arch)]
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """The seconds of a matmul by tiling, the fastest first; and the tiling that served the case before."""
+    """The seconds of a matmul by tiling, the fastest first; why others did not run; and what served the case before."""
 
     case: Case
     before: Tiling
     seconds: dict[Tiling, float]
+    failed: dict[Tiling, str]
 
     @property
-    def gain(self) -> float | None:
-        """How many times as fast as before, None where what served before was not timed."""
-        return self.seconds[self.before] / min(self.seconds.values()) if self.before in self.seconds else None
+    def best(self) -> Tiling | None:
+        """The fastest; None where what served before did not run, since then something is wrong with this machine."""
+        return next(iter(self.seconds)) if self.before in self.seconds else None
+
+    @property
+    def gain(self) -> float:
+        """How many times as fast as before."""
+        return self.seconds[self.before] / self.seconds[self.best] if self.best else 1.0
+
+
+def timings(case: Case, before: Tiling, weights: list[Any]) -> Tuned:
+    """Every candidate of a case on weights like `distinct` makes them; compiled beside each other, before the clock."""
+    x = jax.random.normal(jax.random.key(0), (case.m, case.k), jnp.dtype(case.dtype))
+    times: dict[Tiling, float] = {}
+    failed: dict[Tiling, str] = {}
+    with ThreadPoolExecutor() as pool:
+        chains: dict[Tiling, Future[Chain]] = {}
+        for t in dict.fromkeys((before, *candidates(case))):
+            try:
+                chains[t] = pool.submit(Chain.of(ft.partial(triton.matmul, tiling=t), x, weights).compiled)
+            except Exception as e:
+                failed[t] = f"{type(e).__name__}: {e}"
+    for t, chain in chains.items():
+        # What does not compile, or takes too much of this GPU, is none to choose.
+        try:
+            times[t] = chain.result().seconds(repeats=3)
+        except Exception as e:
+            failed[t] = f"{type(e).__name__}: {e}"
+    return Tuned(case, before, dict(sorted(times.items(), key=lambda item: item[1])), failed)
 
 
 def tune(
-    params: Any,
-    *,
-    dtype: Any = jnp.bfloat16,
-    rows: Sequence[int] = ROWS,
+    fn: Callable[..., Any],
+    *args: Any,
     limit: float = math.inf,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> list[Tuned]:
-    """Times the kernels on the shapes of a model's 4-bit weights, and uses the fastest from then on.
+    """Times the kernels on the matmuls of `fn(*args)`, and keeps the fastest of each in the user's cache.
 
-    They are kept in the user's cache, for this process's next compilation and for later ones. What is compiled
-    already stays as it is.
+    Programs traced afterwards take them, in this process and in later ones with the same GPU and versions. Everything
+    that jax has traced and compiled in this process is dropped.
 
     Args:
-      params: pytree with QuantizedTensors.
-      dtype: of the activations, bfloat16 or float16.
-      rows: of the activations, powers of two; other numbers use what their next power of two does.
-      limit: seconds after which no further case is begun.
-      progress: called with a stage, cases done and cases in all.
+      fn: a function that multiplies with QuantizedTensors; it is traced, not run.
+      args: arrays, or what has their shapes.
+      limit: seconds after which no further matmul is begun.
+      progress: called with a stage, matmuls done and matmuls in all.
 
     Raises:
-      ValueError: no GPU with tensor cores, or no 4-bit weights in params.
+      ValueError: no NVIDIA GPU of compute capability 8.0 or newer, or no matmul of fn goes through a kernel for it.
+
+    Example:
+      >>> awq.tune(awq.quantized(fn), qparams, x)
     """
-    leaves = [w for w in jax.tree.leaves(params, is_leaf=is_quantized) if is_quantized(w) and w.spec.bits == 4]
-    if not leaves:
-        raise ValueError("params hold no 4-bit weights: give what awq.quantize or awq.load returned.")
-    shapes: dict[int, dict[tuple[int, int], None]] = {}
-    for w in leaves:
-        shapes.setdefault(w.spec.group_size, {})[w.in_features, w.scales.shape[-1]] = None
+    if (architecture() or 0) < TENSOR_CORES:
+        raise ValueError(
+            "tune times kernels that need an NVIDIA GPU of compute capability 8.0 or newer: none is here; "
+            "awq-jax doctor says what is."
+        )
+    if reason := launch.missing():
+        raise ValueError(f"tune times kernels that cannot run here: {reason}")
+    jax.clear_caches()
+    with table.recorded() as asked:
+        jax.eval_shape(fn, *args)
+    cases = {case: before for case, before in asked.items() if before.kernel != "gemv"}
+    if not cases:
+        raise ValueError(
+            "no matmul of the function goes through a kernel that can be tuned: give it weights that awq.prepare has "
+            "packed, and activations in bfloat16 or float16."
+        )
+    weights_of = ft.cache(lambda k, n, g: distinct(k, n, lambda w: in_tiles(quantize(w, QuantSpec(4, g)))))
     end = time.monotonic() + limit
-    total = len(rows) * sum(map(len, shapes.values()))
     found: list[Tuned] = []
-    for group, of_group in shapes.items():
-        for case, times in timings(tuple(of_group), group=group, dtype=dtype, rows=rows):
-            found.append(Tuned(case, table.tiling(**asdict(case)), times))
-            if times:
-                table.remember(case, next(iter(times)))
-            progress("case", len(found), total)
-            if time.monotonic() > end:
-                return found
+    for case, before in cases.items():
+        found.append(timings(case, before, weights_of(case.k, case.n, case.group)))
+        if found[-1].best:
+            table.remember(case, found[-1].best)
+        progress("matmul", len(found), len(cases))
+        if time.monotonic() > end:
+            break
+    jax.clear_caches()
     return found

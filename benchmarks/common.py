@@ -77,7 +77,7 @@ class Remembered:
 def opened(a: Any) -> tuple[Any, Model, np.ndarray, dict[str, np.ndarray], Remembered]:
     """What arguments name: checkpoint, dense model, calibration tokens, windows by text, the dense reference."""
     path = a.model or str(fetch_smollm2())
-    checkpoint, dense = open_checkpoint(path), load(path)
+    checkpoint, dense = open_checkpoint(path), load(path, jnp.float32)
     tokens = calibration_tokens(a.calib, dense.tokenizer, samples=a.samples, seq_len=a.seq_len, own=dense.sample)
     texts = {t.stem: windows(t.read_text("utf-8"), dense.tokenizer, a.windows, a.length) for t in a.texts}
     return checkpoint, dense, tokens, texts, Remembered(dense)

@@ -41,14 +41,14 @@ from awq_jax.tensor import prepare, quantize
 class Arguments:
     dense: Annotated[str | None, tyro.conf.Positional] = None
     quantized: Annotated[str | None, tyro.conf.Positional] = None
-    batch: int = 1
+    batch: tuple[int, ...] = (1,)
     prompt: int = 32
     tokens: int = 65
     group: int = 64
     """Of the weights that are rounded here."""
     runs: int = 9
     name: str = "decode"
-    """Of the JSON file under benchmarks/results."""
+    """Of the JSON file under benchmarks/results; of several batches each has its own."""
 
 
 def opened(path: str | Path) -> Model:
@@ -79,7 +79,12 @@ def seconds(model: Model, prompt: jax.Array, tokens: int) -> float:
 def main(a: Arguments) -> None:
     dense = opened(a.dense or fetch_smollm2())
     models = {"dense": dense, "quantized": load(a.quantized) if a.quantized else rounded(dense, a.group)}
-    prompt = jnp.ones((a.batch, a.prompt), jnp.int32)
+    for batch in a.batch:
+        measure(a, models, batch)
+
+
+def measure(a: Arguments, models: dict[str, Model], batch: int) -> None:
+    prompt = jnp.ones((batch, a.prompt), jnp.int32)
     first: dict[str, list[float]] = {name: [] for name in models}
     token: dict[str, list[float]] = {name: [] for name in models}
     for run in range(a.runs + 1):
@@ -92,16 +97,22 @@ def main(a: Arguments) -> None:
     result = {
         name: {
             "first_token_s": statistics.median(first[name]),
-            "tokens_per_second": a.batch / statistics.median(token[name]),
+            "tokens_per_second": batch / statistics.median(token[name]),
         }
         for name in models
     }
-    table = Table("", "first token, s", "tokens/s", title=f"Batch {a.batch}, prompt {a.prompt}, {a.tokens} new tokens")
+    table = Table("", "first token, s", "tokens/s", title=f"Batch {batch}, prompt {a.prompt}, {a.tokens} new tokens")
     for name, of in result.items():
         table.add_row(name, f"{of['first_token_s']:.3f}", f"{of['tokens_per_second']:.1f}")
     Console().print(table, f"Quantized over dense: {ratio:.2f}")
-    sizes = {"batch": a.batch, "prompt": a.prompt, "tokens": a.tokens, "dtype": jnp.dtype(dense.config.dtype).name}
-    save(a.name, sizes | {"models": result, "quantized_over_dense": ratio})
+    sizes = {
+        "batch": batch,
+        "prompt": a.prompt,
+        "tokens": a.tokens,
+        "dtype": jnp.dtype(models["dense"].config.dtype).name,
+    }
+    name = a.name if len(a.batch) == 1 else f"{a.name}_batch_{batch}"
+    save(name, sizes | {"models": result, "quantized_over_dense": ratio})
 
 
 if __name__ == "__main__":

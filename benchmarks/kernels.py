@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import functools as ft
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,17 +28,21 @@ import jax.numpy as jnp
 from peers import PEERS, peer_seconds, reason, usable
 
 from awq_jax import kernels
-from awq_jax.kernels import mosaic, table, triton
+from awq_jax.kernels import mosaic, table
 from awq_jax.kernels.gpu import architecture
-from awq_jax.kernels.table import Tiling
+from awq_jax.kernels.table import Case, Tiling
 from awq_jax.spec import QuantSpec
 from awq_jax.tensor import in_tiles, quantize
 from awq_jax.tune import Chain, distinct, timed, timings
 
 RESULTS = Path(__file__).parent / "results"
 TABLE = Path(kernels.__file__).with_name("table.json")
-SHAPES = ((4096, 4096), (4096, 6144), (14336, 4096), (4096, 28672), (8192, 57344))
+LLAMA_8B = ((4096, 4096), (4096, 6144), (14336, 4096), (4096, 28672))
+LLAMA_70B = ((8192, 57344), (8192, 8192), (8192, 10240), (28672, 8192))
+SHAPES = LLAMA_8B + LLAMA_70B
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+TUNED_ROWS = (1, 1024, 64, 4096, 16, 256, 4, 32, 128, 512, 2, 8, 2048)
+"""Decoding and a prefill first, then what lies between them."""
 BASELINE = "xla bf16"
 
 
@@ -49,10 +54,10 @@ def seconds(multiply: Callable[..., Any], x: Any, weights: list[Any]) -> float:
 def ceilings(small: bool) -> dict[str, float]:
     """Bytes/s of a copy and FLOP/s of a bfloat16 matmul, measured."""
     n = 2**20 if small else 2**29
-    a = jnp.ones((n,), jnp.bfloat16)
+    a = jax.random.normal(jax.random.key(0), (n,), jnp.bfloat16)
     copy = jax.jit(lambda a, k: a + k)
     size = 256 if small else 8192
-    b = jnp.ones((size, size), jnp.bfloat16)
+    b = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
     product = jax.jit(jnp.matmul)
     return {
         "bytes_per_s": 4 * n / timed(lambda: copy(a, jnp.bfloat16(1))),
@@ -75,20 +80,14 @@ def own(packed: list[Any], dense: list[Any], m: int, on_gpu: bool) -> dict[str, 
     }
     if on_gpu:
         found["int4_matmul"] = (kernels.int4_matmul, packed)
-        found["triton"] = (always_the_kernel, packed)
+        found["triton"] = (ft.partial(kernels.int4_matmul, implementation="triton"), packed)
         if architecture() == mosaic.HOPPER and m >= 64:
             found["mosaic"] = (ft.partial(kernels.int4_matmul, implementation="mosaic"), packed)
     return found
 
 
-def always_the_kernel(x: Any, w: Any) -> Any:
-    """The kernel also where the table makes the weight dense: where the two cross is what is asked."""
-    t = table.kernel_tiling(architecture(), x.dtype.name, w.spec.group(x.shape[-1]), x.shape[0], *w.shape)
-    return triton.matmul(x, w, tiling=t)
-
-
 def measure(shapes: Sequence[tuple[int, int]], numbers_of_rows: Sequence[int], small: bool, out: Path) -> None:
-    """Times of every shape and number of rows, written after each shape: a run that is cut short leaves what it had."""
+    """Times of every shape and number of rows, written as they come: a run that is cut short leaves what it had."""
     on_gpu = jax.default_backend() == "gpu"
     top, rows = ceilings(small), []
     others, left_out = usable(PEERS)
@@ -104,7 +103,12 @@ def measure(shapes: Sequence[tuple[int, int]], numbers_of_rows: Sequence[int], s
                         chains[m][name] = pool.submit(Chain.of(multiply, x, weights).compiled)
                     except Exception as e:
                         left_out[f"{name}, {m} rows of {k} x {n}"] = reason(e)
-        converted = {name: [peer.convert(w) for w in packed] for name, peer in others.items()}
+        converted: dict[str, list[Any]] = {}
+        for name, peer in others.items():
+            try:
+                converted[name] = [peer.convert(w) for w in packed]
+            except Exception as e:
+                left_out[f"{name}, {k} x {n}"] = reason(e)
         for m, x in xs.items():
             clocks: dict[str, Callable[[], float]] = {
                 name: lambda c=c: c.result().seconds() for name, c in chains[m].items()
@@ -129,7 +133,7 @@ def measure(shapes: Sequence[tuple[int, int]], numbers_of_rows: Sequence[int], s
                         "m": m,
                         "name": name,
                         "us": t * 1e6,
-                        "over_bf16": times[BASELINE] / t,
+                        "over_bf16": times.get(BASELINE, math.nan) / t,
                         "of_bandwidth": read / t / top["bytes_per_s"],
                         "of_flops": 2 * m * k * n / t / top["flop_per_s"],
                     }
@@ -138,9 +142,9 @@ def measure(shapes: Sequence[tuple[int, int]], numbers_of_rows: Sequence[int], s
                     "{k:6} x {n:6}  m {m:5}  {name:15} {us:10.2f} us  {over_bf16:5.2f} x bf16  "
                     "{of_bandwidth:5.0%} of bytes/s".format(**rows[-1])
                 )
-        device = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
-        result = {**device, "ceilings": top, "rows": rows, "left_out": left_out}
-        out.write_text(json.dumps(result, indent=1) + "\n")
+            device = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+            result = {**device, "ceilings": top, "rows": rows, "left_out": left_out}
+            out.write_text(json.dumps(result, indent=1) + "\n")
     for name, why in left_out.items():
         print(f"left out: {name}: {why}")
 
@@ -150,14 +154,20 @@ def tune(limit: float) -> None:
 
     A case is written as soon as it is timed.
     """
-    end = time.monotonic() + limit
-    for case, times in timings(SHAPES[:4], group=128, dtype=jnp.bfloat16):
-        for t, taken in times.items():
-            print(f"{case.k:6} x {case.n:6}  m {case.m:5}  {taken * 1e6:10.2f} us  {t}")
-        if times:
-            write_row(asdict(case), next(iter(times)))
-        if time.monotonic() > end:
-            return
+    end, arch = time.monotonic() + limit, architecture() or 0
+    weights = ft.cache(lambda k, n: weights_of(k, n, small=False)[0])
+    for m in TUNED_ROWS:
+        for k, n in LLAMA_8B:
+            case = Case(arch, "bfloat16", 128, m, k, n)
+            found = timings(case, table.rule(arch, case.dtype, case.group, m, n), weights(k, n))
+            for t, taken in found.seconds.items():
+                print(f"{k:6} x {n:6}  m {m:5}  {taken * 1e6:10.2f} us  {t}")
+            for t, why in found.failed.items():
+                print(f"{k:6} x {n:6}  m {m:5}  {t}: {why.splitlines()[0]}")
+            if found.best:
+                write_row(asdict(case), found.best)
+            if time.monotonic() > end:
+                return
 
 
 def write_row(case: dict[str, Any], best: Tiling) -> None:
@@ -168,7 +178,7 @@ def write_row(case: dict[str, Any], best: Tiling) -> None:
     lines = {key: ",\n".join(f"  {json.dumps(row)}" for row in data[key]) for key in ("measured", "untimed", "rule")}
     parts = [f' "comment": {json.dumps(data["comment"])}'] + [f' "{key}": [\n{rows}\n ]' for key, rows in lines.items()]
     TABLE.write_text("{\n" + ",\n".join(parts) + "\n}\n")
-    table.rows.cache_clear()
+    table.packaged.cache_clear()
 
 
 def shape(text: str) -> tuple[int, int]:

@@ -50,22 +50,27 @@ def main(a: Arguments) -> None:
     tokens = np.random.default_rng(0).integers(config.vocab, size=(a.tokens // a.seq_len, a.seq_len), dtype=np.int32)
     packed: dict[str, Any] = {}
     start = time.perf_counter()
-    done = stream(Decoder(module, config, read), tokens, PRESETS["default"], packed.__setitem__)
-    jax.block_until_ready(packed)
-    seconds = time.perf_counter() - start
-    weights = {name: w for name, w in packed.items() if name != "outer"}
-    bytes_of = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-    result = {
-        "seconds": seconds,
-        "stages": done.seconds,
-        "layers": config.layers,
-        "tokens": a.tokens,
-        "packed_gb": bytes_of(weights) / 1e9,
-        "outer_gb": bytes_of(packed["outer"]) / 1e9,
-        "peak_device_gb": ((jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)) / 1e9,
-    }
-    print(json.dumps(result, indent=1))
-    save(a.name, result)
+
+    def keep(part: str, params: Any) -> None:
+        packed[part] = jax.block_until_ready(params)
+        weights = [w for name, w in packed.items() if name != "outer"]
+        result = {
+            "seconds": time.perf_counter() - start,
+            "layers": f"{len(weights)} of {config.layers}",
+            "tokens": a.tokens,
+            "packed_gb": gigabytes(weights),
+            "outer_gb": gigabytes(packed["outer"]),
+            "peak_device_gb": ((jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)) / 1e9,
+        }
+        # After each layer, so that a run that is cut short tells how far it came.
+        save(a.name, result)
+        print(result)
+
+    stream(Decoder(module, config, read), tokens, PRESETS["default"], keep)
+
+
+def gigabytes(tree: Any) -> float:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) / 1e9
 
 
 if __name__ == "__main__":

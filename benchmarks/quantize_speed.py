@@ -78,7 +78,7 @@ def work(a: Arguments) -> dict[str, Any]:
         seconds = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
         compiled = tuple(compiling)
-        kl = scores(a.texts, load(model), load(Path(scratch, "out")))
+        kl = scores(a.texts, load(model, jnp.float32), load(Path(scratch, "out"), jnp.float32))
     found = open_checkpoint(model).config
     module = for_config(found)
     weights = sum(i * o for i, o in module.matrix_shapes(module.Config.from_hf(found)).values())

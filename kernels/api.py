@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from awq_jax.kernels import direct, launch, mosaic, reference, rules, sharded, triton
+from awq_jax.kernels import direct, launch, mosaic, reference, rules, sharded, table, triton
 from awq_jax.kernels.contract import PackedWeight, check_shapes
 from awq_jax.kernels.gpu import OLDEST, architecture
 
@@ -25,21 +25,26 @@ Table = Mapping[str, tuple[Implementation, Implementation]]
 
 
 @ft.cache
-def implementations(dtype: Any) -> Table:
-    """Of a matmul whose result has a dtype; None for x's."""
+def implementations(dtype: Any, arch: int | None) -> Table:
+    """Of a matmul whose result has a dtype; None for x's.
 
-    def cut(module: Any, x: Any, w: PackedWeight) -> Array:
-        module.check(x.dtype, w)
-        return sharded.matmul(module.matmul, x, w, dtype=dtype)
+    For each architecture others, as jax remembers what it has traced of a function.
+    """
+    del arch
 
-    kernel = ft.partial(cut, triton)
+    def cut(check: Callable[..., None], kernel: Implementation, x: Any, w: PackedWeight) -> Array:
+        check(x.dtype, w)
+        return sharded.matmul(kernel, x, w, dtype=dtype)
+
+    kernel = ft.partial(cut, triton.check, triton.matmul)
+    named = ft.partial(cut, triton.check, ft.partial(triton.matmul, lookup=table.triton_tiling))
     plain = ft.partial(reference.matmul, dtype=dtype)
-    hopper = rules.with_rules(ft.partial(cut, mosaic), plain, fail)
+    hopper = rules.with_rules(ft.partial(cut, mosaic.check, mosaic.matmul), plain, fail)
     read = rules.with_rules(ft.partial(direct.matmul, dtype=dtype), plain, fail)
     return {
         "triton": (
             rules.with_rules(rules.everywhere(kernel, plain), plain, lambda e: tell_slow([f"triton: {e}"])),
-            rules.with_rules(kernel, plain, fail),
+            rules.with_rules(named, plain, fail),
         ),
         "direct": (read, read),
         "xla": (plain, plain),
@@ -48,8 +53,9 @@ def implementations(dtype: Any) -> Table:
 
 
 @ft.cache
-def grouped_implementations(dtype: Any) -> Table:
+def grouped_implementations(dtype: Any, arch: int | None) -> Table:
     """As `implementations`, of sorted rows."""
+    del arch
     kernel = ft.partial(sharded.grouped_matmul, triton.grouped_matmul, dtype=dtype)
     plain = ft.partial(reference.grouped_matmul, dtype=dtype)
     return {"triton": (rules.with_rules_of(plain, rules.everywhere(kernel, plain)), kernel), "xla": (plain, plain)}
@@ -75,7 +81,7 @@ def int4_matmul(
     Reads i * o / 2 bytes of codes and 3 i * o / group of scales and zeros: their bytes are the time up to some 60 rows.
     """
     check_shapes(x, w)
-    return first_that_can(implementations(result_dtype(dtype)), implementation, x, w)
+    return first_that_can(implementations(result_dtype(dtype), architecture()), implementation, x, w)
 
 
 def shared_int4_matmul(x: Float[Array, "*b i"], *ws: PackedWeight) -> tuple[Float[Array, "*b o"], ...]:
@@ -96,7 +102,15 @@ def in_one_launch(x: Float[Array, "*b i"], *ws: PackedWeight) -> tuple[Float[Arr
         check_shapes(x, w)
     if jax.device_count() > 1:
         raise NotImplementedError("among several devices XLA may have cut the weights, and cannot cut a launch")
-    return rules.with_rules_of(separate, rules.everywhere(triton.shared_matmul, separate))(x, *ws)
+    return together(architecture())(x, *ws)
+
+
+@ft.cache
+def together(arch: int | None) -> Implementation:
+    """For each architecture another, as `implementations`."""
+    del arch
+    plain = lambda x, *ws: tuple(reference.matmul(x, w) for w in ws)
+    return rules.with_rules_of(separate, rules.everywhere(ft.partial(triton.shared_matmul), plain))
 
 
 def separate(x: Float[Array, "*b i"], *ws: PackedWeight) -> tuple[Float[Array, "*b o"], ...]:
@@ -125,7 +139,12 @@ def grouped_int4_matmul(
       NotImplementedError: the named implementation cannot run this case; the message says why.
     """
     check_shapes(x, w, grouped=True)
-    return first_that_can(grouped_implementations(result_dtype(dtype)), implementation, x, w, group_sizes)
+    if jnp.shape(group_sizes) != w.codes.shape[:1] or not jnp.issubdtype(jnp.result_type(group_sizes), jnp.integer):
+        found = f"{jnp.result_type(group_sizes)} of shape {jnp.shape(group_sizes)}"
+        raise ValueError(f"group_sizes are {found}: give one integer for each of the {w.codes.shape[0]} experts.")
+    return first_that_can(
+        grouped_implementations(result_dtype(dtype), architecture()), implementation, x, w, group_sizes
+    )
 
 
 def best_packing() -> str:

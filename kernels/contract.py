@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from awq_jax.kernels.tiles import WORDS
+
+CODES = {"rows": jnp.uint32, "tiles": jnp.int16, "int4": jnp.int4}
+"""Of which dtype codes are, by packing."""
 
 
 class PackedWeight(Protocol):
@@ -58,9 +62,17 @@ def check_tiles(w: PackedWeight) -> None:
 
 
 def check_shapes(x: Float[Array, "*b i"], w: PackedWeight, *, grouped: bool = False) -> None:
-    """Raises ValueError unless x has the weight's features and, if not `grouped`, its leading axes; and unless scales,
-    zeros and input scale have the codes' shape.
+    """Raises ValueError unless x is of floats, has the weight's features and, if not `grouped`, its leading axes; and
+    unless codes are stored as their packing says, and scales, zeros and input scale have their shape.
     """
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x is {x.dtype}: cast it to float32, bfloat16 or float16.")
+    if w.codes.dtype != (stored := CODES.get(w.packing)):
+        expected = jnp.dtype(stored) if stored else "nothing"
+        raise ValueError(
+            f"codes are {w.codes.dtype}, packed in {w.packing!r} they are {expected}. "
+            "Cast a weight's scales if you must, never all of its leaves."
+        )
     if x.shape[-1] != w.in_features:
         raise ValueError(
             f"x has {x.shape[-1]} features in its last axis, the weight takes {w.in_features}. "
@@ -72,6 +84,11 @@ def check_shapes(x: Float[Array, "*b i"], w: PackedWeight, *, grouped: bool = Fa
         raise ValueError(
             f"x has shape {x.shape}, the weight {(*lead, i, w.scales.shape[-1])}: the weight's leading axes {lead} "
             "must lead x too. Broadcast x, or jax.vmap over the weight."
+        )
+    if grouped and (x.ndim != 2 or len(lead) != 1):
+        raise ValueError(
+            f"x has shape {x.shape}, the weight {(*lead, i, w.scales.shape[-1])}: sorted rows are (rows, i), experts "
+            "(e, i, o). Reshape them."
         )
     outs = of_groups[-1] // (WORDS if w.packing == "tiles" else 1)
     expected = (*lead, -(-i // w.spec.group(i)), outs)

@@ -24,6 +24,13 @@ def architecture() -> int | None:
     return int(found) if found.isdigit() else None
 
 
+def device() -> str:
+    """What the GPU that programs are made for is called; "sm_90" for one that `target` names, "" without one."""
+    if _named.get() is not None:
+        return f"sm_{_named.get()}"
+    return jax.local_devices()[0].device_kind if jax.default_backend() == "gpu" else ""
+
+
 MULTIPROCESSORS = {75: 40, 80: 108, 86: 84, 87: 16, 89: 128, 90: 132, 100: 148, 103: 148, 120: 170, 121: 48}
 """Of the GPU that most have of an architecture: what is taken for one that is not here."""
 
@@ -38,6 +45,8 @@ def multiprocessors() -> int:
 @contextmanager
 def target(architecture: int) -> Iterator[None]:
     """Within the block programs are made for a GPU that is not here, as 90 for an H100, say for jax.export.
+
+    A function that was jitted and traced outside of it keeps its kernels: jit another, or call jax.clear_caches().
 
     Example:
       >>> with kernels.target(90):

@@ -20,14 +20,20 @@ from awq_jax.kernels.tiles import BLOCK, WORDS
 
 HOPPER = 90
 ROWS, COLUMNS = 8, 64
-"""What the rows of x are padded to, and what the columns are a multiple of: copies move whole swizzled tiles."""
+"""What the rows of x are padded to, and what the columns are a multiple of: copies move whole swizzled tiles.
+
+A warpgroup multiplies so many columns: the rows of a wgmma.
+"""
 
 
 def check(dtype: Any, w: PackedWeight) -> None:
     """Raises NotImplementedError with the reason why the kernel cannot multiply w with an x of this dtype."""
     check_tiles(w)
-    if architecture() not in (None, HOPPER):
-        raise NotImplementedError(f"the GPU is sm_{architecture()}, wgmma is an instruction of sm_{HOPPER} alone")
+    if (arch := architecture()) != HOPPER:
+        found = f"the GPU is sm_{arch}" if arch else "no NVIDIA GPU is here"
+        raise NotImplementedError(
+            f"{found}, wgmma is an instruction of sm_{HOPPER} alone: leave the choice to the table"
+        )
     if dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"x is {jnp.dtype(dtype)}, the tensor cores take bfloat16 or float16: cast x")
     k, n = w.in_features, w.scales.shape[-1]
@@ -41,9 +47,9 @@ def check(dtype: Any, w: PackedWeight) -> None:
 def stages(t: Tiling, w: PackedWeight, dtype: Any) -> int:
     """How many rounds of a tiling fit into shared memory beside the results that wait to be stored."""
     in_block = max(1, BLOCK // w.spec.group(w.in_features))
-    per_column = 64 + in_block * (w.scales.dtype.itemsize + (w.zeros is not None))
+    per_column = in_block * (w.scales.dtype.itemsize + (w.zeros is not None))
     results = 2 * t.bn * COLUMNS * dtype.itemsize
-    return min(t.stages, (table.limit(HOPPER) - results - 1024) // (256 * t.bm + per_column * t.bn))
+    return min(t.stages, (table.limit(HOPPER) - results - 1024) // t.round_on_hopper(per_column))
 
 
 def matmul(
@@ -70,7 +76,7 @@ def matmul(
     dtype = jnp.dtype(dtype or x.dtype)
     if 0 in (experts, rows, n, k):
         return jnp.zeros((*x.shape[:-1], n), dtype)
-    t = tiling or table.mosaic_tiling(rows)
+    t = tiling or table.mosaic_tiling(experts * rows, n, multiprocessors())
     per_group = lambda a: a.reshape(experts, groups, n)
     x3 = scaled(x, w.input_scale).reshape(experts, rows, k)
     y = mosaic_kernels.product(

@@ -18,10 +18,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int16, UInt8
 
+from awq_jax.kernels.mosaic import COLUMNS
 from awq_jax.kernels.tiles import BLOCK, PLANE, PLANES
 
-COLUMNS = 64
-"""Of the weight, that a warpgroup multiplies: the rows of a wgmma."""
 WARPGROUPS = 2
 STORED = 64
 """Rows of the result that are on their way to memory at once."""

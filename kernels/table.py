@@ -9,13 +9,17 @@ from __future__ import annotations
 import functools as ft
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, fields
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from awq_jax.cache import cache
-from awq_jax.kernels.gpu import TENSOR_CORES
+from awq_jax.kernels.gpu import TENSOR_CORES, device
 
 TRITON = ("decode", "tile", "gemv")
 KERNELS = (*TRITON, "mosaic", "dense")
@@ -44,11 +48,14 @@ class Tiling:
         The tensor cores of sm_90 and sm_100 read x from there, so its part of the round that is multiplied stays too.
         """
         if self.kernel == "mosaic":
-            result, per_column = 32 * 1024, 3
-            return self.stages * (256 * self.bm + (64 + per_column) * self.bn) + result + 1024
+            return self.stages * self.round_on_hopper(per_column=3) + 32 * 1024 + 1024
         blocks, ahead = max(self.kb, 1), self.stages - 1
         stays = self.kernel in ("tile", "ragged") and 90 <= arch < 120
         return blocks * (ahead * 64 * self.bn + (ahead + stays) * 256 * self.bm) + 1024
+
+    def round_on_hopper(self, per_column: int) -> int:
+        """Bytes that the kernel "mosaic" copies for a block of rows of the weight, `per_column` of scales and zeros."""
+        return 256 * self.bm + (64 + per_column) * self.bn
 
     def fits(self, arch: int) -> bool:
         return self.shared(arch) <= limit(arch)
@@ -81,30 +88,30 @@ class Row:
     exact: Case | None = None
 
 
+_record: ContextVar[dict[Case, Tiling] | None] = ContextVar("awq_jax_lookups", default=None)
+
+
 def limit(arch: int) -> int:
     """Bytes of shared memory that a program may take; where that is not known, what the smallest take."""
     return SHARED.get(arch, min(SHARED.values())) * 1024
 
 
-@ft.cache
 def rows() -> tuple[Row, ...]:
-    """What this user measured, then the package's table; a measured row holds only for the case it was measured at."""
-    data = _data()
-    measured = [*remembered(), *(_row(r, measured=True) for r in data["measured"])]
-    return (*measured, *(_row(r) for r in data["rule"]))
+    """What this user measured on this GPU, then the package's table.
+
+    A measured row holds only for the case it was measured at.
+    """
+    return remembered(device()) + packaged("measured") + packaged("rule")
 
 
 @ft.cache
-def untimed() -> tuple[Row, ...]:
-    """Kernels that no GPU has timed yet, for who asks for them by name."""
-    return tuple(_row(r) for r in _data()["untimed"])
+def packaged(part: str) -> tuple[Row, ...]:
+    """Rows of table.json: "measured"; "rule"; "untimed", of kernels that no GPU has timed yet, for who asks by name."""
+    data = json.loads(Path(__file__).with_name("table.json").read_text())
+    return tuple(_row(r, measured=part == "measured") for r in data[part])
 
 
-def _data() -> dict[str, Any]:
-    return json.loads(Path(__file__).with_name("table.json").read_text())
-
-
-def _row(r: Mapping[str, Any], measured: bool = False) -> Row:
+def _row(r: Mapping[str, Any], measured: bool) -> Row:
     tiling = Tiling(**{field.name: r[field.name] for field in fields(Tiling) if field.name in r})
     exact = Case(**{field.name: r[field.name] for field in fields(Case)}) if measured else None
     return Row(tiling, r["arch"], r["group"], r.get("m", UNLIMITED), r.get("n", 0), exact)
@@ -115,24 +122,55 @@ def users_file() -> Path:
     return cache() / "tilings.jsonl"
 
 
-def remembered() -> tuple[Row, ...]:
-    """This user's rows, the newest first."""
-    file = users_file()
+def measured_with(device: str) -> dict[str, str]:
+    """On which GPU and with which versions something was measured: with others it says nothing."""
+    names = ("awq-jax", "jax", "triton")
+    return {"device": device} | {name: metadata.version(name) for name in names if find_spec(name.replace("-", "_"))}
+
+
+@ft.cache
+def remembered(device: str) -> tuple[Row, ...]:
+    """This user's rows for a GPU, the newest first; lines that are something else are told and left out."""
+    found, wrong = [], 0
     try:
-        lines = file.read_text().splitlines() if file.exists() else []
-        found = tuple(_row(json.loads(line), measured=True) for line in lines)
-    except (OSError, ValueError, TypeError, KeyError) as e:
-        warnings.warn(f"{file} holds something else than tilings ({type(e).__name__}: {e}): delete it.", stacklevel=2)
+        lines = users_file().read_text().splitlines()
+    except (OSError, UnicodeDecodeError, RuntimeError):
+        # No file yet, or no home to have one in.
         return ()
-    return tuple(row for row in reversed(found) if row.tiling.kernel in KERNELS)
+    for line in lines:
+        try:
+            r = json.loads(line)
+            row, with_what = _row(r, measured=True), r["with"]
+        except (ValueError, TypeError, KeyError):
+            wrong += 1
+            continue
+        if with_what == measured_with(device) and row.tiling.kernel in KERNELS and row.tiling.fits(row.arch):
+            found.append(row)
+    if wrong:
+        warnings.warn(f"{users_file()}: {wrong} of its lines are no tilings and left out. Delete it.", stacklevel=2)
+    return tuple(reversed(found))
 
 
 def remember(case: Case, tiling: Tiling) -> None:
-    """From now on this user's programs take this tiling for this case."""
-    users_file().parent.mkdir(parents=True, exist_ok=True)
-    with users_file().open("a") as file:
-        file.write(json.dumps(asdict(case) | asdict(tiling)) + "\n")
-    rows.cache_clear()
+    """Programs of this user that are traced from now on take this tiling for this case."""
+    row = asdict(case) | asdict(tiling) | {"with": measured_with(device())}
+    file = users_file()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    cut = file.exists() and file.stat().st_size > 0 and not file.read_bytes().endswith(b"\n")
+    with file.open("a") as f:
+        f.write("\n" * cut + json.dumps(row) + "\n")
+    remembered.cache_clear()
+
+
+@contextmanager
+def recorded() -> Iterator[dict[Case, Tiling]]:
+    """What is looked up within the block, and what was found."""
+    found: dict[Case, Tiling] = {}
+    token = _record.set(found)
+    try:
+        yield found
+    finally:
+        _record.reset(token)
 
 
 def power_of_two(m: int) -> int:
@@ -140,23 +178,33 @@ def power_of_two(m: int) -> int:
     return 1 << max(0, m - 1).bit_length()
 
 
-def tiling(arch: int, dtype: str, group: int, m: int, k: int, n: int, *, among: Sequence[str] = KERNELS) -> Tiling:
-    """The tiling for x (m, k) and a weight (k, n), among these kernels.
+def tiling(arch: int, dtype: str, group: int, m: int, k: int, n: int) -> Tiling:
+    """The tiling for x (m, k) and a weight (k, n).
 
     Raises:
       NotImplementedError: too many rows of a dtype, or on a GPU, for which there are no tensor cores.
     """
+    case = Case(arch, dtype, group, power_of_two(m), k, n)
+    exact = (row.tiling for row in rows() if row.exact == case)
+    found = next(exact, None) or rule(arch, dtype, group, m, n)
+    if (record := _record.get()) is not None:
+        record[case] = found
+    return found
+
+
+def rule(arch: int, dtype: str, group: int, m: int, n: int) -> Tiling:
+    """The tiling where nothing was measured.
+
+    Raises:
+      NotImplementedError: as `tiling`.
+    """
     on_tensor_cores = arch >= TENSOR_CORES and dtype != "float32"
-    for row in rows():
-        if row.tiling.kernel not in among:
-            continue
-        if row.exact == Case(arch, dtype, group, power_of_two(m), k, n):
-            return row.tiling
+    for row in packaged("rule"):
         at_least = arch >= row.arch and group >= row.group and n >= row.n
         fits = on_tensor_cores == (row.tiling.kernel != "gemv") and row.tiling.fits(arch)
-        if row.exact is None and at_least and m <= row.m and fits:
+        if at_least and m <= row.m and fits:
             return row.tiling
-    most = max(row.m for row in rows() if row.tiling.kernel == "gemv")
+    most = max(row.m for row in packaged("rule") if row.tiling.kernel == "gemv")
     raise NotImplementedError(
         f"more than {most} rows of {dtype} on sm_{arch} would need tensor cores that take them{remedy(arch)}"
     )
@@ -176,18 +224,26 @@ def splits(programs: int, blocks: int, multiprocessors: int) -> int:
     return max(1, min(round(multiprocessors / programs), blocks // 4))
 
 
-def mosaic_tiling(m: int) -> Tiling:
-    """The tiling of the kernel in Pallas Mosaic GPU for m rows."""
-    return next(row.tiling for row in untimed() if m <= row.m)
+def mosaic_tiling(m: int, n: int, multiprocessors: int) -> Tiling:
+    """The tiling of the kernel for Hopper: 128 rows, or 64 where those tiles would leave multiprocessors idle."""
+    small, large = (next(row.tiling for row in packaged("untimed") if row.tiling.bm == bm) for bm in (64, 128))
+    tiles = -(-m // large.bm) * -(-n // large.bn)
+    return large if m > small.bm and tiles >= multiprocessors else small
 
 
-def kernel_tiling(arch: int, dtype: str, group: int, m: int, k: int, n: int) -> Tiling:
-    """The tiling of a Triton kernel, also where the table thinks something else to be faster."""
-    most = max(row.m for row in rows() if row.tiling.kernel == "tile" and row.exact is None)
-    return tiling(arch, dtype, group, min(m, most), k, n, among=TRITON)
+def triton_tiling(arch: int, dtype: str, group: int, m: int, k: int, n: int) -> Tiling:
+    """The tiling of a Triton kernel, also where something else was measured, or is thought, to be faster."""
+    case = Case(arch, dtype, group, power_of_two(m), k, n)
+    measured = (row.tiling for row in rows() if row.exact == case and row.tiling.kernel in TRITON)
+    return next(measured, None) or rule(arch, dtype, group, min(m, most_rows()), n)
 
 
-def grouped_tiling(arch: int, dtype: str, group: int, m: int, k: int, n: int) -> Tiling:
+def grouped_tiling(arch: int, dtype: str, group: int, m: int, n: int) -> Tiling:
     """The tiling for ragged groups of some m rows each, which only the kernel of many rows has."""
-    found = kernel_tiling(arch, dtype, group, max(m, 33), k, n)
+    found = rule(arch, dtype, group, min(max(m, 33), most_rows()), n)
     return Tiling("ragged", 16, 64, 4, 4) if m <= 16 else found
+
+
+def most_rows() -> int:
+    """Beyond which the rule multiplies with the dense weight."""
+    return max(row.m for row in packaged("rule") if row.tiling.kernel == "tile")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools as ft
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -45,6 +46,7 @@ def matmul(
     *,
     layer: Int[Array, ""] | None = None,
     dtype: Any = None,
+    lookup: Callable[..., Tiling] = table.tiling,
     tiling: Tiling | None = None,
 ) -> Float[Array, "*b o"]:
     """`x @ w`, batched over the weight's leading axes; float32 accumulators.
@@ -55,7 +57,9 @@ def matmul(
       layer: w has an axis of layers in front, and this one is meant. It is read in place: a slice handed to a
         custom call would be copied by XLA.
       dtype: of the result; None for x's.
-      tiling: None for the table's.
+      lookup: where a tiling is found: `table.tiling`, which may name another implementation, or
+        `table.triton_tiling`.
+      tiling: None for the one found.
 
     Raises:
       NotImplementedError: the kernels cannot run this case; the message says why.
@@ -72,7 +76,7 @@ def matmul(
     if experts > MOST_EXPERTS:
         raise NotImplementedError(f"{experts} matrices at once: a grid of programs has {MOST_EXPERTS} in its last axis")
     arch = architecture() or TENSOR_CORES
-    known = table.tiling(arch, x.dtype.name, w.spec.group(k), rows, k, n)
+    known = lookup(arch, x.dtype.name, w.spec.group(k), rows, k, n)
     t = tiling or known
     if not t.fits(arch):
         raise ValueError(
@@ -162,7 +166,7 @@ def grouped_matmul(
     dtype = jnp.dtype(dtype or x.dtype)
     if 0 in (experts, rows, n, k):
         return jnp.zeros((rows, n), dtype)
-    t = table.grouped_tiling(arch, x.dtype.name, w.spec.group(k), -(-rows // experts), k, n)
+    t = table.grouped_tiling(arch, x.dtype.name, w.spec.group(k), -(-rows // experts), n)
     which = row_tiles(group_sizes, rows, t.bm)
     if w.input_scale is not None:
         owner = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(rows), side="right")

@@ -20,6 +20,16 @@ def programs_are_dropped():
     jax.clear_caches()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_tilings_of_the_user(tmp_path_factory):
+    """What this user measured on a GPU of theirs is not what the tests are about."""
+    from awq_jax.kernels import table
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(table, "users_file", lambda: tmp_path_factory.getbasetemp() / "no_tilings.jsonl")
+        yield
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The .gguf of SmolLM2-135M in the user's cache, fetched on first use."""

@@ -4,15 +4,17 @@ import importlib
 import json
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from awq_jax.kernels import target
 from awq_jax.kernels.table import Case, Tiling
 from awq_jax.spec import QuantSpec
 from awq_jax.tensor import in_tiles, quantize
+from awq_jax.tune import Tuned
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks/kernels.py"
 
@@ -41,10 +43,14 @@ def test_tuning_keeps_one_row_a_case(monkeypatch, tmp_path):
     script.TABLE.write_text(json.dumps(before | {"measured": []}))
     case = Case(90, "bfloat16", 128, 64, 4096, 4096)
     slow, fast = Tiling("tile", 64, 128, 4, 4), Tiling("mosaic", 64, 128, 12, 6)
-    timed = iter([[(case, {slow: 2.0})], [(replace(case, m=1), {}), (case, {fast: 1.0, slow: 2.0})]])
-    monkeypatch.setattr(script, "timings", lambda *_, **__: next(timed))
-    for _ in range(2):
-        script.tune(60)
+    times = iter([{slow: 2.0}, {fast: 1.0, slow: 2.0}])
+    monkeypatch.setattr(script, "LLAMA_8B", ((4096, 4096),))
+    monkeypatch.setattr(script, "TUNED_ROWS", (64,))
+    monkeypatch.setattr(script, "weights_of", lambda k, n, small: ([], []))
+    monkeypatch.setattr(script, "timings", lambda case, before, weights: Tuned(case, slow, next(times), {}))
+    with target(90):
+        for _ in range(2):
+            script.tune(60)
     assert json.loads(script.TABLE.read_text()) == before | {"measured": [asdict(case) | asdict(fast)]}
 
 

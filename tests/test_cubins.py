@@ -20,19 +20,19 @@ def most(arch: int) -> int:
 
 def cases():
     """(architecture, group, dtype, row of the table) for all that the table can be asked."""
-    asked = [(row.m, n) for row in table.rows() if row.exact is None and row.tiling.kernel != "dense" for n in COLUMNS]
+    asked = [(row.m, n) for row in table.packaged("rule") if row.tiling.kernel != "dense" for n in COLUMNS]
     for arch in ARCHITECTURES:
         for group in (32, 128) if arch in (80, 90) else (128,):
             reached = dict.fromkeys(table.tiling(arch, "bfloat16", group, min(m, most(arch)), K, n) for m, n in asked)
             for i, t in enumerate(reached):
                 yield arch, group, "float16" if group == 32 and i % 2 else "bfloat16", t
         if arch >= 80:
-            yield arch, 128, "bfloat16", table.grouped_tiling(arch, "bfloat16", 128, 8, K, N)
+            yield arch, 128, "bfloat16", table.grouped_tiling(arch, "bfloat16", 128, 8, N)
         for dtype in ("bfloat16", "float16", "float32") if arch == 75 else ("float32",):
             yield arch, 64, dtype, table.tiling(arch, dtype, 64, 1, K, N)
-    for row in table.rows():
-        if row.exact is not None and row.tiling.kernel != "dense":
-            yield row.arch, row.group, row.exact[1], row.tiling
+    for row in table.packaged("measured"):
+        if row.tiling.kernel in table.TRITON:
+            yield row.arch, row.group, row.exact.dtype, row.tiling
 
 
 def constants(t: table.Tiling, group: int) -> dict:

@@ -43,6 +43,16 @@ def test_without_a_plugin_it_says_what_to_install(installed):
     assert finding("triton").found == "not installed"
 
 
+def test_a_platform_that_does_not_start_is_no_end(monkeypatch):
+    def none():
+        raise RuntimeError("Unable to initialize backend 'cuda'")
+
+    monkeypatch.setattr(jax, "devices", none)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    assert "Unable to initialize" in finding("device").found
+    assert "JAX_PLATFORMS=cuda does not start here" in finding("device").advice
+
+
 def test_a_plugin_of_another_version_is_named(installed):
     installed(jaxlib="0.11.2", jax_cuda12_plugin="0.10.2")
     assert "jax-cuda12-plugin 0.10.2 and jaxlib 0.11.2 differ" in finding("device").advice
@@ -76,15 +86,15 @@ def test_on_a_gpu(monkeypatch, arch, decode, prefill, reason):
 def test_what_was_measured_here_is_said(monkeypatch, tmp_path, tiling, said):
     from awq_jax import kernels
 
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(table, "users_file", lambda: tmp_path / "tilings.jsonl")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(launch, "missing", lambda: None)
-    table.remember(Case(90, "bfloat16", 128, 512, 4096, 4096), tiling)
     try:
         with kernels.target(90):
+            table.remember(Case(90, "bfloat16", 128, 512, 4096, 4096), tiling)
             assert finding("prefill (512 rows)").found.startswith(said)
     finally:
-        table.rows.cache_clear()
+        table.remembered.cache_clear()
 
 
 def test_a_missing_package_is_the_reason(monkeypatch):

@@ -406,7 +406,7 @@ def test_a_long_prefill_makes_the_weight_dense_once(monkeypatch):
     np.testing.assert_array_equal(wide.astype(jnp.bfloat16), expected)
     for arch in (80, 89, 90, 120):
         assert table.tiling(arch, "bfloat16", 128, 1024, 4096, 4096).kernel == "tile"
-        assert table.kernel_tiling(arch, "bfloat16", 128, 9999, 4096, 4096).kernel == "tile"
+        assert table.triton_tiling(arch, "bfloat16", 128, 9999, 4096, 4096).kernel == "tile"
 
 
 @pytest.mark.parametrize("widths", [(70, 16, 5), (33, 20)])
@@ -493,7 +493,7 @@ def test_the_table_never_asks_for_more_shared_memory_than_there_is(arch):
     for m in (1, 8) if arch < 80 else (1, 8, 16, 32, 64, 128, 256, 4096):
         for n in (64, 1024, 4096, 8192, 28672):
             assert table.tiling(arch, "bfloat16", 32, m, 4096, n).fits(arch)
-            assert arch < 80 or table.grouped_tiling(arch, "bfloat16", 32, m, 4096, n).fits(arch)
+            assert arch < 80 or table.grouped_tiling(arch, "bfloat16", 32, m, n).fits(arch)
 
 
 def test_a_gpu_of_another_maker_has_no_architecture(monkeypatch):
@@ -516,3 +516,19 @@ def test_scales_of_the_wrong_shape_are_named():
     w = weight(64, 8)
     with pytest.raises(ValueError, match=r"scales has shape \(2, 7\)"):
         int4_matmul(jnp.ones((1, 64), jnp.bfloat16), dataclasses.replace(w, scales=w.scales[:, :7]))
+
+
+def test_what_is_no_weight_or_no_activation_is_told():
+    w, experts = weight(256, 16), weight(3, 256, 16)
+    x = jnp.ones((4, 256))
+    with pytest.raises(ValueError, match="x is int32: cast it"):
+        int4_matmul(x.astype(jnp.int32), w)
+    cast = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), w)
+    with pytest.raises(ValueError, match="codes are bfloat16, packed in 'tiles' they are int16"):
+        int4_matmul(x, cast)
+    with pytest.raises(ValueError, match=r"group_sizes are int32 of shape \(2,\): give one integer for each of the 3"):
+        grouped_int4_matmul(x, experts, jnp.array([2, 2]))
+    with pytest.raises(ValueError, match="group_sizes are float32"):
+        grouped_int4_matmul(x, experts, jnp.ones(3))
+    with pytest.raises(ValueError, match=r"sorted rows are \(rows, i\), experts \(e, i, o\)"):
+        grouped_int4_matmul(x, w, jnp.array([4]))

@@ -47,7 +47,7 @@ def emulator(monkeypatch):
     monkeypatch.setattr(plgpu, "kernel", with_room)
     monkeypatch.setattr(plgpu, "wgmma", from_memory)
     monkeypatch.setattr(mosaic_kernels, "lifted", lifted)
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+    with target(90), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         yield
 
 
@@ -99,10 +99,9 @@ def test_a_batched_weight_is_one_call_of_experts(emulator):
     w = jax.vmap(lambda w: in_tiles(quantize(w, QuantSpec(4, 64))))(normal(2, 128, 64))
     x = jnp.asarray(normal(2, 8, 128, seed=1), jnp.bfloat16)
     one = lambda x, w: int4_matmul(x, w, implementation="mosaic")
-    with target(90):
-        y = jax.vmap(one)(x, w)
-        for i in range(2):
-            np.testing.assert_array_equal(y[i], one(x[i], jax.tree.map(lambda leaf, i=i: leaf[i], w)))
+    y = jax.vmap(one)(x, w)
+    for i in range(2):
+        np.testing.assert_array_equal(y[i], one(x[i], jax.tree.map(lambda leaf, i=i: leaf[i], w)))
 
 
 def test_what_it_refuses():
@@ -113,6 +112,10 @@ def test_what_it_refuses():
             int4_matmul(x, w, implementation="mosaic")
 
     refused("sm_80", arch=80)
+    with pytest.raises(NotImplementedError, match="no NVIDIA GPU is here"):
+        int4_matmul(
+            jnp.ones((64, 64), jnp.bfloat16), in_tiles(quantize(normal(64, 64), QuantSpec())), implementation="mosaic"
+        )
     refused("sm_100", arch=100)
     refused("float32", x_dtype=jnp.float32)
     refused("200 x 128", shape=(200, 128))
@@ -127,10 +130,17 @@ def test_it_runs_only_where_it_is_asked_for_until_it_is_timed():
     assert chosen == {"decode", "tile", "dense"}
 
 
+@pytest.mark.parametrize(
+    ("m", "n", "bm"), [(1, 4096, 64), (128, 4096, 64), (128, 28672, 128), (512, 4096, 64), (1024, 4096, 128)]
+)
+def test_tiles_are_small_where_large_ones_leave_multiprocessors_idle(m, n, bm):
+    assert table.mosaic_tiling(m, n, 132).bm == bm
+
+
 @pytest.mark.parametrize("m", [1, 64, 100, 200, 4096])
 @pytest.mark.parametrize("result", ["bfloat16", "float32"])
 @pytest.mark.parametrize("group", [32, 128])
 def test_shared_memory_holds_two_rounds_or_more(group, result, m):
-    t = table.mosaic_tiling(m)
+    t = table.mosaic_tiling(m, 4096, 132)
     w = in_tiles(quantize(normal(128, 64), QuantSpec(4, group)))
     assert 2 <= mosaic.stages(t, w, jnp.dtype(result)) <= t.stages

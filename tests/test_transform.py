@@ -10,6 +10,7 @@ from jax import lax
 from quick import quick_jit as jit
 from zoo import WAYS, ZOO, compiled
 
+import awq_jax as awq
 from awq_jax import calibrate, quantized, sites, with_moments
 from awq_jax.paths import named_leaves
 from awq_jax.spec import QuantSpec
@@ -520,3 +521,17 @@ def test_keyword_arguments_go_to_the_function():
 def test_a_batch_that_does_not_fit_the_function():
     with pytest.raises(ValueError, match=r"with params and a batch of 2 inputs failed: .*argument"):
         calibrate(mlp, P, [(X, X)])
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.bool_])
+@pytest.mark.parametrize("multiply", [jnp.matmul, jnp.dot, lambda x, w: jnp.einsum("bi,io->bo", x, w)])
+def test_integers_are_multiplied_as_what_they_are(multiply, dtype):
+    x = (np.arange(24).reshape(6, 4) % 3).astype(dtype)
+    w = jax.random.normal(jax.random.key(0), (4, 5))
+    fn = lambda params, x: multiply(x, params["w"])
+    small, _ = awq.quantize({"w": w}, awq.calibrate(fn, {"w": w}, [(x,)]), awq.Recipe(group_size=-1))
+    y = awq.quantized(fn)(small, x)
+    expected = x.astype(np.float32) @ np.asarray(small["w"].dequantize())
+    assert y.dtype == jnp.float32
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(awq.dot(x, small["w"]), expected, rtol=1e-5, atol=1e-5)
