@@ -28,9 +28,24 @@ SECONDS = 0.01
 """What a program shall take at least, beside which its launch is little."""
 
 
+def program(multiply: Callable[..., Any], rounds: int) -> Callable[..., Any]:
+    """Of x and weights: each of `rounds` rounds multiplies an x of its own with every weight."""
+
+    def run(x: Any, weights: list[Any]) -> list[Any]:
+        def one(ys: list[Any], x: Any) -> tuple[list[Any], None]:
+            # Else XLA makes a weight dense once for all rounds.
+            return [multiply(*lax.optimization_barrier((x, w))) for w in weights], None
+
+        xs = x * (1 + jnp.arange(rounds, dtype=x.dtype)[:, None, None] / rounds)
+        ys = [jnp.zeros((len(x), weights[0].shape[-1]), x.dtype)] * len(weights)
+        return lax.scan(one, ys, xs)[0]
+
+    return run
+
+
 @dataclass(frozen=True)
 class Chain:
-    """A program of `rounds` rounds, each of an x of its own times every weight."""
+    """A `program` with its arguments."""
 
     run: Any
     x: Any
@@ -45,15 +60,7 @@ class Chain:
         ideal = max(size / 3e12, 2 * m * k * n * len(weights) / 6e14)
         rounds = min(64, max(2, math.ceil(SECONDS / ideal)))
 
-        @jax.jit
-        def run(x: Any, weights: list[Any]) -> Any:
-            def one(ys: list[Any], x: Any) -> tuple[list[Any], None]:
-                # Else XLA makes a weight dense once for all rounds.
-                return [multiply(*lax.optimization_barrier((x, w))) for w in weights], None
-
-            xs = x * (1 + jnp.arange(rounds, dtype=x.dtype)[:, None, None] / rounds)
-            return lax.scan(one, [jnp.zeros((m, n), x.dtype)] * len(weights), xs)[0]
-
+        run = jax.jit(program(multiply, rounds))
         return cls(run.lower(x, weights), x, weights, rounds)
 
     def compiled(self) -> Chain:

@@ -20,6 +20,7 @@ from awq_jax.models.generate import _generate
 from awq_jax.models.llama import Config, Llama
 from awq_jax.spec import QuantSpec
 from awq_jax.tensor import in_int4, in_rows, in_tiles, prepare, quantize, with_input_scale
+from awq_jax.tune import program
 
 pytestmark = pytest.mark.gpu_compiler
 
@@ -168,10 +169,22 @@ def test_scanned_layers_are_not_copied(monkeypatch):
         assert temporary(compiled) < CODES // 16 + LEGACY * 1.1 * n * CODES
 
 
-@pytest.mark.parametrize(("lead", "m"), [((), 1024), ((), 256), ((4,), 128)])
-def test_the_kernel_for_hopper_is_one_call_without_spills(monkeypatch, tmp_path, lead, m):
+@pytest.mark.parametrize(
+    ("lead", "m", "n", "spec", "dtype", "result"),
+    [
+        ((), 1024, 4096, QuantSpec(4, 128), "bfloat16", None),
+        ((), 256, 4096, QuantSpec(4, 32), "float16", None),
+        ((), 64, 320, QuantSpec(4, 256, symmetric=True), "bfloat16", None),
+        ((4,), 512, 1024, QuantSpec(4, 64), "bfloat16", "float32"),
+        ((), 2048, 2048, QuantSpec(4, -1), "bfloat16", None),
+    ],
+)
+def test_the_kernel_for_hopper_is_one_call_without_spills(monkeypatch, tmp_path, lead, m, n, spec, dtype, result):
     monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
-    compiled = compile_for_h200(ft.partial(int4_matmul, implementation="mosaic"), rows(*lead, m), weight(*lead))
+    x = jax.ShapeDtypeStruct((*lead, m, WIDTH), dtype)
+    dense = jax.ShapeDtypeStruct((*lead, WIDTH, n), jnp.bfloat16)
+    w = jax.eval_shape(lambda w: in_tiles(quantize(w, spec)), dense)
+    compiled = compile_for_h200(ft.partial(int4_matmul, implementation="mosaic", dtype=result), x, w)
     assert compiled.as_text().count("custom-call(") == 1
     assert temporary(compiled) == 0
     (assembled,) = tmp_path.glob("*.ptxas")
@@ -182,6 +195,24 @@ def test_the_kernel_for_hopper_is_one_call_without_spills(monkeypatch, tmp_path,
     assert program.count("0x000f000f") == 32
     assert len(re.findall(r"wgmma\.mma_async", program)) == 8
     assert not re.search(r"cvt\.r\w+\.\w+\.[us]\d+", program)
+
+
+def test_a_timed_round_makes_each_weight_dense_and_nothing_else():
+    m, weights = 512, [weight()] * 3
+
+    def written(multiply) -> list[int]:
+        """Sizes of what the kernels of a round write."""
+        text = compile_for_h200(program(multiply, 4), rows(m), weights).as_text()
+        (name,) = set(re.findall(r"body=%?([\w.-]+)", text))
+        body = re.search(rf"^%?{re.escape(name)} .*?^}}", text, re.M | re.S).group()
+        shapes = re.findall(r"= \w+\[([\d,]+)\]\S* (?:fusion|custom-call|dot)\(", body)
+        return [math.prod(map(int, shape.split(","))) for shape in shapes]
+
+    dense = written(ft.partial(int4_matmul, implementation="xla"))
+    assert dense.count(m * WIDTH) >= 3
+    assert sum(size >= WIDTH * WIDTH for size in dense) >= 3
+    assert written(ft.partial(int4_matmul, implementation="triton")).count(m * WIDTH) >= 3
+    assert max(written(ft.partial(int4_matmul, implementation="triton"))) == m * WIDTH
 
 
 def test_the_kernel_for_hopper_reads_scanned_layers_in_place():
