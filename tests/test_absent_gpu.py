@@ -211,8 +211,9 @@ def test_a_timed_round_makes_each_weight_dense_and_nothing_else():
     dense = written(ft.partial(int4_matmul, implementation="xla"))
     assert dense.count(m * WIDTH) >= 3
     assert sum(size >= WIDTH * WIDTH for size in dense) >= 3
-    assert written(ft.partial(int4_matmul, implementation="triton")).count(m * WIDTH) >= 3
-    assert max(written(ft.partial(int4_matmul, implementation="triton"))) == m * WIDTH
+    packed = written(ft.partial(int4_matmul, implementation="triton"))
+    assert packed.count(m * WIDTH) >= 3
+    assert max(packed) < WIDTH * WIDTH
 
 
 def test_the_kernel_for_hopper_reads_scanned_layers_in_place():
