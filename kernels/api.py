@@ -28,7 +28,7 @@ Table = Mapping[str, tuple[Implementation, Implementation]]
 def implementations(dtype: Any, arch: int | None) -> Table:
     """Of a matmul whose result has a dtype; None for x's.
 
-    For each architecture others, as jax remembers what it has traced of a function.
+    For each architecture others, kernels too, as jax remembers what it has traced of a function.
     """
     del arch
 
@@ -36,10 +36,10 @@ def implementations(dtype: Any, arch: int | None) -> Table:
         check(x.dtype, w)
         return sharded.matmul(kernel, x, w, dtype=dtype)
 
-    kernel = ft.partial(cut, triton.check, triton.matmul)
+    kernel = ft.partial(cut, triton.check, ft.partial(triton.matmul))
     named = ft.partial(cut, triton.check, ft.partial(triton.matmul, lookup=table.triton_tiling))
     plain = ft.partial(reference.matmul, dtype=dtype)
-    hopper = rules.with_rules(ft.partial(cut, mosaic.check, mosaic.matmul), plain, fail)
+    hopper = rules.with_rules(ft.partial(cut, mosaic.check, ft.partial(mosaic.matmul)), plain, fail)
     read = rules.with_rules(ft.partial(direct.matmul, dtype=dtype), plain, fail)
     return {
         "triton": (
@@ -56,7 +56,7 @@ def implementations(dtype: Any, arch: int | None) -> Table:
 def grouped_implementations(dtype: Any, arch: int | None) -> Table:
     """As `implementations`, of sorted rows."""
     del arch
-    kernel = ft.partial(sharded.grouped_matmul, triton.grouped_matmul, dtype=dtype)
+    kernel = ft.partial(sharded.grouped_matmul, ft.partial(triton.grouped_matmul), dtype=dtype)
     plain = ft.partial(reference.grouped_matmul, dtype=dtype)
     return {"triton": (rules.with_rules_of(plain, rules.everywhere(kernel, plain)), kernel), "xla": (plain, plain)}
 

@@ -13,7 +13,7 @@ import pytest
 from commands import run
 
 import awq_jax as awq
-from awq_jax.kernels import int4_matmul, launch, shared_int4_matmul, table, target, triton
+from awq_jax.kernels import grouped_int4_matmul, int4_matmul, launch, shared_int4_matmul, table, target, triton
 from awq_jax.kernels.table import Case, Tiling
 from awq_jax.spec import QuantSpec
 from awq_jax.tensor import in_tiles, quantize
@@ -112,6 +112,19 @@ def test_a_program_traced_afterwards_takes_it(implementation):
     jax.clear_caches()
     assert ("awq_mosaic" in kernels()) == (implementation is None)
     assert "awq_mosaic" not in kernels(80), "each GPU has its own"
+
+
+def test_each_gpu_has_its_own_kernel(monkeypatch):
+    w, experts, asked = weight(), jax.tree.map(lambda a: a[None], weight()), []
+    monkeypatch.setattr(
+        triton, "launch", lambda kernel, *_, out, **__: (asked.append(kernel), jnp.zeros(out.shape, out.dtype))[1]
+    )
+    for arch, expected in ((90, {"decode", "ragged"}), (80, {"decode", "ragged"}), (75, {"gemv"})):
+        asked.clear()
+        with target(arch):
+            jax.make_jaxpr(lambda x: int4_matmul(x, w))(rows(1))
+            jax.make_jaxpr(lambda x: grouped_int4_matmul(x, experts, jnp.array([1])))(rows(1))
+        assert set(asked) == expected
 
 
 def test_a_limit_of_time(clock):
