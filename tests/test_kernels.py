@@ -537,3 +537,46 @@ def test_what_is_no_weight_or_no_activation_is_told():
         grouped_int4_matmul(x, experts, jnp.ones(3))
     with pytest.raises(ValueError, match=r"sorted rows are \(rows, i\), experts \(e, i, o\)"):
         grouped_int4_matmul(x, w, jnp.array([4]))
+
+
+GROUPS = st.sampled_from([32, 64, 96, 128, 160, -1])
+DEPTHS = st.sampled_from([20, 100, 128, 300])
+WIDTHS = st.sampled_from([1, 5, 16, 33, 70])
+NARROW = st.sampled_from(["bfloat16", "float16"])
+
+
+@settings(max_examples=8)
+@given(
+    sizes=st.lists(st.integers(0, 20), min_size=1, max_size=4),
+    beyond=st.integers(0, 5),
+    k=DEPTHS,
+    n=WIDTHS,
+    spec=st.builds(QuantSpec, st.just(4), GROUPS, st.booleans()),
+    scaled=st.booleans(),
+    dtype=NARROW,
+    implementation=st.sampled_from(["triton", "xla"]),
+)
+def test_sorted_rows_are_within_the_bound(sizes, beyond, k, n, spec, scaled, dtype, implementation):
+    w = weight(len(sizes), k, n, spec=spec, scaled=scaled)
+    x = jnp.asarray(normal(sum(sizes) + beyond, k), dtype)
+    y = grouped_int4_matmul(x, w, jnp.asarray(sizes), implementation=implementation)
+    ends = np.cumsum(sizes)
+    for i, (end, size) in enumerate(zip(ends, sizes, strict=True)):
+        check(y[end - size : end], x[end - size : end], jax.tree.map(lambda leaf, i=i: leaf[i], w))
+    assert not np.any(np.asarray(y[ends[-1] :], np.float32))
+
+
+@settings(max_examples=8)
+@given(
+    widths=st.lists(WIDTHS, min_size=2, max_size=3),
+    rows=st.sampled_from([1, 3, 8, 17]),
+    k=DEPTHS,
+    spec=st.builds(QuantSpec, st.just(4), GROUPS, st.booleans()),
+    scaled=st.booleans(),
+    dtype=NARROW,
+)
+def test_matrices_in_one_launch_are_within_the_bound(widths, rows, k, spec, scaled, dtype):
+    ws = [weight(k, n, spec=spec, scaled=scaled and i == 1, seed=i) for i, n in enumerate(widths)]
+    x = jnp.asarray(normal(rows, k), dtype)
+    for y, w in zip(triton.shared_matmul(x, *ws), ws, strict=True):
+        check(y, x, w)
