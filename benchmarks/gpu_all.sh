@@ -35,18 +35,18 @@ else
   python3 -m pip install -q -e '.[cuda12]' pytest hypothesis matplotlib
 fi || exit
 
-step 30 awq-jax doctor
-step 130 python3 -m pytest -q -p no:xdist benchmarks/gpu_checks.py
+step 20 awq-jax doctor
+step 120 python3 -m pytest -q -p no:xdist benchmarks/gpu_checks.py
 if command -v compute-sanitizer >/dev/null; then
   some="ragged or 13-bfloat16-128 or 40-bfloat16-128"
   step 40 compute-sanitizer --error-exitcode 1 python3 -m pytest -q -p no:xdist benchmarks/gpu_checks.py -k "$some"
 fi
-step 70 python3 benchmarks/kernels.py --tune 45
-step 120 python3 benchmarks/kernels.py
-step 90 python3 benchmarks/decode.py benchmarks/llama_3_8b.json --batch 1 16 4 --prompt 128 --tokens 257 --group 128 \
+step 60 python3 benchmarks/kernels.py --tune 40
+step 110 python3 benchmarks/kernels.py
+step 80 python3 benchmarks/decode.py benchmarks/llama_3_8b.json --batch 1 16 4 --prompt 128 --tokens 257 --group 128 \
   --runs 3 --name decode_8b
-step 90 python3 benchmarks/quantize_shapes.py benchmarks/llama_3_8b.json --name quantize_8b
-step 20 python3 benchmarks/kernels_plot.py
+step 80 python3 benchmarks/quantize_shapes.py benchmarks/llama_3_8b.json --name quantize_8b
+step 15 python3 benchmarks/kernels_plot.py
 ((${#failed[@]} == 0)) || {
   printf 'failed: %s\n' "${failed[@]}"
   exit 1
