@@ -178,7 +178,7 @@ def write_row(case: dict[str, Any], best: Tiling) -> None:
     lines = {key: ",\n".join(f"  {json.dumps(row)}" for row in data[key]) for key in ("measured", "untimed", "rule")}
     parts = [f' "comment": {json.dumps(data["comment"])}'] + [f' "{key}": [\n{rows}\n ]' for key, rows in lines.items()]
     TABLE.write_text("{\n" + ",\n".join(parts) + "\n}\n")
-    table.packaged.cache_clear()
+    table.timed.cache_clear()
 
 
 def shape(text: str) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from awq_jax.kernels import direct, launch, mosaic, reference, rules, sharded, table, triton
 from awq_jax.kernels.contract import PackedWeight, check_shapes
-from awq_jax.kernels.gpu import OLDEST, architecture
+from awq_jax.kernels.gpu import OLDEST, architecture, for_each_architecture
 
 Implementation = Callable[..., Any]
 
@@ -24,22 +24,18 @@ Table = Mapping[str, tuple[Implementation, Implementation]]
 """
 
 
-@ft.cache
-def implementations(dtype: Any, arch: int | None) -> Table:
-    """Of a matmul whose result has a dtype; None for x's.
-
-    For each architecture others, kernels too, as jax remembers what it has traced of a function.
-    """
-    del arch
+@for_each_architecture
+def implementations(dtype: Any) -> Table:
+    """Of a matmul whose result has a dtype; None for x's."""
 
     def cut(check: Callable[..., None], kernel: Implementation, x: Any, w: PackedWeight) -> Array:
         check(x.dtype, w)
         return sharded.matmul(kernel, x, w, dtype=dtype)
 
-    kernel = ft.partial(cut, triton.check, ft.partial(triton.matmul))
+    kernel = ft.partial(cut, triton.check, triton.matmul)
     named = ft.partial(cut, triton.check, ft.partial(triton.matmul, lookup=table.triton_tiling))
     plain = ft.partial(reference.matmul, dtype=dtype)
-    hopper = rules.with_rules(ft.partial(cut, mosaic.check, ft.partial(mosaic.matmul)), plain, fail)
+    hopper = rules.with_rules(ft.partial(cut, mosaic.check, mosaic.matmul), plain, fail)
     read = rules.with_rules(ft.partial(direct.matmul, dtype=dtype), plain, fail)
     return {
         "triton": (
@@ -52,11 +48,10 @@ def implementations(dtype: Any, arch: int | None) -> Table:
     }
 
 
-@ft.cache
-def grouped_implementations(dtype: Any, arch: int | None) -> Table:
+@for_each_architecture
+def grouped_implementations(dtype: Any) -> Table:
     """As `implementations`, of sorted rows."""
-    del arch
-    kernel = ft.partial(sharded.grouped_matmul, ft.partial(triton.grouped_matmul), dtype=dtype)
+    kernel = ft.partial(sharded.grouped_matmul, triton.grouped_matmul, dtype=dtype)
     plain = ft.partial(reference.grouped_matmul, dtype=dtype)
     return {"triton": (rules.with_rules_of(plain, rules.everywhere(kernel, plain)), kernel), "xla": (plain, plain)}
 
@@ -81,7 +76,7 @@ def int4_matmul(
     Reads i * o / 2 bytes of codes and 3 i * o / group of scales and zeros: their bytes are the time up to some 60 rows.
     """
     check_shapes(x, w)
-    return first_that_can(implementations(result_dtype(dtype), architecture()), implementation, x, w)
+    return first_that_can(implementations(result_dtype(dtype)), implementation, x, w)
 
 
 def shared_int4_matmul(x: Float[Array, "*b i"], *ws: PackedWeight) -> tuple[Float[Array, "*b o"], ...]:
@@ -102,15 +97,14 @@ def in_one_launch(x: Float[Array, "*b i"], *ws: PackedWeight) -> tuple[Float[Arr
         check_shapes(x, w)
     if jax.device_count() > 1:
         raise NotImplementedError("among several devices XLA may have cut the weights, and cannot cut a launch")
-    return together(architecture())(x, *ws)
+    return together()(x, *ws)
 
 
-@ft.cache
-def together(arch: int | None) -> Implementation:
-    """For each architecture another, as `implementations`."""
-    del arch
+@for_each_architecture
+def together() -> Implementation:
+    """The matmul of several weights in one launch."""
     plain = lambda x, *ws: tuple(reference.matmul(x, w) for w in ws)
-    return rules.with_rules_of(separate, rules.everywhere(ft.partial(triton.shared_matmul), plain))
+    return rules.with_rules_of(separate, rules.everywhere(triton.shared_matmul, plain))
 
 
 def separate(x: Float[Array, "*b i"], *ws: PackedWeight) -> tuple[Float[Array, "*b o"], ...]:
@@ -142,9 +136,7 @@ def grouped_int4_matmul(
     if jnp.shape(group_sizes) != w.codes.shape[:1] or not jnp.issubdtype(jnp.result_type(group_sizes), jnp.integer):
         found = f"{jnp.result_type(group_sizes)} of shape {jnp.shape(group_sizes)}"
         raise ValueError(f"group_sizes are {found}: give one integer for each of the {w.codes.shape[0]} experts.")
-    return first_that_can(
-        grouped_implementations(result_dtype(dtype), architecture()), implementation, x, w, group_sizes
-    )
+    return first_that_can(grouped_implementations(result_dtype(dtype)), implementation, x, w, group_sizes)
 
 
 def best_packing() -> str:

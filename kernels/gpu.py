@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools as ft
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import jax
 
@@ -29,6 +31,24 @@ def device() -> str:
     if _named.get() is not None:
         return f"sm_{_named.get()}"
     return jax.local_devices()[0].device_kind if jax.default_backend() == "gpu" else ""
+
+
+def for_each_architecture(make: Callable[..., Any]) -> Any:
+    """`make`, whose results are kept by its arguments and by the GPU that programs are made for.
+
+    jax remembers what it has traced of a function, so each GPU needs functions of its own.
+    """
+
+    @ft.cache
+    def made(arch: int | None, *args: Any) -> Any:
+        del arch
+        return make(*args)
+
+    def of_this_gpu(*args: Any) -> Any:
+        return made(architecture(), *args)
+
+    of_this_gpu.cache_clear = made.cache_clear  # type: ignore[attr-defined]
+    return of_this_gpu
 
 
 MULTIPROCESSORS = {75: 40, 80: 108, 86: 84, 87: 16, 89: 128, 90: 132, 100: 148, 103: 148, 120: 170, 121: 48}

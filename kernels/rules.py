@@ -6,7 +6,6 @@ becomes a weight with one more leading axis; gradients from plain XLA, which deq
 
 from __future__ import annotations
 
-import functools as ft
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,6 @@ from jax import lax
 Matmul = Callable[..., Any]
 
 
-@ft.cache
 def everywhere(kernel: Matmul, plain: Matmul) -> Matmul:
     """`kernel` on CUDA, `plain` elsewhere, in one program."""
     return lambda *args: lax.platform_dependent(*args, cuda=kernel, default=plain)
@@ -34,7 +32,6 @@ def differentiable(matmul: Matmul, plain: Matmul) -> Matmul:
     return with_gradients
 
 
-@ft.cache
 def with_rules(matmul: Matmul, plain: Matmul, refused: Callable[[NotImplementedError], None]) -> Matmul:
     """`matmul(x, w)` that vmap and grad know.
 
@@ -61,7 +58,6 @@ def with_rules(matmul: Matmul, plain: Matmul, refused: Callable[[NotImplementedE
     return differentiable(batchable, plain)
 
 
-@ft.cache
 def with_rules_of(plain: Matmul, matmul: Matmul) -> Matmul:
     """`matmul` with the gradients of `plain`, which runs instead where it is vmapped."""
     batchable = jax.custom_batching.custom_vmap(matmul)

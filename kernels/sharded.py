@@ -9,7 +9,6 @@ nothing of this is in it.
 
 from __future__ import annotations
 
-import functools as ft
 import math
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +19,7 @@ from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
+from awq_jax.kernels.gpu import for_each_architecture
 from awq_jax.kernels.tiles import BLOCK, WORDS
 
 Kernel = Callable[..., Any]
@@ -46,7 +46,7 @@ def _matmul(kernel: Kernel, tokens: str, x: Any, w: Any, *group_sizes: Any, dtyp
     return call(x, *jax.tree.leaves(w), *group_sizes)
 
 
-@ft.cache
+@for_each_architecture
 def partitioned(kernel: Kernel, tokens: str, structure: Any, names: tuple[str, ...], k: int, dtype: Any) -> Any:
     """`kernel` with rules for cutting it.
 

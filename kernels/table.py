@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools as ft
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, fields
@@ -75,17 +75,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """A tiling, and the cases it is for: architecture, group and columns at least these, rows of x at most m.
-
-    Or one case alone, which was measured.
-    """
+    """A tiling, and the cases it is for: architecture, group and columns at least these, rows of x at most m."""
 
     tiling: Tiling
     arch: int
     group: int
     m: int = UNLIMITED
     n: int = 0
-    exact: Case | None = None
 
 
 _record: ContextVar[dict[Case, Tiling] | None] = ContextVar("awq_jax_lookups", default=None)
@@ -96,25 +92,28 @@ def limit(arch: int) -> int:
     return SHARED.get(arch, min(SHARED.values())) * 1024
 
 
-def rows() -> tuple[Row, ...]:
-    """What this user measured on this GPU, then the package's table.
-
-    A measured row holds only for the case it was measured at.
-    """
-    return remembered(device()) + packaged("measured") + packaged("rule")
+@ft.cache
+def packaged(part: str) -> tuple[Row, ...]:
+    """Rows of table.json: "rule"; "untimed", of kernels that no GPU has timed yet, for who asks by name."""
+    return tuple(Row(_tiling(r), r["arch"], r["group"], r.get("m", UNLIMITED), r.get("n", 0)) for r in _data()[part])
 
 
 @ft.cache
-def packaged(part: str) -> tuple[Row, ...]:
-    """Rows of table.json: "measured"; "rule"; "untimed", of kernels that no GPU has timed yet, for who asks by name."""
-    data = json.loads(Path(__file__).with_name("table.json").read_text())
-    return tuple(_row(r, measured=part == "measured") for r in data[part])
+def timed() -> tuple[tuple[Case, Tiling], ...]:
+    """What table.json has measured: the fastest tiling of a case."""
+    return tuple((_case(r), _tiling(r)) for r in _data()["measured"])
 
 
-def _row(r: Mapping[str, Any], measured: bool) -> Row:
-    tiling = Tiling(**{field.name: r[field.name] for field in fields(Tiling) if field.name in r})
-    exact = Case(**{field.name: r[field.name] for field in fields(Case)}) if measured else None
-    return Row(tiling, r["arch"], r["group"], r.get("m", UNLIMITED), r.get("n", 0), exact)
+def _data() -> dict[str, Any]:
+    return json.loads(Path(__file__).with_name("table.json").read_text())
+
+
+def _tiling(r: Mapping[str, Any]) -> Tiling:
+    return Tiling(**{field.name: r[field.name] for field in fields(Tiling) if field.name in r})
+
+
+def _case(r: Mapping[str, Any]) -> Case:
+    return Case(**{field.name: r[field.name] for field in fields(Case)})
 
 
 def users_file() -> Path:
@@ -129,9 +128,9 @@ def measured_with(device: str) -> dict[str, str]:
 
 
 @ft.cache
-def remembered(device: str) -> tuple[Row, ...]:
-    """This user's rows for a GPU, the newest first; lines that are something else are told and left out."""
-    found, wrong = [], 0
+def remembered(device: str) -> tuple[tuple[Case, Tiling], ...]:
+    """What this user measured on a GPU, the newest first; lines that are something else are told and left out."""
+    found, wrong, here = [], 0, measured_with(device)
     try:
         lines = users_file().read_text().splitlines()
     except (OSError, UnicodeDecodeError, RuntimeError):
@@ -140,12 +139,12 @@ def remembered(device: str) -> tuple[Row, ...]:
     for line in lines:
         try:
             r = json.loads(line)
-            row, with_what = _row(r, measured=True), r["with"]
+            case, tiling, with_what = _case(r), _tiling(r), r["with"]
         except (ValueError, TypeError, KeyError):
             wrong += 1
             continue
-        if with_what == measured_with(device) and row.tiling.kernel in KERNELS and row.tiling.fits(row.arch):
-            found.append(row)
+        if with_what == here and tiling.kernel in KERNELS and tiling.fits(case.arch):
+            found.append((case, tiling))
     if wrong:
         warnings.warn(f"{users_file()}: {wrong} of its lines are no tilings and left out. Delete it.", stacklevel=2)
     return tuple(reversed(found))
@@ -185,11 +184,16 @@ def tiling(arch: int, dtype: str, group: int, m: int, k: int, n: int) -> Tiling:
       NotImplementedError: too many rows of a dtype, or on a GPU, for which there are no tensor cores.
     """
     case = Case(arch, dtype, group, power_of_two(m), k, n)
-    exact = (row.tiling for row in rows() if row.exact == case)
-    found = next(exact, None) or rule(arch, dtype, group, m, n)
+    found = measured(case) or rule(arch, dtype, group, m, n)
     if (record := _record.get()) is not None:
         record[case] = found
     return found
+
+
+def measured(case: Case, among: Sequence[str] = KERNELS) -> Tiling | None:
+    """The tiling, of one of these kernels, that was the fastest: for this user on this GPU, else in table.json."""
+    known = remembered(device()) + timed()
+    return next((tiling for of, tiling in known if of == case and tiling.kernel in among), None)
 
 
 def rule(arch: int, dtype: str, group: int, m: int, n: int) -> Tiling:
@@ -234,8 +238,7 @@ def mosaic_tiling(m: int, n: int, multiprocessors: int) -> Tiling:
 def triton_tiling(arch: int, dtype: str, group: int, m: int, k: int, n: int) -> Tiling:
     """The tiling of a Triton kernel, also where something else was measured, or is thought, to be faster."""
     case = Case(arch, dtype, group, power_of_two(m), k, n)
-    measured = (row.tiling for row in rows() if row.exact == case and row.tiling.kernel in TRITON)
-    return next(measured, None) or rule(arch, dtype, group, min(m, most_rows()), n)
+    return measured(case, TRITON) or rule(arch, dtype, group, min(m, most_rows()), n)
 
 
 def grouped_tiling(arch: int, dtype: str, group: int, m: int, n: int) -> Tiling:

@@ -30,9 +30,9 @@ def cases():
             yield arch, 128, "bfloat16", table.grouped_tiling(arch, "bfloat16", 128, 8, N)
         for dtype in ("bfloat16", "float16", "float32") if arch == 75 else ("float32",):
             yield arch, 64, dtype, table.tiling(arch, dtype, 64, 1, K, N)
-    for row in table.packaged("measured"):
-        if row.tiling.kernel in table.TRITON:
-            yield row.arch, row.group, row.exact.dtype, row.tiling
+    for case, tiling in table.timed():
+        if tiling.kernel in table.TRITON:
+            yield case.arch, case.group, case.dtype, tiling
 
 
 def constants(t: table.Tiling, group: int) -> dict:
