@@ -48,4 +48,5 @@ def inspect(path: str | Path) -> Group:
 def read_errors(folder: Path) -> dict[str, float]:
     """Each site's relative error from the report that `quantize_checkpoint` leaves, {} without one."""
     file = folder / REPORT
-    return {site["name"]: site["error"] for site in json.loads(file.read_text())} if file.is_file() else {}
+    sites = json.loads(file.read_text()) if file.is_file() else []
+    return {site["name"]: site["error"] for site in sites if site["spec"] is not None}
