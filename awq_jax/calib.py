@@ -14,6 +14,7 @@ from jaxtyping import Int
 from jinja2 import TemplateError
 
 from awq_jax.formats.errors import InputError
+from awq_jax.formats.text import encode
 
 SHORTEST = 256
 """Tokens below which statistics would mean nothing."""
@@ -123,15 +124,13 @@ def hub_texts(name: str, tokenizer: Any) -> Iterator[str]:
 def cut(texts: Iterable[str], tokenizer: Any, samples: int, seq_len: int, source: str) -> Int[np.ndarray, "n t"]:
     """Windows of `seq_len` tokens, evenly spaced over all texts set end to end."""
     text = "\n".join(texts)
-    # verbose=False: a text may be longer than the model's context, its windows are not.
-    encode = lambda piece: tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
     chars = 10 * seq_len
     if len(text) > 2 * samples * chars:
         starts = np.linspace(0, len(text) - chars, samples).astype(int)
-        pieces = [encode(text[a : a + chars])[:seq_len] for a in starts]
+        pieces = [encode(tokenizer, text[a : a + chars])[:seq_len] for a in starts]
         if all(len(piece) == seq_len for piece in pieces):
             return np.array(pieces, np.int32)
-    tokens = np.array(encode(text), np.int32)
+    tokens = encode(tokenizer, text)
     if len(tokens) < SHORTEST:
         raise InputError(
             f"{source} gives {len(tokens)} tokens, calibration needs {SHORTEST} or more: give a longer text, or leave "

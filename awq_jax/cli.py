@@ -113,6 +113,7 @@ class Eval:
         import jax.numpy as jnp
 
         from awq_jax.evaluate import score, windows
+        from awq_jax.formats.files import read_text
         from awq_jax.load import load
 
         text = read_text(self.text)
@@ -260,15 +261,6 @@ def bar() -> Iterator[Callable[[str, int, int], None]]:
 def say(text: str) -> None:
     """Text as it is, whatever the width of the terminal."""
     console().print(text, markup=False, soft_wrap=True)
-
-
-def read_text(file: Path) -> str:
-    from awq_jax.formats.errors import InputError
-
-    try:
-        return file.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"{file} cannot be read ({e}): give a text file in UTF-8.") from e
 
 
 def main() -> None:

@@ -15,8 +15,10 @@ from jaxtyping import Array, Float, Int
 
 from awq_jax import models
 from awq_jax.formats import orbax
+from awq_jax.formats.chat import render
 from awq_jax.formats.checkpoint import Checkpoint, open_checkpoint
 from awq_jax.formats.errors import InputError
+from awq_jax.formats.text import decode, encode
 from awq_jax.machine import fast_dtype
 from awq_jax.models.generate import generate
 from awq_jax.tensor import prepare
@@ -67,18 +69,18 @@ class Model:
         text = prompt
         if chat:
             turn = [{"role": "user", "content": prompt}]
-            text = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        tokens = self.tokenizer(text, add_special_tokens=not chat).input_ids
+            (text,) = render(self.tokenizer, [turn], add_generation_prompt=True, names=["The prompt"])
+        tokens = encode(self.tokenizer, text, special=not chat)
         out = generate(
             self.config,
             self.params,
-            jnp.asarray([tokens], jnp.int32),
+            jnp.asarray(tokens[None]),
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             key=jax.random.key(seed),
             eos=self.eos,
         )
-        return self.tokenizer.decode(np.asarray(out)[0, len(tokens) :], skip_special_tokens=True).strip()
+        return decode(self.tokenizer, np.asarray(out)[0, len(tokens) :]).strip()
 
     def sample(self, samples: int, seq_len: int, seed: int = 0) -> Int[np.ndarray, "n t"]:
         """Text that the model writes by itself from its first token on: calibration data without any text."""
