@@ -241,7 +241,7 @@ def test_a_tokenizer_that_fails_is_one_line(capfd):
 
     fast = PreTrainedTokenizerFast(tokenizer_object=backend)
     assert encode(fast, "aa").tolist() == [0, 0]
-    with pytest.raises(InputError, match="tokenizer cannot encode the text .*: repair or"):
+    with pytest.raises(InputError, match=r"tokenizer cannot encode the text .*: repair or"):
         encode(fast, "\ud800")
     backend.decoder = decoders.ByteFallback()
     assert decode(PreTrainedTokenizerFast(tokenizer_object=backend), encode(fast, "a")) == "a"

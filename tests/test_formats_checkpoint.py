@@ -9,11 +9,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 from folders import hf_folder
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from awq_jax.formats import huggingface
+from awq_jax.formats import huggingface, shards
 from awq_jax.formats.checkpoint import open_checkpoint
 from awq_jax.formats.errors import InputError
+from awq_jax.formats.shards import open_shard
 
 DTYPES = ["float16", "float32", "float64", "int8", "uint8", "int32", "int64", "bool"]
 
@@ -215,3 +218,68 @@ def test_json_keeps_its_letters(tmp_path):
     huggingface.write_json(tmp_path / "a.json", {"chat": "naïve 日本"})
     assert "日本" in (tmp_path / "a.json").read_text("utf-8")
     assert huggingface.read_json(tmp_path / "a.json") == {"chat": "naïve 日本"}
+
+
+def shard_of(rng):
+    """The header and the data of a valid safetensors file of small tensors, in any order, empty ones among them."""
+    names = rng.permutation(["a", "b", "c.weight", "é"])[: rng.integers(1, 5)]
+    kinds = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "I32": 4, "BOOL": 1}
+    header, at = {}, 0
+    for name in map(str, names):
+        kind, shape = str(rng.choice(list(kinds))), rng.integers(0, 4, size=rng.integers(0, 3)).tolist()
+        end = at + kinds[kind] * int(np.prod(shape, dtype=int))
+        header[name], at = {"dtype": kind, "shape": shape, "data_offsets": [at, end]}, end
+    order = rng.permutation(list(header)).tolist()
+    return {name: header[name] for name in order}, bytes(at)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_headers_pass_exactly_if_the_library_passes_them(tmp_path, seed):
+    rng, file, passed = np.random.default_rng(seed), tmp_path / "model.safetensors", 0
+    for _ in range(150):
+        header, data = shard_of(rng)
+        entry = header[str(rng.choice(list(header)))]
+        at = rng.integers(0, 2)
+        match rng.integers(0, 6):
+            case 0:
+                entry["data_offsets"][at] += int(rng.choice([-4, -1, 1, 4, 2**62]))
+            case 1:
+                entry["shape"] = entry["shape"][::-1] + [1] * at
+            case 2:
+                entry["shape"] = [[2**63, 2], [-1], [1.0], ["1"], [[1]], None][rng.integers(6)]
+            case 3:
+                data = data[:-1] if at else data + b"\0"
+            case 4:
+                header["z"] = dict(entry)
+        text = bytearray(json.dumps(header, default=str).encode())
+        if rng.integers(0, 3) == 0:
+            text[rng.integers(len(text))] ^= 1 << rng.integers(8)
+        raw_shard(file, bytes(text), data)
+        try:
+            with safe_open(file, "np") as found:
+                expected = {name: found.get_slice(name) for name in found.keys()}  # noqa: SIM118
+                expected = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in expected.items()}
+        except Exception:
+            with pytest.raises(InputError, match="no safetensors file"):
+                open_shard(file)
+            continue
+        if all(kind in shards.DTYPES for _, kind in expected.values()):
+            found = open_shard(file)
+            assert {name: part.shape for name, part in found.items()} == {
+                n: shape for n, (shape, _) in expected.items()
+            }
+            assert {name: part.read().dtype for name, part in found.items()} == {
+                n: shards.DTYPES[kind] for n, (_, kind) in expected.items()
+            }
+            passed += 1
+    assert passed > 20
+
+
+def test_data_in_any_order_is_found(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.normal(size=(2, 3)).astype(dtype) for name, dtype in zip("dcba", DTYPES, strict=False)}
+    arrays["empty"] = np.zeros((0, 2), np.float32)
+    save_file(arrays, tmp_path / "model.safetensors")
+    found = open_shard(tmp_path / "model.safetensors")
+    for name, expected in load_file(tmp_path / "model.safetensors").items():
+        np.testing.assert_array_equal(found[name].read(), expected)

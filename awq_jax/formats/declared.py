@@ -10,7 +10,7 @@ from awq_jax.formats.errors import InputError
 from awq_jax.formats.files import children, inside, read_json
 
 FIELDS = {"quantization_config": None, "compression_config": "compressed-tensors", "quantization": "MLX"}
-"""Fields of config.json that say it -> the tool that writes no name of itself there."""
+"""Fields of config.json that say it -> the tool that writes no name of its own there."""
 FILES = {"quant_config.json": "awq", "quantize_config.json": "gptq", "hf_quant_config.json": "ModelOpt"}
 """Files beside config.json that say it where config.json does not -> the tool that writes them."""
 MARKS = {
@@ -32,8 +32,8 @@ def declaration(folder: Path, config: Mapping[str, Any]) -> tuple[str, dict[str,
       InputError: something else than fields stands where they should.
     """
     for key, tool in FIELDS.items():
-        if (found := config.get(key)) is not None:
-            return method(folder, found, tool if "quantization" not in config else FIELDS["quantization"]), found
+        if (found := config.get(key)) not in (None, {}):
+            return method(folder, found, "MLX" if "quantization" in config else tool), found
     for name, tool in FILES.items():
         if file := inside(folder, name):
             found = read_json(file)
@@ -47,8 +47,8 @@ def method(folder: Path, found: Any, tool: str | None) -> str:
         raise InputError(f"{folder}: its quantization_config is {found!r}: expected an object, or none if it is dense.")
     if name := found.get("quant_method") or found.get("method"):
         return str(name).lower()
-    marked = [tool for mark, tool in MARKS.items() if mark in found]
-    return next(iter([*marked, *([tool] if tool else [])]), f"a tool that is not known by its fields {sorted(found)}")
+    marked = next((tool for mark, tool in MARKS.items() if mark in found), tool)
+    return marked or f"a tool that is not known by its fields {sorted(found)}"
 
 
 def foreign(folder: Path, tool: str, found: Mapping[str, Any], layout: str = "") -> InputError:
@@ -57,8 +57,8 @@ def foreign(folder: Path, tool: str, found: Mapping[str, Any], layout: str = "")
     width = f" in {', '.join(map(str, bits))} bits" if bits else ""
     return InputError(
         f"{folder} is quantized already, by {tool}{width}{layout}: of quantized models only "
-        f"those of AutoAWQ (4 bits, gemm) and of awq_jax are read. Start from the dense model, or let {tool} make this "
-        "one dense."
+        f"those of AutoAWQ (4 bits, gemm) and of awq_jax are read. Start from the dense model, or let that tool make "
+        "this one dense."
     )
 
 
