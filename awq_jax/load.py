@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -14,11 +13,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from awq_jax import models
-from awq_jax.formats import orbax
+from awq_jax.agreement import check_params, check_tensors
 from awq_jax.formats.checkpoint import Checkpoint, open_checkpoint
 from awq_jax.formats.errors import InputError
 from awq_jax.machine import fast_dtype
 from awq_jax.models.generate import generate
+from awq_jax.models.inputs import check_tokens
 from awq_jax.tensor import prepare
 
 
@@ -31,15 +31,22 @@ class Model:
       config: its sizes.
       params: nested dict; kernels may be QuantizedTensors.
       tokenizer: a transformers tokenizer.
+      stops: tokens that end a text, beside the tokenizer's.
     """
 
     module: Any
     config: Any
     params: Any
     tokenizer: Any
+    stops: tuple[int, ...] = ()
 
     def hidden(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t h"]:
-        """What the last layer gives; one compiled program a shape, whatever the number of layers."""
+        """What the last layer gives; one compiled program a shape, whatever the number of layers.
+
+        Raises:
+          InputError: no tokens, more than the model was trained for, or some beyond its embedding.
+        """
+        check_tokens(self.config, tokens, "tokens")
         embed, block, _ = steps(self.module, self.config)
         h = embed(self.outer, tokens)
         for i in range(self.config.layers):
@@ -69,6 +76,7 @@ class Model:
             turn = [{"role": "user", "content": prompt}]
             text = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         tokens = self.tokenizer(text, add_special_tokens=not chat).input_ids
+        check_tokens(self.config, np.asarray(tokens), "the prompt")
         out = generate(
             self.config,
             self.params,
@@ -98,8 +106,10 @@ class Model:
         return np.asarray(out)[:, 1:]
 
     @property
-    def eos(self) -> Sequence[int]:
-        return () if self.tokenizer.eos_token_id is None else (int(self.tokenizer.eos_token_id),)
+    def eos(self) -> tuple[int, ...]:
+        """All tokens that end a text."""
+        own = self.tokenizer.eos_token_id
+        return tuple(dict.fromkeys(self.stops if own is None else (int(own), *self.stops)))
 
 
 @cache
@@ -113,13 +123,16 @@ def architecture(checkpoint: Checkpoint) -> tuple[Any, Any]:
     """The module of awq_jax.models that computes a checkpoint, and its Config.
 
     Raises:
-      InputError: no module does, or the checkpoint's config lacks a size.
+      InputError: no module does, a field of the checkpoint's config is missing or cannot be, or its tensors are not
+        those that the module reads.
     """
     try:
         module = models.for_config(checkpoint.config)
-        return module, module.Config.from_hf(checkpoint.config)
+        config = module.Config.from_hf(checkpoint.config)
     except ValueError as e:
         raise InputError(f"{checkpoint.path}: {e}") from e
+    check_tensors(checkpoint, module, config)
+    return module, config
 
 
 def load(path: str | Path, dtype: Any = None) -> Model:
@@ -129,19 +142,17 @@ def load(path: str | Path, dtype: Any = None) -> Model:
       dtype: of the activations; None for bfloat16 on GPUs and TPUs that multiply it faster, else float32.
 
     Raises:
-      InputError: a file that is missing or damaged; an architecture that is not supported.
+      InputError: a file that is missing or damaged; an architecture that is not supported; tensors that are not
+        those of the config.
 
     Example:
       >>> print(awq.load("smollm2-awq").generate("Why is the sky blue?"))
     """
     checkpoint = open_checkpoint(path)
     module, config = architecture(checkpoint)
-    if checkpoint.kind == "orbax":
-        parts, _ = orbax.load(checkpoint.path)
-        params = parts.pop("outer") | parts
-    else:
-        params = module.load(checkpoint.read, config)
-    params = jax.tree.map(jnp.asarray, params)
+    tokenizer = checkpoint.tokenizer()
+    params = checkpoint.params(module, config)
+    check_params(checkpoint.path, params, module, config)
     accelerated = jax.default_backend() in ("gpu", "tpu")
     config = replace(config, dtype=dtype or (fast_dtype() if accelerated else jnp.float32))
-    return Model(module, config, prepare(params) if accelerated else params, checkpoint.tokenizer())
+    return Model(module, config, prepare(params) if accelerated else params, tokenizer, checkpoint.stops)

@@ -45,7 +45,7 @@ def quantized_tensors(folder: Path, stored: Mapping[str, StoredTensor], spec: Qu
     """The tensors of an AutoAWQ folder under the names that the dense ones had: X.qweight and its two as X.weight.
 
     Raises:
-      InputError: one of the three is missing, or their shapes do not fit.
+      InputError: one of the three is missing, their shapes do not fit, or the dense tensor is there too.
     """
     parts = (".qweight", ".qzeros", ".scales")
     modules = [name.removesuffix(".qweight") for name in stored if name.endswith(".qweight")]
@@ -54,6 +54,10 @@ def quantized_tensors(folder: Path, stored: Mapping[str, StoredTensor], spec: Qu
     for module in modules:
         if missing := [module + part for part in parts if module + part not in stored]:
             raise InputError(f"{folder} has {module}.qweight but no {missing[0]}: download it again.")
+        if f"{module}.weight" in tensors:
+            raise InputError(
+                f"{folder} has {module} twice, as {module}.weight and quantized: remove the one that is not the model's."
+            )
         qweight, qzeros, scales = (stored[module + part] for part in parts)
         tensors[f"{module}.weight"] = quantized_tensor(f"{folder}: {module}", qweight, qzeros, scales, spec)
     return tensors
@@ -76,4 +80,4 @@ def quantized_tensor(
         steps = scales.read()
         return from_autoawq(qweight.read(), qzeros.read(), steps, spec.group_size, steps.dtype)
 
-    return StoredTensor((k, words * PER_WORD), qweight.nbytes + qzeros.nbytes + scales.nbytes, read)
+    return StoredTensor((k, words * PER_WORD), qweight.nbytes + qzeros.nbytes + scales.nbytes, read, quantized=True)

@@ -16,6 +16,7 @@ from flax.traverse_util import unflatten_dict
 
 from awq_jax.formats.errors import InputError
 from awq_jax.formats.huggingface import Source, read_json, write_about, write_json
+from awq_jax.formats.leaves import check_leaves
 from awq_jax.formats.written import written_whole
 from awq_jax.paths import named_leaves
 from awq_jax.tensor import QuantizedTensor, in_rows, is_quantized, static_fields, static_json
@@ -187,10 +188,13 @@ def read_metadata(folder: Path) -> dict[str, Any]:
 
 
 def rebuilt(path: str, node: Any, tensors: Mapping[str, Any]) -> Any:
-    """The inverse of what `Writer` does to params."""
+    """The inverse of what `Writer` does to params; ValueError where leaves do not fit each other."""
     if path in tensors:
-        found = tensors[path]
-        return QuantizedTensor(**{name: node.get(name) for name in LEAVES}, **static_fields(found))
+        if not isinstance(node, Mapping) or node.keys() - {*LEAVES}:
+            raise ValueError(f"{path} is no quantized weight, though {METADATA} says so")
+        w = QuantizedTensor(**{name: node.get(name) for name in LEAVES}, **static_fields(tensors[path]))
+        check_leaves(path, w)
+        return w
     if isinstance(node, Mapping):
         return {key: rebuilt(f"{path}/{key}", child, tensors) for key, child in node.items()}
     return node

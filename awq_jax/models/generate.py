@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from awq_jax.machine import free_memory
+from awq_jax.models.inputs import check_length, check_tokens
 from awq_jax.models.llama import Config, Llama, init_cache
 from awq_jax.tensor import is_quantized
 
@@ -44,7 +45,8 @@ def generate(
     the last token only.
 
     Raises:
-      ValueError: an argument out of range, or a temperature without a key.
+      ValueError: an argument out of range, tokens beyond the embedding, more tokens than positions, or a temperature
+        without a key.
     """
     if jnp.ndim(tokens) != 2 or jnp.shape(tokens)[1] < 1:
         raise ValueError(f"tokens have shape {jnp.shape(tokens)}: give [batch, length], length 1 or more.")
@@ -54,6 +56,9 @@ def generate(
         raise ValueError(f"temperature={temperature}: give 0 (greedy) or more.")
     if temperature > 0 and key is None:
         raise ValueError(f"temperature={temperature} samples and needs a key: pass key=jax.random.key(seed).")
+    check_tokens(config, tokens, "tokens")
+    # The last token is not read again.
+    check_length(config, jnp.shape(tokens)[1] + max_new_tokens - 1, f"max_new_tokens={max_new_tokens} after the prompt")
     return _generate(
         config,
         params,
