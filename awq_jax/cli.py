@@ -117,12 +117,15 @@ class Eval:
         from awq_jax.evaluate import score, windows
         from awq_jax.formats.files import read_text
         from awq_jax.load import load
+        from awq_jax.models.inputs import check_tokens
 
         text = read_text(self.text)
         # In one dtype everywhere, so that scores of two machines can be compared.
         model = load(self.model, jnp.float32)
         reference = load(self.dense, jnp.float32) if self.dense else None
         tokens = windows(text, model.tokenizer, self.windows, self.length, str(self.text))
+        for one in (model, reference or model):
+            check_tokens(one.config, tokens, f"{self.text} in windows of --length {self.length}")
         with bar() as progress:
             rows = {self.model: score(model, tokens, reference, lambda k, n: progress("window", k, n))}
             if reference is not None and self.dense is not None:

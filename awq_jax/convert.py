@@ -23,6 +23,7 @@ from awq_jax.formats.checkpoint import Checkpoint, open_checkpoint
 from awq_jax.formats.errors import InputError
 from awq_jax.formats.written import written_whole
 from awq_jax.load import architecture, load
+from awq_jax.models.inputs import check_length, check_tokens
 from awq_jax.paths import named_leaves
 from awq_jax.quantize import SiteReport
 from awq_jax.recipe import Recipe
@@ -108,12 +109,13 @@ def quantize_checkpoint(
     module, config = architecture(checkpoint)
     recipe.check_rules(module.matrix_shapes(config))
     check_fits(module, config, recipe, format)
-    check_weights(checkpoint, module, config)
+    check_length(config, seq_len, f"--seq-len {seq_len} (seq_len)")
     with written_whole(out, overwrite=overwrite) as scratch:
         tokenizer = checkpoint.tokenizer()
         progress("calibration text", 0, 1)
         own = lambda samples, seq_len: load(model).sample(samples, seq_len)
         tokens = calibration_tokens(calib, tokenizer, samples=samples, seq_len=seq_len, own=own)
+        check_tokens(config, tokens, "the calibration text")
         progress("calibration text", 1, 1)
         decoder = Decoder(module, config, widened(checkpoint.read) if recipe.fold else checkpoint.read)
         if average_bits is not None:
@@ -224,16 +226,6 @@ def named_failure(out: str | Path, f: Callable[..., None]) -> Callable[..., None
             raise OSError(f"{out} could not be written ({reason}){advice}.") from e
 
     return run
-
-
-def check_weights(checkpoint: Checkpoint, module: Any, config: Any) -> None:
-    """Refuse, before any work, a config that asks for other tensors than there are."""
-    for name, shape in module.stored_shapes(config).items():
-        if (found := checkpoint.shape(name)) != shape:
-            raise InputError(
-                f"{checkpoint.path}: {name} has shape {found}, the config asks for {shape}. Is config.json that of "
-                "these weights?"
-            )
 
 
 def check_fits(module: Any, config: Any, recipe: Recipe, format: Format) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -14,13 +14,15 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from awq_jax import models
-from awq_jax.formats import orbax
+from awq_jax.agreement import check_params, check_tensors
 from awq_jax.formats.chat import render
 from awq_jax.formats.checkpoint import Checkpoint, open_checkpoint
 from awq_jax.formats.errors import InputError
-from awq_jax.formats.text import decode, encode
+from awq_jax.formats.text import encode
 from awq_jax.machine import fast_dtype
-from awq_jax.models.generate import generate
+from awq_jax.models.generate import Speed, generate, stream
+from awq_jax.models.inputs import check_tokens
+from awq_jax.models.pieces import pieces
 from awq_jax.tensor import prepare
 
 
@@ -33,15 +35,22 @@ class Model:
       config: its sizes.
       params: nested dict; kernels may be QuantizedTensors.
       tokenizer: a transformers tokenizer.
+      stops: tokens that end a text, beside the tokenizer's.
     """
 
     module: Any
     config: Any
     params: Any
     tokenizer: Any
+    stops: tuple[int, ...] = ()
 
     def hidden(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t h"]:
-        """What the last layer gives; one compiled program a shape, whatever the number of layers."""
+        """What the last layer gives; one compiled program a shape, whatever the number of layers.
+
+        Raises:
+          InputError: no tokens, more than the model was trained for, or some beyond its embedding.
+        """
+        check_tokens(self.config, tokens, "tokens")
         embed, block, _ = steps(self.module, self.config)
         h = embed(self.outer, tokens)
         for i in range(self.config.layers):
@@ -61,33 +70,66 @@ class Model:
         """The params outside of the layers."""
         return {name: part for name, part in self.params.items() if not name.startswith("layers_")}
 
-    def generate(
-        self, prompt: str, *, max_new_tokens: int = 64, temperature: float = 0.0, chat: bool = True, seed: int = 0
-    ) -> str:
-        """The model's continuation of `prompt`, as an answer to a chat where the tokenizer has a template."""
+    def generate(self, prompt: str, **options: Any) -> str:
+        """What `stream` gives, as one text; takes the same arguments."""
+        return "".join(self.stream(prompt, **options))
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        chat: bool = True,
+        seed: int = 0,
+        speed: Speed | None = None,
+    ) -> Iterator[str]:
+        """The model's continuation of `prompt`, piece by piece; an answer to a chat where the tokenizer has a template.
+
+        Args:
+          max_new_tokens: tokens of the answer at most.
+          temperature: 0 takes the likeliest token.
+          top_p: sample from the fewest tokens whose probabilities reach it.
+          chat: False continues the prompt as it is.
+          seed: of the samples.
+          speed: `awq_jax.models.generate.Speed`, filled in with tokens and seconds.
+
+        Raises:
+          ValueError: a number out of range, or more tokens than the model has positions; at once.
+
+        Example:
+          >>> for piece in model.stream("Why is the sky blue?"):
+          ...     print(piece, end="", flush=True)
+        """
         chat = chat and bool(self.tokenizer.chat_template)
         text = prompt
         if chat:
-            turn = [{"role": "user", "content": prompt}]
-            (text,) = render(self.tokenizer, [turn], add_generation_prompt=True, names=["The prompt"])
-        tokens = encode(self.tokenizer, text, special=not chat)
-        out = generate(
+            (text,) = render(
+                self.tokenizer,
+                [[{"role": "user", "content": prompt}]],
+                add_generation_prompt=True,
+                names=["The prompt"],
+            )
+        tokens = stream(
             self.config,
             self.params,
-            jnp.asarray(tokens[None]),
+            encode(self.tokenizer, text, special=not chat),
             max_new_tokens=max_new_tokens,
             temperature=temperature,
+            top_p=top_p,
             key=jax.random.key(seed),
             eos=self.eos,
+            speed=speed,
         )
-        return decode(self.tokenizer, np.asarray(out)[0, len(tokens) :]).strip()
+        return pieces(self.tokenizer, tokens)
 
     def sample(self, samples: int, seq_len: int, seed: int = 0) -> Int[np.ndarray, "n t"]:
         """Text that the model writes by itself from its first token on: calibration data without any text."""
         ids = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
         start = next((i for i in ids if i is not None), None)
         if start is None:
-            raise InputError("--calib self: the tokenizer names no first token (bos or eos): give a text instead.")
+            raise InputError("calib='self': the tokenizer names no first token (bos or eos): give a text instead.")
         first = np.full((samples, 1), start, np.int32)
         out = generate(
             self.config,
@@ -100,8 +142,10 @@ class Model:
         return np.asarray(out)[:, 1:]
 
     @property
-    def eos(self) -> Sequence[int]:
-        return () if self.tokenizer.eos_token_id is None else (int(self.tokenizer.eos_token_id),)
+    def eos(self) -> tuple[int, ...]:
+        """All tokens that end a text."""
+        own = self.tokenizer.eos_token_id
+        return tuple(dict.fromkeys(self.stops if own is None else (int(own), *self.stops)))
 
 
 @cache
@@ -115,13 +159,16 @@ def architecture(checkpoint: Checkpoint) -> tuple[Any, Any]:
     """The module of awq_jax.models that computes a checkpoint, and its Config.
 
     Raises:
-      InputError: no module does, or the checkpoint's config lacks a size.
+      InputError: no module does, a field of the checkpoint's config is missing or cannot be, or its tensors are not
+        those that the module reads.
     """
     try:
         module = models.for_config(checkpoint.config)
-        return module, module.Config.from_hf(checkpoint.config)
+        config = module.Config.from_hf(checkpoint.config)
     except ValueError as e:
         raise InputError(f"{checkpoint.path}: {e}") from e
+    check_tensors(checkpoint, module, config)
+    return module, config
 
 
 def load(path: str | Path, dtype: Any = None) -> Model:
@@ -131,19 +178,17 @@ def load(path: str | Path, dtype: Any = None) -> Model:
       dtype: of the activations; None for bfloat16 on GPUs and TPUs that multiply it faster, else float32.
 
     Raises:
-      InputError: a file that is missing or damaged; an architecture that is not supported.
+      InputError: a file that is missing or damaged; an architecture that is not supported; tensors that are not
+        those of the config.
 
     Example:
       >>> print(awq.load("smollm2-awq").generate("Why is the sky blue?"))
     """
     checkpoint = open_checkpoint(path)
     module, config = architecture(checkpoint)
-    if checkpoint.kind == "orbax":
-        parts, _ = orbax.load(checkpoint.path)
-        params = parts.pop("outer") | parts
-    else:
-        params = module.load(checkpoint.read, config)
-    params = jax.tree.map(jnp.asarray, params)
+    tokenizer = checkpoint.tokenizer()
+    params = checkpoint.params(module, config)
+    check_params(checkpoint.path, params, module, config)
     accelerated = jax.default_backend() in ("gpu", "tpu")
     config = replace(config, dtype=dtype or (fast_dtype() if accelerated else jnp.float32))
-    return Model(module, config, prepare(params) if accelerated else params, checkpoint.tokenizer())
+    return Model(module, config, prepare(params) if accelerated else params, tokenizer, checkpoint.stops)

@@ -53,6 +53,9 @@ def score(
 
     Args:
       model, reference: awq_jax.load.Model, or anything with `logits(tokens)`.
+
+    Raises:
+      InputError: scores that are no numbers; says in which window and whose logits are to blame.
     """
     sums = np.zeros(3)
     for k, window in enumerate(tokens):
@@ -60,13 +63,30 @@ def score(
         batch = jnp.asarray(window[None])
         logits = model.logits(batch)
         against = logits if reference is None else reference.logits(batch)
-        sums += np.array([float(x) for x in compare(logits, against, batch)])
+        found = np.array([float(x) for x in compare(logits, against, batch)])
+        if not np.isfinite(found).all():
+            raise InputError(blame(k, logits, against))
+        sums += found
     progress(len(tokens), len(tokens))
     count, predicted = tokens.size, tokens.size - len(tokens)
-    perplexity = float(np.exp(sums[0] / predicted))
+    with np.errstate(over="ignore"):
+        perplexity = float(np.exp(sums[0] / predicted))
+    if not np.isfinite(perplexity):
+        raise InputError(f"{sums[0] / predicted:g} nats a token: no perplexity can be told. The weights are damaged.")
     if reference is None:
         return Score(perplexity, tokens=predicted)
     return Score(perplexity, float(sums[1] / count), float(sums[2] / count), predicted)
+
+
+def blame(window: int, logits: Float[Array, "b t v"], reference: Float[Array, "b t v"]) -> str:
+    """Why the scores of a window are no numbers."""
+    sides = {"the model's": logits} if reference is logits else {"the dense model's": reference, "the model's": logits}
+    odd = {whose: int((~jnp.isfinite(x)).sum()) for whose, x in sides.items()}
+    told = [f"{n} of {logits.size} of {whose} logits" for whose, n in odd.items() if n]
+    return (
+        f"window {window}: {' and '.join(told) or 'the scores'} are NaN or infinite. The weights are damaged, or too large "
+        "for the dtype that is computed in."
+    )
 
 
 @jax.jit

@@ -77,7 +77,7 @@ def quantized_tensors(folder: Path, stored: Mapping[str, StoredTensor], spec: Qu
     """The tensors of an AutoAWQ folder under the names that the dense ones had: X.qweight and its two as X.weight.
 
     Raises:
-      InputError: one of the three is missing, or their shapes do not fit.
+      InputError: one of the three is missing, their shapes do not fit, or the dense tensor is there too.
     """
     parts = (".qweight", ".qzeros", ".scales")
     modules = [name.removesuffix(".qweight") for name in stored if name.endswith(".qweight")]
@@ -87,6 +87,10 @@ def quantized_tensors(folder: Path, stored: Mapping[str, StoredTensor], spec: Qu
         needed = [part for part in parts if not (part == ".qzeros" and spec.symmetric)]
         if missing := [module + part for part in needed if module + part not in stored]:
             raise InputError(f"{folder} has {module}.qweight but no {missing[0]}: download it again.")
+        if f"{module}.weight" in tensors:
+            raise InputError(
+                f"{folder} has {module} twice, as {module}.weight and quantized: remove the one that is not the model's."
+            )
         qweight, qzeros, scales = (stored.get(module + part) for part in parts)
         tensors[f"{module}.weight"] = quantized_tensor(f"{folder}: {module}", qweight, qzeros, scales, spec)
     return tensors
@@ -112,4 +116,5 @@ def quantized_tensor(
         with reading(f"{where} cannot be read"):
             return from_autoawq(**arrays, group_size=spec.group_size, dtype=arrays["scales"].dtype)
 
-    return StoredTensor((k, words * PER_WORD), sum(part.nbytes for part in parts.values()), read)
+    nbytes = sum(part.nbytes for part in parts.values())
+    return StoredTensor((k, words * PER_WORD), nbytes, read, quantized=True)

@@ -111,8 +111,7 @@ class Checkpoint:
         """The files to copy beside a model that is written; made on first use for GGUF, and kept as long as this is."""
         if self.kind != "gguf":
             return huggingface.tokenizer_files(self.path)
-        folder = Path(tempfile.mkdtemp(prefix="awq_jax_tokenizer_"))
-        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        folder = self._made
         self.tokenizer().save_pretrained(folder)
         # transformers 5 names a class here that version 4, which servers still use, does not have.
         config = huggingface.read_json(folder / "tokenizer_config.json")
@@ -122,9 +121,35 @@ class Checkpoint:
 
     @property
     def companions(self) -> list[Path]:
-        """tokenizer_files and generation_config.json if there is one."""
-        generation = None if self.kind == "gguf" else inside(self.path, huggingface.GENERATION_CONFIG)
-        return self.tokenizer_files + ([generation] if generation else [])
+        """tokenizer_files and generation_config.json, made of what is known where there is none."""
+        return self.tokenizer_files + ([self._generation] if self._generation else [])
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """The tokens that end a text: those of generation_config.json and of config.json.
+
+        Raises:
+          InputError: something else than tokens stands there.
+        """
+        file = self._generation
+        found = huggingface.stops(file, huggingface.read_json(file)) if file else []
+        return tuple(dict.fromkeys((*found, *huggingface.stops(self.path, self.config))))
+
+    @cached_property
+    def _generation(self) -> Path | None:
+        known = {key: self.config[key] for key in huggingface.SPECIAL if self.config.get(key) is not None}
+        file = None if self.kind == "gguf" else inside(self.path, huggingface.GENERATION_CONFIG)
+        if file is None and known:
+            file = self._made / huggingface.GENERATION_CONFIG
+            huggingface.write_json(file, known)
+        return file
+
+    @cached_property
+    def _made(self) -> Path:
+        """A folder for files that the model lacks, there as long as this is."""
+        folder = Path(tempfile.mkdtemp(prefix="awq_jax_made_"))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        return folder
 
     def _find(self, name: str) -> StoredTensor:
         if name in self.tensors:
@@ -168,6 +193,11 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
 
 
 def open_folder(folder: Path) -> Checkpoint:
+    if adapters := [name for name in huggingface.ADAPTER_FILES if inside(folder, name)]:
+        raise InputError(
+            f"{folder} holds a PEFT adapter ({adapters[0]}), which is not applied here: save what merge_and_unload() gives, "
+            "or give a folder without the adapter."
+        )
     config = huggingface.read_config(folder)
     load_tokenizer = lambda: huggingface.load_tokenizer(folder)
     if orbax.is_own(folder):

@@ -36,6 +36,9 @@ LAYER_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 ROPE_FACTORS = "rope_freqs.weight"
+END_KEYS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
+END_NAMES = {"<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<EOT>"}
+"""Tokens that llama.cpp takes for an end whatever the metadata says (src/llama-vocab.cpp, special_eog_ids)."""
 ELSEWHERE = "Take the model's safetensors from its Hugging Face repository instead."
 AT_ONCE = 1 << 20
 
@@ -183,10 +186,17 @@ def llama_config(file: Path, header: Header) -> dict[str, Any]:
         "tie_word_embeddings": "output.weight" not in entries,
         "vocab_size": entries["token_embd.weight"].shape[0],
         "bos_token_id": m.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": m.get("tokenizer.ggml.eos_token_id"),
+        "eos_token_id": ends(m),
         "pad_token_id": m.get("tokenizer.ggml.padding_token_id"),
         "torch_dtype": "float32",
     }
+
+
+def ends(m: Mapping[str, Any]) -> Any:
+    """The token that ends a text, a list where there are several, None where there is none."""
+    named = [i for i, token in enumerate(m.get("tokenizer.ggml.tokens", ())) if token in END_NAMES]
+    found = list(dict.fromkeys([*(m[key] for key in END_KEYS if m.get(key) is not None), *named]))
+    return found if len(found) > 1 else next(iter(found), None)
 
 
 def dequantize_factors(file: Path, entry: Entry) -> Float[np.ndarray, " half"]:
@@ -202,6 +212,9 @@ def rope_scaling(
     llama.cpp keeps the outcome of Llama 3's rule, a factor a frequency, and drops the rule's four numbers. Three of
     them are the same in every release, the fourth is the largest factor; what they give is compared with the file.
     """
+    kind = field(file, m, "llama.rope.scaling.type", "linear" if "llama.rope.scale_linear" in m else "none")
+    if factors is not None and kind != "none":
+        raise InputError(f"{file} has {ROPE_FACTORS} and llama.rope.scaling.type {kind!r}: not read. {ELSEWHERE}")
     if factors is not None:
         rule = {
             "rope_type": "llama3",
@@ -213,7 +226,6 @@ def rope_scaling(
         if not np.allclose(llama3_factors(rule, theta, head_dim), factors, rtol=1e-4):
             raise InputError(f"{file}: {ROPE_FACTORS} is not what Llama 3's rule gives. {ELSEWHERE}")
         return rule
-    kind = field(file, m, "llama.rope.scaling.type", "linear" if "llama.rope.scale_linear" in m else "none")
     if kind == "none":
         return None
     if kind != "linear":

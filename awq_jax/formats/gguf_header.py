@@ -45,8 +45,8 @@ def read_header(file: Path) -> Header:
     """The header of a GGUF file, version 2 or 3, little-endian.
 
     Raises:
-      InputError: not a GGUF file, a version or byte order that is not read, cut short, damaged, or a tensor in a type
-        that the gguf package does not know.
+      InputError: not a GGUF file, a version or byte order that is not read, cut short, damaged, tensors that do not
+        follow one another without gaps as llama.cpp asks, or one in a type that the gguf package does not know.
     """
     if file.stat().st_size < 24:
         raise InputError(f"{file} has {file.stat().st_size} bytes: that is no GGUF file, {AGAIN}.")
@@ -61,13 +61,20 @@ def read_header(file: Path) -> Header:
             tensors, pairs = cursor.scalar("Q"), cursor.scalar("Q")
             metadata = {cursor.string(): cursor.value(cursor.scalar("I")) for _ in range(pairs)}
             table = {cursor.string(): tensor_info(cursor) for _ in range(tensors)}
-            start = aligned(cursor.at, metadata.get("general.alignment", DEFAULT_ALIGNMENT))
+            alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+            start = end = aligned(cursor.at, alignment)
         except (struct.error, ValueError, OverflowError, MemoryError, RecursionError) as e:
             raise InputError(f"{file}: the header is cut short or damaged ({e}): {AGAIN}.") from e
         if len(metadata) < pairs or len(table) < tensors:
             raise InputError(f"{file}: the header is damaged, it names something twice: {AGAIN}.")
         entries = {name: entry(file, name, start, *info) for name, info in table.items()}
         for name, e in entries.items():
+            if e.offset != end:
+                raise InputError(
+                    f"{file}: {name} starts at byte {e.offset}, where the tensors before it end the next would start at "
+                    f"{end}: the file is damaged, {AGAIN}."
+                )
+            end = aligned(e.offset + e.nbytes, alignment)
             if e.offset + e.nbytes > len(data):
                 raise InputError(
                     f"{file} is cut short: {name} ends at byte {e.offset + e.nbytes} and the file has {len(data)}: "

@@ -28,6 +28,9 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 GENERATION_CONFIG = "generation_config.json"
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""What generation_config.json says of tokens, under the names that config.json has for them."""
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
 class Source(Protocol):
@@ -85,6 +88,19 @@ def write_about(folder: Path, source: Source, **changes: Any) -> None:
     for file in source.companions:
         shutil.copyfile(file, folder / file.name)
     write_json(folder / "config.json", {**source.config, **changes})
+
+
+def stops(where: Path, found: Mapping[str, Any]) -> list[int]:
+    """The tokens that end a text by a config.json or generation_config.json, which has one, several or none.
+
+    Raises:
+      InputError: something else than tokens stands there.
+    """
+    ids = found.get("eos_token_id")
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    if odd := [i for i in ids if not isinstance(i, int) or isinstance(i, bool) or i < 0]:
+        raise InputError(f"{where}: eos_token_id holds {odd[0]!r}: expected the number of a token, or several.")
+    return ids
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

@@ -17,6 +17,7 @@ from flax.traverse_util import unflatten_dict
 from awq_jax.formats.errors import InputError, reading
 from awq_jax.formats.files import inside, read_json
 from awq_jax.formats.huggingface import Source, write_about, write_json
+from awq_jax.formats.leaves import check_leaves
 from awq_jax.formats.written import written_whole
 from awq_jax.paths import named_leaves
 from awq_jax.tensor import QuantizedTensor, in_rows, is_quantized, static_fields, static_json
@@ -198,10 +199,13 @@ def is_name(part: Any) -> bool:
 
 
 def rebuilt(path: str, node: Any, tensors: Mapping[str, Any]) -> Any:
-    """The inverse of what `Writer` does to params."""
+    """The inverse of what `Writer` does to params; ValueError where leaves do not fit each other."""
     if path in tensors:
-        found = tensors[path]
-        return QuantizedTensor(**{name: node.get(name) for name in LEAVES}, **static_fields(found))
+        if not isinstance(node, Mapping) or node.keys() - {*LEAVES}:
+            raise ValueError(f"{path} is no quantized weight, though {METADATA} says so")
+        w = QuantizedTensor(**{name: node.get(name) for name in LEAVES}, **static_fields(tensors[path]))
+        check_leaves(path, w)
+        return w
     if isinstance(node, Mapping):
         return {key: rebuilt(f"{path}/{key}", child, tensors) for key, child in node.items()}
     return node

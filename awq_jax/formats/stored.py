@@ -14,6 +14,7 @@ class StoredTensor:
     Args:
       shape: of what `read` gives.
       nbytes: what it takes in the file.
+      quantized: `read` gives a QuantizedTensor, [in, out] where an array would be [out, in].
       read: the tensor, mapped from the file or converted from it: a numpy array or a QuantizedTensor of them. Each
         call reads anew.
     """
@@ -21,3 +22,4 @@ class StoredTensor:
     shape: tuple[int, ...]
     nbytes: int
     read: Callable[[], Any]
+    quantized: bool = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,14 +28,14 @@ def encode(tokenizer: Any, text: str, *, special: bool = False) -> Int32[np.ndar
         return np.array(tokenizer(text, add_special_tokens=special, verbose=False).input_ids, np.int32)
 
 
-def decode(tokenizer: Any, tokens: Int32[np.ndarray, " n"]) -> str:
-    """The text of tokens, without the special ones.
+def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """The text of tokens, without the special ones, spaces as they are.
 
     Raises:
       InputError: the tokenizer fails.
     """
     with reading("The model's tokenizer cannot decode the answer", REMEDY), panics_unprinted():
-        return tokenizer.decode(tokens, skip_special_tokens=True)
+        return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 @contextmanager

@@ -35,15 +35,22 @@ WHOLE_WORDS_FIRST = {"llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", 
 """Splits whose tokenizers take a word that is in the vocabulary as it is, before any merge."""
 
 BOS_BY_DEFAULT = {"llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral"}
+DEFAULT = (
+    r"[\p{P}\$\+<=>\^~\|]+",
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
+    r"\p{N}+",
+    r"[0-9][0-9][0-9]",
+)
 REGEX_SPLITS = {
     **dict.fromkeys(
-        ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "dbrx", "smaug-bpe"), LLAMA3
+        ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "dbrx", "smaug-bpe"), (LLAMA3,)
     ),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2"), QWEN2),
-    "tekken": TEKKEN,
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2"), (QWEN2,)),
+    "tekken": (TEKKEN,),
+    "default": DEFAULT,
 }
 DIGIT_SPLITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
-GPT2_SPLITS = {"default", "gpt-2", "olmo", "mpt"}
+GPT2_SPLITS = {"gpt-2", "olmo", "mpt"}
 
 
 def gguf_tokenizer(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
@@ -91,7 +98,12 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
 
 def byte_level(metadata: Mapping[str, Any]) -> Tokenizer:
     """Byte-level BPE, as GPT-2's."""
-    pre = metadata.get("tokenizer.ggml.pre", "default")
+    pre = metadata.get("tokenizer.ggml.pre")
+    if pre is None:
+        raise InputError(
+            "The GGUF file does not say how text is split (tokenizer.ggml.pre), so its tokens would be wrong: add the "
+            "name, gguf-new-metadata --pre-tokenizer llama-bpe OLD NEW say, or convert the model with a newer llama.cpp."
+        )
     tokenizer = Tokenizer(
         BPE(
             vocab={t: i for i, t in enumerate(metadata["tokenizer.ggml.tokens"])},
@@ -113,8 +125,8 @@ def splitter(pre: str) -> pre_tokenizers.PreTokenizer:
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
     if pre in REGEX_SPLITS:
-        cut = pre_tokenizers.Split(Regex(REGEX_SPLITS[pre]), behavior="isolated")
-        return pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        cuts = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in REGEX_SPLITS[pre]]
+        return pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     raise InputError(
         f"The GGUF file's tokenizer.ggml.pre is {pre!r}; known are "
         f"{sorted(GPT2_SPLITS | DIGIT_SPLITS | REGEX_SPLITS.keys())}: take a folder that holds the model's "

@@ -1,11 +1,13 @@
 """Decoders in flax.linen, one file an architecture.
 
 Each module offers Config (with from_hf), the linen module, embed / block / head to run it layer by layer,
-init_cache, LAYER_NAMES and OUTER_NAMES (Hugging Face names) and load / layer_params / outer_params.
+init_cache, LAYER_NAMES, OUTER_NAMES and IGNORED (Hugging Face names), load / layer_params / outer_params,
+param_shapes / stored_shapes / matrix_shapes, and fused (what servers make one matrix of).
 """
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
@@ -20,7 +22,9 @@ def for_config(hf_config: Mapping[str, Any]) -> ModuleType:
       ValueError: no module does.
     """
     modules = (llama,)
-    found = list(hf_config.get("architectures") or [])
+    found = hf_config.get("architectures") or []
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise ValueError(f"architectures={reprlib.repr(found)}: expected a list of names.")
     for module in modules:
         if any(module.accepts(hf_config, name) for name in found):
             return module

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools as ft
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from awq_jax.linen import QuantizedDense, projections
+from awq_jax.models.fields import flag, mapping, real, whole
 from awq_jax.tensor import QuantizedTensor, dot, is_quantized
 
 Params = Mapping[str, Any]
@@ -55,6 +56,15 @@ OUTER_NAMES: dict[tuple[str, ...], str] = {
 }
 """Path in the params outside of the layers -> Hugging Face name."""
 
+FUSED: dict[str, tuple[tuple[str, ...], ...]] = {
+    "self_attn.qkv_proj": (("attn", "q", "kernel"), ("attn", "k", "kernel"), ("attn", "v", "kernel")),
+    "mlp.gate_up_proj": (("mlp", "gate", "kernel"), ("mlp", "up", "kernel")),
+}
+"""What servers call the one matrix that they make of several -> the paths of these in a layer's params."""
+
+IGNORED = r"rotary_emb\.inv_freq$"
+"""Names of tensors that are computed anew instead of read; old checkpoints hold them."""
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -74,28 +84,25 @@ class Rope:
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> Rope:
         """Of a config.json: rope_theta and rope_scaling (transformers 4) or rope_parameters (5)."""
-        found = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+        found = mapping(hf, "rope_scaling") or mapping(hf, "rope_parameters")
         kind = found.get("rope_type", found.get("type", "default"))
         if kind not in ("default", "linear", "llama3"):
             raise ValueError(f"rope type {kind!r}: this model knows 'default', 'linear' and 'llama3'.")
         rotated = found.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
         if rotated not in (None, 1, 1.0):
             raise ValueError(f"partial_rotary_factor={rotated}: this model rotates whole heads only.")
-        theta = float(found.get("rope_theta", hf.get("rope_theta", cls.theta)))
+        theta = real(found if "rope_theta" in found else hf, "rope_theta", cls.theta)
         if kind == "default":
             return cls(theta=theta)
         where = f"the {kind} rope parameters"
-        factor = float(_needed(found, "factor", where))
+        factor = real(found, "factor", where=where)
         if kind == "linear":
             return cls(kind, theta, factor)
-        return cls(
-            kind,
-            theta,
-            factor,
-            float(_needed(found, "low_freq_factor", where)),
-            float(_needed(found, "high_freq_factor", where)),
-            found.get("original_max_position_embeddings") or _needed(hf, "max_position_embeddings", "the config"),
-        )
+        low, high = (real(found, f"{end}_freq_factor", where=where) for end in ("low", "high"))
+        if low >= high:
+            raise ValueError(f"{where} have low_freq_factor={low} and high_freq_factor={high}: expected low < high.")
+        original = whole(found, "original_max_position_embeddings", None, where)
+        return cls(kind, theta, factor, low, high, original or whole(hf, "max_position_embeddings"))
 
     def frequencies(self, head_dim: int) -> Float[np.ndarray, " half"]:
         """Radians a position, computed in float32 as transformers does."""
@@ -114,6 +121,8 @@ class Rope:
 class Config:
     """Sizes and options of a Llama; `dtype` is what the embeddings are cast to and so what all is computed in.
 
+    `positions` are those that it was trained for, None where that is not known.
+
     Raises:
       ValueError: sizes that do not fit together.
     """
@@ -131,6 +140,7 @@ class Config:
     mlp_bias: bool = False
     rope: Rope = field(default_factory=Rope)
     dtype: Any = jnp.float32
+    positions: int | None = None
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -143,25 +153,32 @@ class Config:
         """The Config of a config.json of transformers 4 or 5, with transformers' defaults for what it leaves out.
 
         Raises:
-          ValueError: a size is missing, or hidden_act or the rope type is not one that this model computes.
+          ValueError: a field is missing, of another type or out of range, or hidden_act or the rope type is not one
+            that this model computes.
         """
         if (act := hf.get("hidden_act", "silu")) != "silu":
             raise ValueError(f"hidden_act={act!r}: this model computes 'silu' only.")
-        width, heads = (_needed(hf, k, "the config") for k in ("hidden_size", "num_attention_heads"))
+        width, heads = whole(hf, "hidden_size"), whole(hf, "num_attention_heads")
+        head_dim = whole(hf, "head_dim", None)
+        if head_dim is None and width % heads:
+            raise ValueError(f"hidden_size={width} does not divide by num_attention_heads={heads}.")
+        rope, positions = Rope.from_hf(hf), whole(hf, "max_position_embeddings", None)
         return cls(
-            vocab=_needed(hf, "vocab_size", "the config"),
+            vocab=whole(hf, "vocab_size"),
             width=width,
-            mlp_width=_needed(hf, "intermediate_size", "the config"),
-            layers=_needed(hf, "num_hidden_layers", "the config"),
+            mlp_width=whole(hf, "intermediate_size"),
+            layers=whole(hf, "num_hidden_layers"),
             heads=heads,
-            kv_heads=hf.get("num_key_value_heads") or heads,
-            head_dim=hf.get("head_dim") or width // heads,
-            norm_eps=float(hf.get("rms_norm_eps", cls.norm_eps)),
-            tied=bool(hf.get("tie_word_embeddings", cls.tied)),
-            attention_bias=bool(hf.get("attention_bias", cls.attention_bias)),
-            mlp_bias=bool(hf.get("mlp_bias", cls.mlp_bias)),
-            rope=Rope.from_hf(hf),
+            kv_heads=whole(hf, "num_key_value_heads", None) or heads,
+            head_dim=head_dim or width // heads,
+            norm_eps=real(hf, "rms_norm_eps", cls.norm_eps),
+            tied=flag(hf, "tie_word_embeddings", cls.tied),
+            attention_bias=flag(hf, "attention_bias", cls.attention_bias),
+            mlp_bias=flag(hf, "mlp_bias", cls.mlp_bias),
+            rope=rope,
             dtype=dtype,
+            # Configs give the length before linear scaling; as vLLM counts.
+            positions=int(positions * rope.factor) if positions and rope.kind == "linear" else positions,
         )
 
 
@@ -398,19 +415,38 @@ def to_names(part: str, params: Params) -> dict[str, Any]:
     return {prefix + names[path]: turn(path, w) for path, w in flat.items()}
 
 
+def param_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """The shape of every param by its path, "layers_0/attn/q/kernel"."""
+    return {"/".join(path): shape for path, _, shape in _shapes_of_all(config)}
+
+
 def stored_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor that `load` reads, by Hugging Face name; of matrices [out, in]."""
-    named = [(OUTER_NAMES[path], path, shape) for path, shape in _outer_shapes(config).items()]
-    for i in range(config.layers):
-        layer = _layer_shapes(config).items()
-        named += [(f"model.layers.{i}.{LAYER_NAMES[path]}", path, shape) for path, shape in layer]
-    return {name: shape[::-1] if path[-1] == "kernel" else shape for name, path, shape in named}
+    return {name: shape[::-1] if path[-1] == "kernel" else shape for path, name, shape in _shapes_of_all(config)}
 
 
 def matrix_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """[in, out] of every matrix in a layer by its path, "layers_0/attn/q/kernel"."""
     shapes = {"/".join(path): shape for path, shape in _layer_shapes(config).items() if path[-1] == "kernel"}
     return {f"{_layer(i)}/{path}": shape for i in range(config.layers) for path, shape in shapes.items()}
+
+
+def fused(config: Config) -> dict[str, tuple[str, ...]]:
+    """The Hugging Face name of every matrix that servers make of several -> the paths of these."""
+    return {
+        f"model.layers.{i}.{name}": tuple("/".join((_layer(i), *path)) for path in paths)
+        for i in range(config.layers)
+        for name, paths in FUSED.items()
+    }
+
+
+def _shapes_of_all(config: Config) -> Iterator[tuple[tuple[str, ...], str, tuple[int, ...]]]:
+    """Path, Hugging Face name and shape of every param."""
+    for path, shape in _outer_shapes(config).items():
+        yield path, OUTER_NAMES[path], shape
+    for i in range(config.layers):
+        for path, shape in _layer_shapes(config).items():
+            yield (_layer(i), *path), f"model.layers.{i}.{LAYER_NAMES[path]}", shape
 
 
 def _read_all(read: Read, names: Mapping[tuple, str], shapes: Mapping[tuple, tuple]) -> dict[str, Any]:
@@ -460,9 +496,3 @@ def _angles(config: Config, t: int, position: Any) -> Float[Array, "t half"]:
 
 def _layer(i: int) -> str:
     return f"layers_{i}"
-
-
-def _needed(found: Mapping[str, Any], key: str, where: str) -> Any:
-    if found.get(key) is None:
-        raise ValueError(f"{where} lacks {key!r}; it has {sorted(found)}.")
-    return found[key]

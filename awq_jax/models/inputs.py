@@ -1,0 +1,41 @@
+"""Tokens that a model can take: refused before any work, as beyond the embedding a gather gives NaN in silence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Int
+
+from awq_jax.formats.errors import InputError
+
+
+def check_length(config: Any, length: int, what: str) -> None:
+    """Refuse more positions than the model was trained for.
+
+    Args:
+      config: of awq_jax.models.
+      what: what has the length; starts the message.
+    """
+    if config.positions is not None and length > config.positions:
+        raise InputError(
+            f"{what}: {length} tokens, and the model was trained for {config.positions} positions "
+            f"(max_position_embeddings): give {config.positions} or fewer."
+        )
+
+
+def check_tokens(config: Any, tokens: Int[Array, "*b t"], what: str) -> None:
+    """Refuse no tokens, too many, and any without a row in the embedding; of traced ones only the number is known."""
+    length = np.shape(tokens)[-1]
+    if np.size(tokens) == 0:
+        raise InputError(f"{what} gives no token: give a text that is not empty.")
+    check_length(config, length, what)
+    if isinstance(tokens, jax.core.Tracer):
+        return
+    ids = np.asarray(tokens)
+    if (odd := ids[(ids < 0) | (ids >= config.vocab)]).size:
+        raise InputError(
+            f"{what}: token {odd[0]} is none of the embedding's {config.vocab} rows. The tokenizer has more tokens than "
+            "the model: take the model's own, or resize the embedding (resize_token_embeddings in transformers)."
+        )
