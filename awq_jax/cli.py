@@ -50,7 +50,8 @@ class Quantize:
     seq_len: int = 512
     """Tokens a calibration sequence."""
     skip: tuple[str, ...] = ()
-    """Regular expressions of param paths that stay dense, such as mlp/down."""
+    """Regular expressions of param paths that stay dense, such as mlp/down; in awq files all of q, k, v or none, and
+    of gate, up."""
     symmetric: bool = False
     """The zero point is the middle code."""
     feed: Literal["dense", "quantized"] = "dense"
@@ -80,6 +81,8 @@ class Quantize:
                 progress=progress,
             )
         console().print(sites_table(done.sites), summary(done.before, done.half, done.after, done.seconds))
+        for note in done.notes:
+            say(note)
         where = shlex.quote(str(done.path))
         say(f"Wrote {done.path}. Try: awq-jax generate {where} 'Why is the sky blue?'")
 

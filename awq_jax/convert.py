@@ -22,6 +22,7 @@ from awq_jax.formats import autoawq, orbax
 from awq_jax.formats.checkpoint import Checkpoint, open_checkpoint
 from awq_jax.formats.errors import InputError
 from awq_jax.formats.written import written_whole
+from awq_jax.fused import Fused, left_whole, skip_whole, told
 from awq_jax.load import architecture, load
 from awq_jax.models.inputs import check_length, check_tokens
 from awq_jax.paths import named_leaves
@@ -41,7 +42,7 @@ SURVEYED = 512
 
 @dataclass(frozen=True)
 class Converted:
-    """Where the quantized model is, its size in bytes, each site's error, seconds by stage.
+    """Where the quantized model is, its size in bytes, each site's error, seconds by stage, and what else to tell.
 
     Sizes are those of the source as stored, of its tensors in 16 bits, and of all files of the quantized model.
     """
@@ -52,6 +53,7 @@ class Converted:
     after: int
     sites: tuple[SiteReport, ...]
     seconds: dict[str, float]
+    notes: tuple[str, ...] = ()
 
 
 def quantize_checkpoint(
@@ -74,7 +76,8 @@ def quantize_checkpoint(
     Args:
       model: Hugging Face folder or hub id, or a GGUF file.
       out: a new or empty folder.
-      recipe: None for 4 bits in groups of 128; `fold` and `input_scales` follow from the format.
+      recipe: None for 4 bits in groups of 128; `fold` and `input_scales` follow from the format. In an AutoAWQ folder
+        a rule that skips one of q, k, v or of gate, up skips the others too.
       format: "awq" (AutoAWQ, for vLLM, SGLang, transformers) or "orbax" (ours: a scale for each site).
       calib: see `calibration_tokens`.
       samples, seq_len: calibration sequences and their tokens.
@@ -108,6 +111,8 @@ def quantize_checkpoint(
         raise InputError(f"{model} is quantized already: start from the dense model.")
     module, config = architecture(checkpoint)
     recipe.check_rules(module.matrix_shapes(config))
+    fused = module.fused(config) if format == "awq" else {}
+    recipe, with_skipped = skip_whole(recipe, fused)
     check_fits(module, config, recipe, format)
     check_length(config, seq_len, f"--seq-len {seq_len} (seq_len)")
     with written_whole(out, overwrite=overwrite) as scratch:
@@ -120,7 +125,7 @@ def quantize_checkpoint(
         decoder = Decoder(module, config, widened(checkpoint.read) if recipe.fold else checkpoint.read)
         if average_bits is not None:
             recipe = with_bits(recipe, allocate(survey(decoder, tokens, recipe, progress), average_bits))
-        write, finish = (named_failure(out, f) for f in writer(format, scratch, checkpoint, module, recipe))
+        write, finish = (named_failure(out, f) for f in writer(format, scratch, checkpoint, module, recipe, fused))
         if distill:
             parts: dict[str, Any] = {}
             done = stream(decoder, tokens, recipe, parts.__setitem__, feed=feed, progress=progress)
@@ -134,10 +139,11 @@ def quantize_checkpoint(
         else:
             done = stream(decoder, tokens, recipe, write, feed=feed, progress=progress)
         finish()
+        done = replace(done, reports=(*done.reports, *with_skipped))
         (scratch / REPORT).write_text(json.dumps([asdict(site) for site in done.reports], indent=1))
         after = sum(f.stat().st_size for f in scratch.rglob("*") if f.is_file())
     half = sum(2 * math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
-    return Converted(Path(out), checkpoint.nbytes, half, after, done.reports, done.seconds)
+    return Converted(Path(out), checkpoint.nbytes, half, after, done.reports, done.seconds, told(with_skipped))
 
 
 def survey(decoder: Decoder, tokens: Any, recipe: Recipe, progress: Callable[[str, int, int], None]) -> list[Offer]:
@@ -175,7 +181,7 @@ def widened(read: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def writer(
-    format: Format, folder: Path, checkpoint: Checkpoint, module: Any, recipe: Recipe
+    format: Format, folder: Path, checkpoint: Checkpoint, module: Any, recipe: Recipe, fused: Fused
 ) -> tuple[Callable[[str, Any], None], Callable[[], None]]:
     """`(write(part, params), finish())` of a format."""
     kept: orbax.Writer | autoawq.Writer
@@ -183,7 +189,7 @@ def writer(
         kept = orbax.Writer(folder, checkpoint, recipe)
         named = lambda part, params: halved(params) if checkpoint.kind == "gguf" else params
     else:
-        kept, named = autoawq.Writer(folder, checkpoint, recipe), module.to_names
+        kept, named = autoawq.Writer(folder, checkpoint, recipe, left_whole(recipe, fused)), module.to_names
 
     def write(part: str, params: Any) -> None:
         refuse_non_finite(part, params)

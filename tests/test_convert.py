@@ -268,6 +268,30 @@ def test_skipped_sites_stay_dense(root, dense, format):
         assert set(kept) == skipped | {"lm_head"}
 
 
+@pytest.mark.parametrize("format", ["awq", "orbax"])
+def test_what_servers_make_one_matrix_of_stays_dense_together(root, dense, format):
+    """vLLM: "some but not all shards of self_attn.qkv_proj are quantized"; SGLang asks for that name itself."""
+    recipe = replace(QUICK, rules=(Rule("layers_0/attn/q", skip=True), Rule("mlp/gate", skip=True)))
+    done = awq.quantize_checkpoint(dense, root / f"together-{format}", recipe, format=format, **TEXT)
+    small = named_leaves(awq.load(done.path).params)
+    quantized = {name for name, w in small.items() if is_quantized(w)}
+    asked = {"layers_0/attn/q/kernel", "layers_0/mlp/gate/kernel", "layers_1/mlp/gate/kernel"}
+    more = {"layers_0/attn/k/kernel", "layers_0/attn/v/kernel", "layers_0/mlp/up/kernel", "layers_1/mlp/up/kernel"}
+    more = more if format == "awq" else set()
+    assert quantized == {f"layers_{i}/{site}" for i in (0, 1) for site in SITES} - asked - more
+    assert {site.name for site in done.sites if site.spec is None} == more
+    if format == "awq":
+        assert {site.note for site in done.sites if site.name.startswith("layers_0/mlp/up")} == {
+            "left dense with layers_0/mlp/gate/kernel, as servers make one matrix of them"
+        }
+        assert done.notes[0].startswith("4 more stay dense beside those that were skipped, ")
+        kept = json.loads((done.path / "config.json").read_text())["quantization_config"]["modules_to_not_convert"]
+        wholes = {"model.layers.0.self_attn.qkv_proj", *(f"model.layers.{i}.mlp.gate_up_proj" for i in (0, 1))}
+        assert {name for name in kept if name.endswith(("qkv_proj", "gate_up_proj"))} == wholes
+    else:
+        assert done.notes == ()
+
+
 def test_a_rule_may_name_a_layer(root, dense):
     recipe = replace(QUICK, rules=(Rule("^layers_1/mlp", skip=True),))
     done = awq.quantize_checkpoint(dense, root / "layer", recipe, format="orbax", **TEXT)
@@ -310,6 +334,16 @@ def test_overwrite_replaces_a_folder_whole(root, dense):
     awq.quantize_checkpoint(dense, out, QUICK, overwrite=True, **TEXT)
     assert "old" not in files(out)
     assert awq.load(out).generate("hi", max_new_tokens=2) is not None
+
+
+def test_every_stop_token_of_either_config_ends_an_answer(root):
+    model = tiny_folder(root / "stops", eos_token_id=[7, 8])
+    assert awq.load(model).eos == (1, 7, 8)
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 7]}))
+    assert awq.load(model).eos == (1, 9, 7, 8)
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": "</s>"}))
+    with pytest.raises(ValueError, match="generation_config.json: eos_token_id holds '</s>': expected the number"):
+        awq.load(model)
 
 
 def test_a_model_without_tokens_to_start_from_cannot_write_its_own_text(dense):

@@ -198,14 +198,18 @@ class Writer:
       folder: exists and is empty.
       source: the dense model, usually a Checkpoint: its config.json, tokenizer and generation_config.json go along.
       recipe: bits and group size; a file has one of each for the whole model.
+      unconverted: names that stand in modules_to_not_convert beside those of the dense matrices.
     """
 
-    def __init__(self, folder: Path, source: Source, recipe: OneWidth) -> None:
+    def __init__(
+        self, folder: Path, source: Source, recipe: OneWidth, unconverted: Sequence[str] = ()
+    ) -> None:
         self.folder, self.source = Path(folder), source
         self.spec = QuantSpec(recipe.bits, recipe.group_size)
         self.shards: list[list[str]] = []
         self.nbytes = 0
         self.dense: list[str] = []
+        self.unconverted = unconverted
 
     def write(self, part: str, tensors: Mapping[str, Shaped[Array, "*shape"] | QuantizedTensor]) -> None:
         """Writes a shard.
@@ -235,7 +239,7 @@ class Writer:
             self._shard(i).rename(self.folder / final)
             files |= dict.fromkeys(names, final)
         write_json(self.folder / INDEX, {"metadata": {"total_size": self.nbytes}, "weight_map": files})
-        quantization = quantization_config(self.spec, self.dense)
+        quantization = quantization_config(self.spec, [*self.dense, *self.unconverted])
         write_about(self.folder, self.source, torch_dtype="float16", dtype="float16", quantization_config=quantization)
 
     def _shard(self, i: int) -> Path:
