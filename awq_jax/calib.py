@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from importlib import resources
 from itertools import islice
 from pathlib import Path
@@ -11,9 +11,12 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int
-from jinja2 import TemplateError
 
-from awq_jax.formats.errors import InputError
+from awq_jax.chats import Texts, as_texts, is_row
+from awq_jax.documents import SUFFIXES, names_in, read_rows
+from awq_jax.formats.errors import InputError, one_line, reading
+from awq_jax.formats.text import encode
+from awq_jax.near import did_you_mean
 
 SHORTEST = 256
 """Tokens below which statistics would mean nothing."""
@@ -24,6 +27,32 @@ def packaged_text() -> str:
     return resources.files("awq_jax").joinpath("data", "calibration.txt").read_text("utf-8")
 
 
+@dataclass(frozen=True)
+class Read:
+    """What was read of a source of calibration text, and how much of it is used.
+
+    Args:
+      chats, texts: rows that are chats, and others.
+      tokens: of all. `estimated` where the source is so long that windows are cut from its letters.
+      used: tokens of the windows.
+      notes: what was left out or changed.
+    """
+
+    source: str
+    chats: int
+    texts: int
+    tokens: int
+    used: int
+    notes: tuple[str, ...] = ()
+    estimated: bool = False
+
+    def __str__(self) -> str:
+        counted = ((self.chats, "chat"), (self.texts, "text"))
+        rows = [f"{n:,} {what}{'s' if n > 1 else ''}" for n, what in counted if n]
+        tokens = f"{'about ' if self.estimated else ''}{self.tokens:,} tokens"
+        return "; ".join([f"{self.source}: {', '.join([*rows, tokens, f'{self.used:,} used'])}", *self.notes])
+
+
 def calibration_tokens(
     sources: str | Sequence[str] | None,
     tokenizer: Any,
@@ -31,114 +60,92 @@ def calibration_tokens(
     samples: int,
     seq_len: int,
     own: Callable[[int, int], Int[np.ndarray, "n t"]] | None = None,
+    told: Callable[[Read], None] = lambda read: None,
 ) -> Int[np.ndarray, "n t"]:
     """At most `samples` sequences of `seq_len` tokens, spread evenly over the sources, short texts set end to end.
 
     Args:
-      sources: one or several of: a text file, a .jsonl file of chats or texts, the id of a dataset on the hub, "self";
-        none for the packaged text. Several share the samples equally; the shortest decides the length of them all.
+      sources: one or several of: a file of text or of rows (JSON, JSON lines, CSV, Parquet) that are texts or chats,
+        see `awq_jax.chats`; the id of a dataset on the hub; "self". None for the packaged text. Several share the
+        samples equally; the shortest decides the length of them all.
       own: `(samples, seq_len) -> tokens` that the model itself writes, for "self".
+      told: called with what was read of each source.
 
     Raises:
       InputError: a source that cannot be read, or that has too little text; a number that is not positive.
     """
     named = [sources] if isinstance(sources, str) else list(sources or [None])
     if samples < len(named) or seq_len < 1:
-        raise InputError(f"--samples {samples} --seq-len {seq_len}: give 1 or more of each, and a sample a source.")
+        raise InputError(f"samples={samples} seq_len={seq_len}: give 1 or more of each, and a sample a source.")
     shares = [len(part) for part in np.array_split(range(samples), len(named))]
-    parts = [_of_source(source, tokenizer, n, seq_len, own) for source, n in zip(named, shares, strict=True)]
-    shortest = min(part.shape[1] for part in parts)
-    return np.concatenate([part[:, :shortest] for part in parts])
+    found = [_of_source(source, tokenizer, n, seq_len, own) for source, n in zip(named, shares, strict=True)]
+    shortest = min(part.shape[1] for part, _ in found)
+    parts = [part[:, :shortest] for part, _ in found]
+    for part, (_, read) in zip(parts, found, strict=True):
+        told(replace(read, used=part.size))
+    return np.concatenate(parts)
 
 
-def _of_source(source: str | None, tokenizer: Any, samples: int, seq_len: int, own: Any) -> Int[np.ndarray, "n t"]:
+def _of_source(
+    source: str | None, tokenizer: Any, samples: int, seq_len: int, own: Any
+) -> tuple[Int[np.ndarray, "n t"], Read]:
     if source == "self":
         if own is None:
-            raise InputError("--calib self needs the model's own samples: load the model first.")
-        return own(samples, seq_len)
-    texts = [packaged_text()] if source is None else read_texts(source, tokenizer, samples)
-    return cut(texts, tokenizer, samples, seq_len, source or "the packaged text")
+            raise InputError("calib='self' needs the model's own samples: load the model first.")
+        tokens = own(samples, seq_len)
+        return tokens, Read("what the model writes", 0, len(tokens), tokens.size, tokens.size)
+    name = source or "the packaged text"
+    texts = Texts([packaged_text()], 0, ()) if source is None else read_texts(source, tokenizer, samples)
+    tokens, total, estimated = cut(texts.texts, tokenizer, samples, seq_len, name)
+    others = len(texts.texts) - texts.chats
+    return tokens, Read(name, texts.chats, others, total, tokens.size, texts.notes, estimated)
 
 
-def read_texts(source: str, tokenizer: Any, samples: int) -> list[str]:
-    path = Path(source).expanduser()
-    if path.is_dir():
-        raise InputError(f"--calib {source} is a folder: give a text file or a .jsonl file.")
-    if not path.exists():
-        if path.suffix in (".txt", ".md", ".jsonl", ".json") or source.count("/") > 1:
-            raise InputError(f"--calib {source}: there is no such file.")
-        return list(islice(hub_texts(source, tokenizer), samples * 8))
-    try:
-        text = path.read_text("utf-8")
-    except UnicodeDecodeError as e:
-        raise InputError(f"--calib {source} is not UTF-8 text ({e}): give a text file or a .jsonl file.") from e
-    if path.suffix != ".jsonl":
-        return [text]
-    rows = []
-    # Not splitlines: U+2028 and others may stand unescaped in a JSON string.
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                rows.append(as_text(json.loads(line), tokenizer))
-            except (ValueError, LookupError, TypeError, TemplateError) as e:
-                raise InputError(
-                    f'--calib {source}, line {number}: expected {{"messages": [...]}} or {{"text": "..."}}: {e}'
-                ) from e
-    return rows
+def read_texts(source: str, tokenizer: Any, samples: int) -> Texts:
+    """The texts of a file or of a dataset of the hub."""
+    with reading(f"{source} cannot be read as calibration text", "repair or replace it"):
+        path = Path(source).expanduser()
+        if path.exists() or path.suffix.lower() in SUFFIXES or source.count("/") > 1:
+            return as_texts(read_rows(path, is_row), tokenizer, source)
+        rows = enumerate(islice(hub_rows(source), samples * 8), 1)
+        return as_texts(((f"row {k}", row) for k, row in rows), tokenizer, source)
 
 
-def as_text(row: Any, tokenizer: Any) -> str:
-    """A chat through the model's chat template, or a text as it is."""
-    if isinstance(row, str):
-        return row
-    if isinstance(row, list):
-        row = {"messages": row}
-    if not isinstance(row, dict):
-        raise ValueError(f"found {row!r}")
-    if messages := row.get("messages") or row.get("conversations"):
-        # A template would turn a message without a role into nothing, in silence.
-        if not all(isinstance(m, dict) and "role" in m for m in messages):
-            raise ValueError('a message is not {"role": ..., "content": ...}')
-        return tokenizer.apply_chat_template(messages, tokenize=False)
-    if not isinstance(row.get("text"), str):
-        raise ValueError(f"found the fields {sorted(row)}")
-    return row["text"]
-
-
-def hub_texts(name: str, tokenizer: Any) -> Iterator[str]:
+def hub_rows(name: str) -> Iterator[Any]:
     try:
         from datasets import load_dataset
     except ImportError as e:
+        near = did_you_mean(name, names_in(Path()))
         raise InputError(
-            f"--calib {name} is no file; to read it as a dataset of the hub, `pip install 'awq-jax[datasets]'`."
+            f"{name} is no file{near}; to read it as a dataset of the hub, `pip install 'awq-jax[datasets]'`."
         ) from e
     try:
-        for row in load_dataset(name, split="train", streaming=True):
-            yield as_text(row, tokenizer)
+        yield from load_dataset(name, split="train", streaming=True)
     except Exception as e:
-        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise InputError(f"--calib {name} is no file, and the hub gives no dataset of that name: {reason}") from e
+        raise InputError(f"{name} is no file, and the hub gives no dataset of that name: {one_line(e)}") from e
 
 
-def cut(texts: Iterable[str], tokenizer: Any, samples: int, seq_len: int, source: str) -> Int[np.ndarray, "n t"]:
-    """Windows of `seq_len` tokens, evenly spaced over all texts set end to end."""
+def cut(
+    texts: Iterable[str], tokenizer: Any, samples: int, seq_len: int, source: str
+) -> tuple[Int[np.ndarray, "n t"], int, bool]:
+    """Windows of `seq_len` tokens, evenly spaced over all texts set end to end; all tokens there are, and whether that
+    is an estimate: of a long text only the windows become tokens."""
     text = "\n".join(texts)
-    # verbose=False: a text may be longer than the model's context, its windows are not.
-    encode = lambda piece: tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
     chars = 10 * seq_len
     if len(text) > 2 * samples * chars:
         starts = np.linspace(0, len(text) - chars, samples).astype(int)
-        pieces = [encode(text[a : a + chars])[:seq_len] for a in starts]
-        if all(len(piece) == seq_len for piece in pieces):
-            return np.array(pieces, np.int32)
-    tokens = np.array(encode(text), np.int32)
+        pieces = [encode(tokenizer, text[a : a + chars]) for a in starts]
+        if all(len(piece) >= seq_len for piece in pieces):
+            total = round(sum(map(len, pieces)) * len(text) / (chars * samples))
+            return np.array([piece[:seq_len] for piece in pieces]), total, True
+    tokens = encode(tokenizer, text)
     if len(tokens) < SHORTEST:
         raise InputError(
             f"{source} gives {len(tokens)} tokens, calibration needs {SHORTEST} or more: give a longer text, or leave "
-            "--calib out for the packaged one."
+            "calib= out for the packaged one."
         )
     seq_len = min(seq_len, len(tokens))
     n = min(samples, max(1, round(len(tokens) / seq_len)))
     seq_len = min(seq_len, len(tokens) // n)
     starts = np.linspace(0, len(tokens) - seq_len, n).astype(int)
-    return np.stack([tokens[a : a + seq_len] for a in starts])
+    return np.stack([tokens[a : a + seq_len] for a in starts]), len(tokens), False

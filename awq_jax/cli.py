@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import signal
@@ -18,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tyro.conf import Positional, arg
 
 from awq_jax.cache import keep_compiled_programs
+from awq_jax.ending import failed
 from awq_jax.report import console, scores_table, sites_table, summary, tunings_table
 
 Preset = Literal["default", "fast", "rtn", "llm_awq", "autoawq", "llmcompressor"]
@@ -116,6 +118,7 @@ class Eval:
         import jax.numpy as jnp
 
         from awq_jax.evaluate import score, windows
+        from awq_jax.formats.files import read_text
         from awq_jax.load import load
         from awq_jax.models.inputs import check_tokens
 
@@ -268,17 +271,12 @@ def say(text: str) -> None:
     console().print(text, markup=False, soft_wrap=True)
 
 
-def read_text(file: Path) -> str:
-    from awq_jax.formats.errors import InputError
-
-    try:
-        return file.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"{file} cannot be read ({e}): give a text file in UTF-8.") from e
-
-
 def main() -> None:
     """Run the command; what the user can mend is one line on the error stream and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A name of bytes that are no text, or a terminal without UTF-8, must not cost the work that is done.
+            stream.reconfigure(errors="backslashreplace")
     description = "Activation-aware 4-bit weight quantization (AWQ) in JAX."
     command = tyro.cli(Command, prog="awq-jax", description=description)  # type: ignore[arg-type]
     # transformers says otherwise that it misses torch, which nothing here needs.
@@ -290,9 +288,11 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         command.run()
-    except (ValueError, OSError) as e:
-        print("awq-jax:", " ".join(str(e).split()), file=sys.stderr)
-        sys.exit(2)
+    except SystemExit:
+        raise
     except KeyboardInterrupt:
         print("awq-jax: stopped.", file=sys.stderr)
         sys.exit(130)
+    # A panic of a library in Rust is no Exception.
+    except BaseException as e:
+        sys.exit(failed(e))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from awq_jax.convert import REPORT
+from awq_jax.formats.errors import reading
+from awq_jax.formats.files import inside, parse_json
 from awq_jax.load import load
 from awq_jax.paths import named_leaves
 from awq_jax.report import size
@@ -47,6 +48,8 @@ def inspect(path: str | Path) -> Group:
 
 def read_errors(folder: Path) -> dict[str, float]:
     """Each site's relative error from the report that `quantize_checkpoint` leaves, {} without one."""
-    file = folder / REPORT
-    sites = json.loads(file.read_text()) if file.is_file() else []
-    return {site["name"]: site["error"] for site in sites if site["spec"] is not None}
+    file = inside(folder, REPORT)
+    if file is None:
+        return {}
+    with reading(f"{file} is no report of awq_jax", "delete it"):
+        return {str(site["name"]): float(site["error"]) for site in parse_json(file) if site["spec"] is not None}

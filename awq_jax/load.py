@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -14,11 +15,14 @@ from jaxtyping import Array, Float, Int
 
 from awq_jax import models
 from awq_jax.agreement import check_params, check_tensors
+from awq_jax.formats.chat import render
 from awq_jax.formats.checkpoint import Checkpoint, open_checkpoint
 from awq_jax.formats.errors import InputError
+from awq_jax.formats.text import encode
 from awq_jax.machine import fast_dtype
-from awq_jax.models.generate import generate
+from awq_jax.models.generate import Speed, generate, stream
 from awq_jax.models.inputs import check_tokens
+from awq_jax.models.pieces import pieces
 from awq_jax.tensor import prepare
 
 
@@ -66,34 +70,66 @@ class Model:
         """The params outside of the layers."""
         return {name: part for name, part in self.params.items() if not name.startswith("layers_")}
 
-    def generate(
-        self, prompt: str, *, max_new_tokens: int = 64, temperature: float = 0.0, chat: bool = True, seed: int = 0
-    ) -> str:
-        """The model's continuation of `prompt`, as an answer to a chat where the tokenizer has a template."""
+    def generate(self, prompt: str, **options: Any) -> str:
+        """What `stream` gives, as one text; takes the same arguments."""
+        return "".join(self.stream(prompt, **options))
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        chat: bool = True,
+        seed: int = 0,
+        speed: Speed | None = None,
+    ) -> Iterator[str]:
+        """The model's continuation of `prompt`, piece by piece; an answer to a chat where the tokenizer has a template.
+
+        Args:
+          max_new_tokens: tokens of the answer at most.
+          temperature: 0 takes the likeliest token.
+          top_p: sample from the fewest tokens whose probabilities reach it.
+          chat: False continues the prompt as it is.
+          seed: of the samples.
+          speed: `awq_jax.models.generate.Speed`, filled in with tokens and seconds.
+
+        Raises:
+          ValueError: a number out of range, or more tokens than the model has positions; at once.
+
+        Example:
+          >>> for piece in model.stream("Why is the sky blue?"):
+          ...     print(piece, end="", flush=True)
+        """
         chat = chat and bool(self.tokenizer.chat_template)
         text = prompt
         if chat:
-            turn = [{"role": "user", "content": prompt}]
-            text = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        tokens = self.tokenizer(text, add_special_tokens=not chat).input_ids
-        check_tokens(self.config, np.asarray(tokens), "the prompt")
-        out = generate(
+            (text,) = render(
+                self.tokenizer,
+                [[{"role": "user", "content": prompt}]],
+                add_generation_prompt=True,
+                names=["The prompt"],
+            )
+        tokens = stream(
             self.config,
             self.params,
-            jnp.asarray([tokens], jnp.int32),
+            encode(self.tokenizer, text, special=not chat),
             max_new_tokens=max_new_tokens,
             temperature=temperature,
+            top_p=top_p,
             key=jax.random.key(seed),
             eos=self.eos,
+            speed=speed,
         )
-        return self.tokenizer.decode(np.asarray(out)[0, len(tokens) :], skip_special_tokens=True).strip()
+        return pieces(self.tokenizer, tokens)
 
     def sample(self, samples: int, seq_len: int, seed: int = 0) -> Int[np.ndarray, "n t"]:
         """Text that the model writes by itself from its first token on: calibration data without any text."""
         ids = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
         start = next((i for i in ids if i is not None), None)
         if start is None:
-            raise InputError("--calib self: the tokenizer names no first token (bos or eos): give a text instead.")
+            raise InputError("calib='self': the tokenizer names no first token (bos or eos): give a text instead.")
         first = np.full((samples, 1), start, np.int32)
         out = generate(
             self.config,

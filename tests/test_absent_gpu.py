@@ -258,7 +258,7 @@ def test_greedy_decoding_copies_no_weight_and_runs_within_command_buffers(monkey
         return prepare(jax.tree_util.tree_map_with_path(pack, params))
 
     def run(params, tokens):
-        return _generate(config, params, tokens, 0.0, None, max_new_tokens=8, eos=(), dense=False)
+        return _generate(config, params, tokens, None, max_new_tokens=8, eos=())
 
     tokens = jax.ShapeDtypeStruct((1, 40), jnp.int32)
     compiled = compile_for_h200(run, jax.eval_shape(initial), tokens, xla_dump_to=str(tmp_path))

@@ -164,7 +164,7 @@ def test_a_dataset_of_the_hub(monkeypatch):
         raise RuntimeError("no such data set\nat all")
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=refuse))
-    with pytest.raises(InputError, match=r"someone/texts is no file, and the hub gives .*: no such data set$"):
+    with pytest.raises(InputError, match=r"someone/texts is no file, and the hub gives .*: no such data set at all$"):
         calibration_tokens("someone/texts", tokenizer(), samples=8, seq_len=40)
 
 
@@ -178,9 +178,11 @@ def test_rows_that_cannot_be_read_are_named(tmp_path):
     good = {"text": "fine"}
     for bad, says in (
         ({"prompt": "x"}, r"found the fields \['prompt'\]"),
+        ({"text": ["x"]}, r"found the fields \['text'\]"),
+        ({"messages": [{"role": "user", "content": {"a": 1}}]}, "neither a text nor a list of parts"),
         (7, "found 7"),
         ({"text": None}, r"found the fields \['text'\]"),
-        ({"messages": 7}, "not iterable"),
+        ({"messages": 7}, "7 is neither a text nor a list of messages"),
     ):
         with pytest.raises(InputError, match=rf"rows\.jsonl, line 2: expected .*messages.*{says}"):
             decoded(jsonl(tmp_path, good, bad))
@@ -224,3 +226,33 @@ def test_the_shortest_source_sets_the_length(tmp_path):
 def test_more_sources_than_samples_are_refused():
     with pytest.raises(InputError, match="a sample a source"):
         calibration_tokens(("self", "self"), Letters(), samples=1, seq_len=8)
+
+
+def test_what_was_read_is_told(tmp_path):
+    told = []
+    rows = [{"text": f"sample {k}."} for k in range(90)]
+    sources = (jsonl(tmp_path, *rows), jsonl_of_chats(tmp_path), "self")
+    own = lambda samples, seq_len: np.zeros((samples, seq_len), np.int32)
+    options = {"samples": 6, "seq_len": 50, "own": own, "told": told.append}
+    calibration_tokens(sources, tokenizer(), **options)
+    count = lambda text: len(tokenizer()(text).input_ids)
+    tokens = [count("\n".join(row["text"] for row in rows)), count("\n".join([CHAT_TEXT] * 20))]
+    assert list(map(str, told)) == [
+        f"{sources[0]}: 90 texts, {tokens[0]:,} tokens, 100 used",
+        f"{sources[1]}: 20 chats, {tokens[1]:,} tokens, 100 used",
+        "what the model writes: 2 texts, 100 tokens, 100 used",
+    ]
+
+
+def test_of_a_long_text_the_tokens_are_estimated(tmp_path):
+    told = []
+    (tmp_path / "a.txt").write_text("a word " * 20_000)
+    calibration_tokens(str(tmp_path / "a.txt"), tokenizer(), samples=2, seq_len=64, told=told.append)
+    assert "1 text, about " in str(told[0])
+    assert told[0].tokens == pytest.approx(len(tokenizer()("a word " * 20_000).input_ids), rel=0.05)
+
+
+def jsonl_of_chats(tmp_path):
+    file = tmp_path / "chats.JSONL"
+    file.write_text("\n".join([json.dumps(CHAT)] * 20), "utf-8-sig")
+    return str(file)

@@ -1,10 +1,17 @@
-"""Text from a model with a cache: one jitted program fills the cache and decodes in a while_loop."""
+"""Text from a model with a cache: `first` fills the cache with a prompt, `following` reads one token more.
+
+Two drivers of the same two functions: `generate` runs a batch in one jitted while_loop, `stream` hands over each token
+of one text as soon as it is there.
+"""
 
 from __future__ import annotations
 
 import functools as ft
-from collections.abc import Sequence
-from typing import Any
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +20,38 @@ from jaxtyping import Array, Float, Int
 
 from awq_jax.machine import free_memory
 from awq_jax.models.inputs import check_length, check_tokens
-from awq_jax.models.llama import Config, Llama, init_cache
+from awq_jax.models.llama import Cache, Config, Llama, init_cache
 from awq_jax.tensor import is_quantized
+
+ROUNDED = 64
+"""`stream` makes prompts and caches a multiple of this long, so that texts of other lengths run the same programs."""
+
+
+class Sampling(NamedTuple):
+    """How a token is drawn: from the smallest set of tokens whose probabilities at `temperature` reach `top_p`, or all."""
+
+    key: Array
+    temperature: Any
+    top_p: Any = None
+
+
+@dataclass
+class Speed:
+    """Tokens of a prompt and of its answer, and the seconds that they took; compiling apart."""
+
+    prompt: int = 0
+    tokens: int = 0
+    compiling: float = 0.0
+    prefill: float = 0.0
+    decode: float = 0.0
+
+    def __str__(self) -> str:
+        told = [f"prompt: {self.prompt} tokens, {self.prompt / self.prefill:.1f} tokens/s"] if self.prefill else []
+        if self.decode:
+            told.append(f"answer: {self.tokens} tokens, {(self.tokens - 1) / self.decode:.1f} tokens/s")
+        if self.compiling >= 1:
+            told.append(f"compiling, once: {self.compiling:.0f} s")
+        return "; ".join(told)
 
 
 def generate(
@@ -24,6 +61,7 @@ def generate(
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
+    top_p: float = 1.0,
     key: Array | None = None,
     eos: int | Sequence[int] = (),
 ) -> Int[Array, "b total"]:
@@ -34,6 +72,7 @@ def generate(
       tokens: prompts of equal length; there is no padding, so give prompts of other lengths in calls of their own.
       max_new_tokens: 1 or more.
       temperature: 0 takes the likeliest token, otherwise logits / temperature are sampled from.
+      top_p: sample from the fewest tokens whose probabilities reach it.
       key: for sampling.
       eos: tokens that end a row. What follows in the row is `eos[0]`; once all rows have ended nothing is
         computed any more.
@@ -50,25 +89,105 @@ def generate(
     """
     if jnp.ndim(tokens) != 2 or jnp.shape(tokens)[1] < 1:
         raise ValueError(f"tokens have shape {jnp.shape(tokens)}: give [batch, length], length 1 or more.")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens}: give 1 or more.")
-    if temperature < 0:
-        raise ValueError(f"temperature={temperature}: give 0 (greedy) or more.")
-    if temperature > 0 and key is None:
-        raise ValueError(f"temperature={temperature} samples and needs a key: pass key=jax.random.key(seed).")
     check_tokens(config, tokens, "tokens")
-    # The last token is not read again.
-    check_length(config, jnp.shape(tokens)[1] + max_new_tokens - 1, f"max_new_tokens={max_new_tokens} after the prompt")
     return _generate(
         config,
-        params,
+        made_dense(config, params),
         jnp.asarray(tokens, jnp.int32),
-        temperature,
-        key if temperature > 0 else None,
+        sampling(config, jnp.shape(tokens)[1], max_new_tokens, temperature, key, top_p),
         max_new_tokens=max_new_tokens,
         eos=(int(eos),) if isinstance(eos, int) else tuple(map(int, eos)),
-        dense=jax.default_backend() == "cpu" and 2 * dense_bytes(params, config.dtype) < free_memory(),
     )
+
+
+def stream(
+    config: Config,
+    params: Any,
+    tokens: Int[Array, " t"],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    key: Array | None = None,
+    eos: Sequence[int] = (),
+    speed: Speed | None = None,
+) -> Iterator[int]:
+    """The tokens that `generate` would continue one prompt by, each as soon as it is there; without that of `eos`.
+
+    Args:
+      speed: filled in with what it took, up to the token that was handed over last.
+
+    Raises:
+      ValueError: see `generate`; before the first token is asked for.
+    """
+    t = jnp.shape(tokens)[0]
+    check_tokens(config, tokens, "the prompt")
+    how = sampling(config, t, max_new_tokens, temperature, key, top_p)
+    return _stream(config, params, tokens, how, max_new_tokens, frozenset(eos), speed or Speed())
+
+
+def _stream(
+    config: Config,
+    params: Any,
+    tokens: Int[Array, " t"],
+    how: Sampling | None,
+    most: int,
+    eos: frozenset[int],
+    speed: Speed,
+) -> Iterator[int]:
+    t = jnp.shape(tokens)[0]
+    up = lambda n: -(-n // ROUNDED) * ROUNDED
+    params = jax.block_until_ready(made_dense(config, params))
+    prompt = jnp.zeros((1, up(t)), jnp.int32).at[0, :t].set(jnp.asarray(tokens, jnp.int32))
+    start = (config, params, prompt, jnp.asarray(t), how)
+    began = time.perf_counter()
+    token, cache = jax.eval_shape(ft.partial(first, config, length=up(t + most)), *start[1:])
+    _first.lower(*start, length=up(t + most)).compile()
+    _following.lower(config, params, token, start[3], cache, how).compile()
+    speed.compiling = -began + (began := time.perf_counter())
+    token, cache = _first(*start, length=up(t + most))
+    for k in range(most):
+        # The next step is on its way before the token is waited for.
+        if k + 1 < most:
+            new, cache = _following(config, params, token, jnp.asarray(t + k), cache, how)
+        found = int(token[0])
+        if k == 0:
+            speed.prompt, speed.prefill = t, -began + (began := time.perf_counter())
+        speed.tokens, speed.decode = k + 1, time.perf_counter() - began if k else 0.0
+        if found in eos:
+            return
+        yield found
+        token = new
+
+
+def sampling(
+    config: Config, t: int, max_new_tokens: int, temperature: float, key: Array | None, top_p: float
+) -> Sampling | None:
+    """How tokens are drawn, None for the likeliest one; refuses what is out of range."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens}: give 1 or more.")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature={temperature}: give 0 (greedy) or more.")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p}: give a probability above 0, 1 for all tokens.")
+    if temperature > 0 and key is None:
+        raise ValueError(f"temperature={temperature} samples and needs a key: pass key=jax.random.key(seed).")
+    # The last token is not read again.
+    check_length(config, t + max_new_tokens - 1, f"max_new_tokens={max_new_tokens} after a prompt of {t}")
+    return Sampling(key, temperature, top_p if top_p < 1 else None) if key is not None and temperature > 0 else None
+
+
+def made_dense(config: Config, params: Any) -> Any:
+    """`params`, on a CPU with matrices dense in the config's dtype if half of the free memory holds them."""
+    if jax.default_backend() != "cpu" or 2 * dense_bytes(params, config.dtype) >= free_memory():
+        return params
+    whole = lambda w: _as_dtype(w, config.dtype) if is_other(w, config.dtype) else w
+    return jax.tree.map(whole, params, is_leaf=is_quantized)
+
+
+@ft.partial(jax.jit, static_argnames="dtype")
+def _as_dtype(w: Any, dtype: Any) -> Float[Array, "*shape"]:
+    return (w.dequantize() if is_quantized(w) else w).astype(dtype)
 
 
 def dense_bytes(params: Any, dtype: Any) -> int:
@@ -82,45 +201,75 @@ def is_other(w: Any, dtype: Any) -> bool:
     return is_quantized(w) or (w.ndim > 1 and w.dtype != dtype)
 
 
-@ft.partial(jax.jit, static_argnames=("config", "max_new_tokens", "eos", "dense"))
+@ft.partial(jax.jit, static_argnames=("config", "max_new_tokens", "eos"))
 def _generate(
     config: Config,
     params: Any,
     prompt: Int[Array, "b t"],
-    temperature: Any,
-    key: Array | None,
+    how: Sampling | None,
     *,
     max_new_tokens: int,
     eos: tuple[int, ...],
-    dense: bool,
 ) -> Int[Array, "b total"]:
-    if dense:
-        of_dtype = lambda w: (w.dequantize() if is_quantized(w) else w).astype(config.dtype)
-        whole = lambda w: of_dtype(w) if is_other(w, config.dtype) else w
-        params = jax.tree.map(whole, params, is_leaf=is_quantized)
     b, t = prompt.shape
     total = t + max_new_tokens
-    run: Any = ft.partial(Llama(config).apply, {"params": params})
 
-    def put(end: Any, text: Array, ended: Array, logits: Float[Array, "b v"]) -> tuple[Array, Array]:
+    def put(end: Any, text: Array, ended: Array, token: Int[Array, " b"]) -> tuple[Array, Array]:
         """`text` with its token number `end`, and which rows have ended."""
-        if key is None:
-            token = logits.argmax(-1)
-        else:
-            token = jax.random.categorical(jax.random.fold_in(key, end), logits / temperature)
         if eos:
             token = jnp.where(ended, eos[0], token)
             ended = ended | jnp.isin(token, jnp.asarray(eos))
-        return lax.dynamic_update_slice(text, token[:, None].astype(text.dtype), (0, end)), ended
+        return lax.dynamic_update_slice(text, token[:, None], (0, end)), ended
 
     def step(state: tuple) -> tuple:
         end, text, ended, cache = state
-        last = lax.dynamic_slice(text, (0, end - 1), (b, 1))
-        logits, cache = run(last, cache=cache, position=end - 1)
-        return end + 1, *put(end, text, ended, logits[:, 0]), cache
+        last = lax.dynamic_slice(text, (0, end - 1), (b, 1))[:, 0]
+        token, cache = following(config, params, last, end - 1, cache, how)
+        return end + 1, *put(end, text, ended, token), cache
 
-    hidden, cache = run(prompt, cache=init_cache(config, b, total - 1), method="hidden")
+    token, cache = first(config, params, prompt, t, how, length=total - 1)
     text = jnp.pad(prompt, [(0, 0), (0, max_new_tokens)], constant_values=eos[0] if eos else 0)
-    text, ended = put(t, text, jnp.zeros(b, bool), run(hidden[:, -1], method="logits"))
+    text, ended = put(t, text, jnp.zeros(b, bool), token)
     going = lambda state: (state[0] < total) & ~state[2].all()
     return lax.while_loop(going, step, (jnp.asarray(t + 1), text, ended, cache))[1]
+
+
+def first(
+    config: Config, params: Any, prompt: Int[Array, "b t"], end: Any, how: Sampling | None, *, length: int
+) -> tuple[Int[Array, " b"], Cache]:
+    """The token at position `end`, and a cache for `length` positions with those before it.
+
+    What stands in the prompt from `end` on is not seen: the tokens that follow take its place in the cache.
+    """
+    cache = init_cache(config, prompt.shape[0], length)
+    hidden, cache = Llama(config).apply({"params": params}, prompt, cache=cache, method="hidden")
+    last = lax.dynamic_index_in_dim(hidden, end - 1, 1, keepdims=False)
+    return draw(Llama(config).apply({"params": params}, last, method="logits"), end, how), cache
+
+
+def following(
+    config: Config, params: Any, token: Int[Array, " b"], position: Any, cache: Cache, how: Sampling | None
+) -> tuple[Int[Array, " b"], Cache]:
+    """The token after `token`, which stands at `position`, and the cache with it."""
+    run: Any = Llama(config).apply
+    logits, cache = run({"params": params}, token[:, None], cache=cache, position=position)
+    return draw(logits[:, 0], position + 1, how), cache
+
+
+def draw(logits: Float[Array, "b v"], position: Any, how: Sampling | None) -> Int[Array, " b"]:
+    """The likeliest tokens, or random ones; `position` makes the draws of one key independent."""
+    if how is None:
+        return logits.argmax(-1).astype(jnp.int32)
+    key, logits = jax.random.fold_in(how.key, position), logits / how.temperature
+    if how.top_p is None:
+        return jax.random.categorical(key, logits).astype(jnp.int32)
+    ranks = jnp.argsort(logits, descending=True)
+    ranked = jnp.take_along_axis(logits, ranks, -1)
+    chances = jax.nn.softmax(ranked)
+    before = jnp.cumsum(chances, -1) - chances
+    rank = jax.random.categorical(key, jnp.where(before < how.top_p, ranked, -jnp.inf))
+    return jnp.take_along_axis(ranks, rank[:, None], -1)[:, 0].astype(jnp.int32)
+
+
+_first = jax.jit(first, static_argnames=("config", "length"))
+_following = jax.jit(following, static_argnames="config", donate_argnames="cache")

@@ -1,0 +1,114 @@
+"""Files of people as rows: JSON, JSON lines, tables or plain text, told apart by what is in them and by their name."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from awq_jax.formats.errors import InputError, reading
+from awq_jax.formats.files import regular
+from awq_jax.near import did_you_mean
+
+Row = tuple[str, Any]
+"""Where it stands, "line 3", and the row: a text, or what JSON holds."""
+
+FORMATS = "a text, .json, .jsonl, .csv or .parquet file"
+JSON = (".json", ".jsonl", ".ndjson", ".jsonlines")
+TABLES = {".csv": ",", ".tsv": "\t"}
+SUFFIXES = (".txt", ".md", ".gz", ".parquet", *JSON, *TABLES)
+"""By which a name is that of a file, there or not."""
+STARTS_AS_JSON = re.compile(r'\s*(\{\s*["}]|\[\s*[\[{"\]])')
+BLANK = re.compile(r"[ \t\r\n]*")
+TOLD = {
+    b"\x1f\x8b": "is compressed: unpack it first, with gunzip",
+    b"PK\x03\x04": f"is a zip archive or an office document: give {FORMATS}",
+    b"%PDF": f"is a PDF: give {FORMATS}",
+    b"\xff\xfe": "is UTF-16 text: convert it, with iconv -f UTF-16 -t UTF-8",
+    b"\xfe\xff": "is UTF-16 text: convert it, with iconv -f UTF-16 -t UTF-8",
+}
+"""First bytes of what is not read -> what to do."""
+
+
+def read_rows(file: Path, is_row: Callable[[Any], bool]) -> list[Row]:
+    """The rows of a file; plain text is one row.
+
+    Args:
+      is_row: whether a JSON object is a row by itself; another one that holds one list stands for the list.
+
+    Raises:
+      InputError: a file that cannot be read, or JSON that is damaged.
+    """
+    if file.is_dir():
+        raise InputError(f"{file} is a folder: give {FORMATS}.")
+    if not file.exists():
+        near = did_you_mean(file.name, names_in(file.parent))
+        raise InputError(f"{file}: there is no such file{near}: give {FORMATS}.")
+    raw = regular(file).read_bytes()
+    if raw[:4] == b"PAR1":
+        return parquet(file)
+    if found := next((advice for start, advice in TOLD.items() if raw.startswith(start)), None):
+        raise InputError(f"{file} {found}.")
+    with reading(f"{file} is not UTF-8 text", f"give {FORMATS}"):
+        text = raw.decode("utf-8-sig")
+    if (suffix := file.suffix.lower()) in TABLES:
+        table = csv.DictReader(io.StringIO(text, newline=""), delimiter=TABLES[suffix])
+        return [(f"row {k}", row) for k, row in enumerate(table, 1)]
+    if suffix in JSON or STARTS_AS_JSON.match(text):
+        return unwrapped(list(json_values(file, text)), is_row)
+    return [("", text)]
+
+
+def names_in(folder: Path) -> list[str]:
+    """The names in a folder, none where it cannot be read."""
+    try:
+        return [path.name for path in folder.iterdir()]
+    except OSError:
+        return []
+
+
+def json_values(file: Path, text: str) -> Iterator[Row]:
+    """JSON values that follow each other, on lines of their own or not."""
+    decoder, at = json.JSONDecoder(), 0
+    skip = lambda at: BLANK.match(text, at).end()  # type: ignore[union-attr]
+    while (at := skip(at)) < len(text):
+        where = f"line {text.count(chr(10), 0, at) + 1}"
+        with reading(f"{file}, {where}: not JSON", "repair or remove it"):
+            value, at = decoder.raw_decode(text, at)
+        yield where, value
+
+
+def unwrapped(values: list[Row], is_row: Callable[[Any], bool]) -> list[Row]:
+    """The rows of a list, or of an object with one list, that is all of a file; otherwise the values as they are."""
+    if len(values) > 1 and all(is_message(value) for _, value in values):
+        return [(values[0][0], [value for _, value in values])]
+    if len(values) != 1:
+        return values
+    where, value = values[0]
+    if isinstance(value, dict) and not is_row(value):
+        lists = [v for v in value.values() if isinstance(v, list)]
+        value = lists[0] if len(lists) == 1 else value
+    if isinstance(value, list) and not (value and all(map(is_message, value))):
+        return [(f"row {k}", row) for k, row in enumerate(value, 1)]
+    return [(where, value)]
+
+
+def is_message(value: Any) -> bool:
+    """Whether this is one turn of a chat rather than a row."""
+    fields = value.keys() if isinstance(value, dict) else set()
+    return {"from", "value"} <= fields or ("role" in fields and bool({"content", "tool_calls"} & fields))
+
+
+def parquet(file: Path) -> list[Row]:
+    try:
+        import pyarrow.parquet  # type: ignore[import-not-found]
+    except ImportError as e:
+        raise InputError(
+            f"{file} is a Parquet file: `pip install 'awq-jax[datasets]'` to read it, or convert it to .jsonl."
+        ) from e
+    with reading(f"{file} cannot be read as Parquet"):
+        return [(f"row {k}", row) for k, row in enumerate(pyarrow.parquet.read_table(file).to_pylist(), 1)]
