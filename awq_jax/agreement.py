@@ -50,7 +50,9 @@ AT_ONCE = 1 << 22
 
 
 def check_tensors(checkpoint: Checkpoint, module: Any, config: Any) -> None:
-    """Passes if `module` reads every tensor of the checkpoint and finds all that `config` asks for; reads no weights.
+    """Passes if `module` reads every tensor of the checkpoint and finds all that `config` asks for.
+
+    Headers tell; weights are read only to compare a tied head with the embedding.
 
     Raises:
       InputError: a tensor that is missing, of another shape, or read by nothing; the likely cause and what to do.
