@@ -494,7 +494,7 @@ def test_eval(whole, tmp_path, content, more, says):
         (("hi", "--temperature", "-1"), "temperature=-1.0: give 0"),
         (("", "--raw"), "the prompt gives no token: give"),
         (("word " * 900,), "the prompt: .* tokens, .* 512 positions"),
-        (("hi", "--max-new-tokens", "600"), "max_new_tokens=600 after the prompt: .* 512 positions"),
+        (("hi", "--max-new-tokens", "600"), "max_new_tokens=600 after a prompt of .* 512 positions"),
     ],
 )
 def test_generate(whole, more, says):
