@@ -22,7 +22,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 STEPS = {
     "smoke": ("gpu_smoke", 110),
-    "check": ("gpu_checks", 160),
+    "check": ("gpu_checks", 190),
     "kernels": ("kernels", 200),
     "tune": ("gpu_tune", 90),
     "decode": ("gpu_decode", 200),

@@ -27,4 +27,6 @@ def launches_of(lowered: Any) -> list[tuple[str, str]]:
     with tempfile.TemporaryDirectory() as folder:
         lowered.compile(compiler_options={"xla_dump_to": folder})
         listings = sorted(Path(folder).glob("*thunk_sequence_after_thunk_passes.txt"), key=lambda f: f.stat().st_size)
+        if not listings:
+            raise LookupError("XLA wrote no listing of what the program launches, as it does for GPUs")
         return launches_in_the_loop(listings[-1].read_text())
