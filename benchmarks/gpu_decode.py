@@ -95,7 +95,7 @@ def of_two_layers(models: dict[str, Model]) -> Model:
 
 def scanned(model: Model, rows: int) -> Any:
     """A scan over a stack of layers' weights, lowered."""
-    ws = [model.params[f"layers_{i}"]["attn"]["o"]["kernel"] for i in range(2)]
+    ws = [model.params[f"layers_{i}"]["attn"]["o"]["kernel"] for i in range(min(4, model.config.layers))]
     stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *ws)
     x = jnp.ones((rows, ws[0].shape[0]), model.config.dtype)
     return jax.jit(lambda x, stack: jax.lax.scan(lambda x, w: (dot(x, w), None), x, stack)[0]).lower(x, stack)

@@ -14,6 +14,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,8 @@ def in_memory(decoder: Decoder, tokens: np.ndarray, recipe: Recipe) -> Iterator[
 
 
 def on_cpu() -> Any:
-    return jax.default_device(jax.devices("cpu")[0])
+    on_one = jax.default_backend() == "cpu"
+    return nullcontext() if on_one else jax.default_device(jax.devices("cpu")[0])
 
 
 def ties() -> Iterator[Row]:

@@ -45,7 +45,7 @@ class Row:
         return "met" if (self.found <= self.goal if self.most else self.found >= self.goal) else "missed"
 
     def cells(self) -> tuple[str, ...]:
-        found = f"{self.found:.4g}" if isinstance(self.found, float) else str(self.found or "")
+        found = f"{self.found:.4g}" if isinstance(self.found, float) else "" if self.found is None else str(self.found)
         goal = "" if self.goal is None else f"{'<=' if self.most else '>='} {self.goal:g}"
         return self.what, found, self.unit, goal, self.verdict
 

@@ -9,8 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from gpu_kernels import LLAMA_8B
 from gpu_record import Record, Row
-from kernels import LLAMA_8B
 
 from awq_jax import kernels
 from awq_jax.kernels import table

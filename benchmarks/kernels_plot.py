@@ -14,7 +14,7 @@ from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
-from kernels import BASELINE, OURS
+from gpu_kernels import BASELINE, OURS
 
 mpl.rcParams["svg.hashsalt"] = "kernels"
 RESULTS = Path(__file__).parent / "results"

@@ -94,7 +94,7 @@ def test_kernels(benchmarks, tmp_path):
     ],
 )
 def test_goals_by_number_of_rows(benchmarks, m, times, wanted):
-    found = {row.unit: row for row in benchmarks("kernels").goals(m, times, floor=0.5, read=0.5, bandwidth=1.0)}
+    found = {row.unit: row for row in benchmarks("gpu_kernels").goals(m, times, floor=0.5, read=0.5, bandwidth=1.0)}
     assert {unit: row.goal for unit, row in found.items() if row.goal is not None} == wanted
     assert found["x bf16"].found == times["xla bf16"]
     assert found["of the roofline"].found == 0.5
@@ -162,8 +162,8 @@ def test_a_step_whose_time_is_over_or_that_fails_leaves_what_it_had(tmp_path):
     (tmp_path / "out").mkdir()
     environment = os.environ | {"OUT": str(tmp_path / "out"), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     program(tmp_path, "ncu", "exit 1")
-    (tmp_path / "cpu.svg").write_text("drawn before")
-    os.utime(tmp_path / "cpu.svg", (0, 0))
+    (tmp_path / "other.json").write_text("written before")
+    os.utime(tmp_path / "other.json", (0, 0))
     command = [sys.executable, BENCHMARKS / "gpu_steps.py", "profile:0", "profile", "--toy", "--results", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     assert "not reached: the step's time was over" in done.stdout
@@ -179,8 +179,8 @@ def test_a_step_that_dies_or_hangs_costs_itself_alone(benchmarks, tmp_path, monk
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     failed = steps.run_all([("smoke", 9.0), ("tune", 0.2), ("check", 9.0)], tmp_path, toy=True)
     assert failed == ["smoke: exit code 3", "tune: killed after 0 s"]
+    monkeypatch.setattr(sys, "argv", ["gpu_steps.py", "smokes"])
     with pytest.raises(SystemExit):
-        monkeypatch.setattr(sys, "argv", ["gpu_steps.py", "smokes"])
         steps.main()
 
 
