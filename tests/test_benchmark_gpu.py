@@ -117,7 +117,7 @@ def test_decode(benchmarks, tmp_path):
     assert rows["batch 1: quantized", "x bf16"]["goal"] == 3
     assert rows["batch 1, quantized", "of the roofline"]["goal"] == 0.75
     assert rows["prefill of 32 tokens: quantized", "x bf16"]["goal"] == 0.95
-    assert part["details"][0]["floors"]["dense"] > 2 * part["details"][0]["floors"]["quantized"]
+    assert part["details"][0]["floors"]["dense"] > 1.5 * part["details"][0]["floors"]["quantized"]
 
 
 def test_quantize(benchmarks, tmp_path):
