@@ -5,6 +5,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -61,3 +62,12 @@ def test_parts_are_what_the_weight_is_made_of(peers):
     q, s, z = peers.parts(w)
     spread = lambda a: np.repeat(a, 128, axis=0)
     np.testing.assert_array_equal((q - spread(z)) * spread(s), w.dequantize())
+
+
+def test_copies_of_a_converted_weight_are_arrays_of_their_own(peers):
+    first, *others = found = peers.copies({"q": np.arange(6), "s": jax.numpy.ones(3)}, 3)
+    assert len(found) == 3
+    for other in others:
+        np.testing.assert_array_equal(other["q"], first["q"])
+        assert not np.shares_memory(other["q"], first["q"])
+        assert other["s"].unsafe_buffer_pointer() != first["s"].unsafe_buffer_pointer()
