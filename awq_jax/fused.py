@@ -39,5 +39,5 @@ def left_whole(recipe: Recipe, fused: Fused) -> list[str]:
 def told(reports: Sequence[SiteReport]) -> tuple[str, ...]:
     """What to tell of the sites that `skip_whole` added."""
     names = [site.name for site in reports]
-    why = "stay dense beside those that were skipped, as servers make one matrix of them"
+    why = "matrices stay dense beside those that were skipped, as servers make one matrix of them"
     return (f"{len(names)} more {why}: {some(names)}.",) if names else ()

@@ -1,4 +1,4 @@
-"""What a checkpoint holds against what is computed: nothing unread, nothing missing, told before anything is allocated."""
+"""What a checkpoint holds against what is computed: nothing unread, nothing missing, told before any work."""
 
 import json
 import re
@@ -46,8 +46,16 @@ def without(name):
 BIASES = [f"{LAYER}self_attn.{x}_proj.bias" for x in "qkvo"]
 
 DISAGREEING = {
-    "an untied head": (lambda w: w, {"tie_word_embeddings": True}, r"1 \(lm_head.weight\): .*tie_word_embeddings to false"),
-    "biases": (more(*BIASES), {}, r"nothing reads 4 \(model.layers.0.self_attn.q_proj.bias, .*: set attention_bias .* true"),
+    "an untied head": (
+        lambda w: w,
+        {"tie_word_embeddings": True},
+        r"1 \(lm_head.weight\): .*tie_word_embeddings to false",
+    ),
+    "biases": (
+        more(*BIASES),
+        {},
+        r"nothing reads 4 \(model.layers.0.self_attn.q_proj.bias, .*: set attention_bias .* true",
+    ),
     "a bias of the mlp": (more(f"{LAYER}mlp.up_proj.bias"), {}, "nothing reads 1 .*mlp_bias .* true"),
     "norms of q and k": (more(f"{LAYER}self_attn.q_norm.weight"), {}, "nothing reads 1 .*another architecture"),
     "fewer layers": (lambda w: w, {"num_hidden_layers": 1}, "counts 1 layers .*, the weights have 2"),
@@ -60,7 +68,11 @@ DISAGREEING = {
     "scales": (more(f"{LAYER}mlp.up_proj.weight_scale"), {}, "quantized in a way that config.json does not say"),
     "anything": (more("vision.weight"), {}, r"has 22 tensors, of which nothing reads 1 \(vision.weight\): .*another"),
     "no head": (without("lm_head.weight"), {}, "no tensor lm_head.weight .*set tie_word_embeddings to true"),
-    "no biases": (lambda w: w, {"attention_bias": True}, "no tensor model.layers.0.* set attention_bias and mlp_bias to false"),
+    "no biases": (
+        lambda w: w,
+        {"attention_bias": True},
+        "no tensor model.layers.0.* set attention_bias and mlp_bias to false",
+    ),
     "a vocabulary": (lambda w: w, {"vocab_size": 16_777_216}, r"embed_tokens.weight has shape \(320, 64\), the config"),
     "a width": (lambda w: w, {"hidden_size": 1_048_576}, "has shape .* the config asks for"),
     "heads": (lambda w: w, {"head_dim": 65_536}, "has shape .* the config asks for"),
@@ -115,9 +127,13 @@ def test_params_of_our_own_folders_too(weights):
 
 def test_every_command_says_so(tmp_path):
     """One check at one place: what reads a model passes through it."""
-    model = tiny_folder(tmp_path / "in", tie_word_embeddings=True, weights={"lm_head.weight": np.zeros((320, 64), "f4")})
+    model = tiny_folder(
+        tmp_path / "in", tie_word_embeddings=True, weights={"lm_head.weight": np.zeros((320, 64), "f4")}
+    )
     for use in (awq.load, lambda path: awq.quantize_checkpoint(path, tmp_path / "out")):
-        with pytest.raises(InputError, match=re.escape(f"{model} has 21 tensors, of which nothing reads 1 (lm_head.weight)")):
+        with pytest.raises(
+            InputError, match=re.escape(f"{model} has 21 tensors, of which nothing reads 1 (lm_head.weight)")
+        ):
             use(model)
     assert not (tmp_path / "out").exists()
 

@@ -284,7 +284,7 @@ def test_what_servers_make_one_matrix_of_stays_dense_together(root, dense, forma
         assert {site.note for site in done.sites if site.name.startswith("layers_0/mlp/up")} == {
             "left dense with layers_0/mlp/gate/kernel, as servers make one matrix of them"
         }
-        assert done.notes[0].startswith("4 more stay dense beside those that were skipped, ")
+        assert done.notes[0].startswith("4 more matrices stay dense beside those that were skipped, ")
         kept = json.loads((done.path / "config.json").read_text())["quantization_config"]["modules_to_not_convert"]
         wholes = {"model.layers.0.self_attn.qkv_proj", *(f"model.layers.{i}.mlp.gate_up_proj" for i in (0, 1))}
         assert {name for name in kept if name.endswith(("qkv_proj", "gate_up_proj"))} == wholes
@@ -342,7 +342,7 @@ def test_every_stop_token_of_either_config_ends_an_answer(root):
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 7]}))
     assert awq.load(model).eos == (1, 9, 7, 8)
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": "</s>"}))
-    with pytest.raises(ValueError, match="generation_config.json: eos_token_id holds '</s>': expected the number"):
+    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id holds '</s>': expected the number"):
         awq.load(model)
 
 

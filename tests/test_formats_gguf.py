@@ -189,10 +189,10 @@ def test_metadata_that_is_not_read(tmp_path, changes, says):
 
 
 def test_two_rules_for_the_rope_are_not_combined(tmp_path):
-    factors = llama3_factors(LLAMA3, 1e4, HEAD_DIM).astype(np.float32)
+    more = {"rope_freqs.weight": llama3_factors(LLAMA3, 1e4, HEAD_DIM).astype(np.float32)}
+    linear = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0}
     with pytest.raises(InputError, match=r"has rope_freqs\.weight and llama\.rope\.scaling\.type 'linear'"):
-        linear = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0}
-        config_of(tmp_path, more_tensors={"rope_freqs.weight": factors}, **linear)
+        config_of(tmp_path, more_tensors=more, **linear)
 
 
 @pytest.mark.parametrize("moved", [-32, 32, -(10**6), 10**6])

@@ -85,7 +85,9 @@ def test_leaves_that_do_not_fit(change, says):
 
 def test_a_folder_whose_group_size_was_changed_is_refused(tmp_path):
     """Read as it is, it would compute something."""
-    save_params(tmp_path / "p", {"a": {"kernel": quantize(np.ones((64, 8), np.float32), QuantSpec(4, 32))}, "b": np.ones(2)})
+    save_params(
+        tmp_path / "p", {"a": {"kernel": quantize(np.ones((64, 8), np.float32), QuantSpec(4, 32))}, "b": np.ones(2)}
+    )
     assert is_quantized(load_params(tmp_path / "p")["a"]["kernel"])
     file = tmp_path / "p" / METADATA
     about = file.read_text()

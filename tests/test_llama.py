@@ -7,7 +7,7 @@ import pytest
 from compilations import compilations
 from flax.traverse_util import flatten_dict
 from jax.tree_util import tree_map_with_path
-from tiny import LLAMA3, CHANGES, hf_config, random_params, random_tokens
+from tiny import CHANGES, LLAMA3, hf_config, random_params, random_tokens
 
 from awq_jax.models import for_config, llama
 from awq_jax.models.generate import generate
@@ -271,7 +271,10 @@ def test_generation_refuses(arguments, message):
         ({"hidden_size": None}, "lacks 'hidden_size'"),
         ({"num_key_value_heads": 3}, "4 heads do not divide by 3"),
         ({"head_dim": 15}, "head_dim=15"),
-        ({"num_attention_heads": 5, "num_key_value_heads": 1}, "hidden_size=64 does not divide by num_attention_heads=5"),
+        (
+            {"num_attention_heads": 5, "num_key_value_heads": 1},
+            "hidden_size=64 does not divide by num_attention_heads=5",
+        ),
         ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "low_freq_factor=4.0 and high_freq_factor=4.0"),
     ],
 )
@@ -300,7 +303,9 @@ def test_a_field_of_another_type_or_out_of_range_is_named(key):
 
 
 def test_null_stands_for_what_transformers_has_none_for():
-    null = dict.fromkeys(("num_key_value_heads", "head_dim", "max_position_embeddings", "rope_scaling", "rope_parameters"))
+    null = dict.fromkeys(
+        ("num_key_value_heads", "head_dim", "max_position_embeddings", "rope_scaling", "rope_parameters")
+    )
     config = llama.Config.from_hf(hf_config() | null)
     assert (config.kv_heads, config.head_dim, config.positions, config.rope.kind) == (4, 16, None, "default")
     for key in ("vocab_size", "rms_norm_eps", "rope_theta", "tie_word_embeddings"):

@@ -201,9 +201,7 @@ class Writer:
       unconverted: names that stand in modules_to_not_convert beside those of the dense matrices.
     """
 
-    def __init__(
-        self, folder: Path, source: Source, recipe: OneWidth, unconverted: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, folder: Path, source: Source, recipe: OneWidth, unconverted: Sequence[str] = ()) -> None:
         self.folder, self.source = Path(folder), source
         self.spec = QuantSpec(recipe.bits, recipe.group_size)
         self.shards: list[list[str]] = []

@@ -195,8 +195,8 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
 def open_folder(folder: Path) -> Checkpoint:
     if adapters := [name for name in huggingface.ADAPTER_FILES if inside(folder, name)]:
         raise InputError(
-            f"{folder} holds a PEFT adapter ({adapters[0]}), which is not applied here: save what merge_and_unload() gives, "
-            "or give a folder without the adapter."
+            f"{folder} holds a PEFT adapter ({adapters[0]}), which is not applied here: save what "
+            "merge_and_unload() gives, or give a folder without the adapter."
         )
     config = huggingface.read_config(folder)
     load_tokenizer = lambda: huggingface.load_tokenizer(folder)
