@@ -144,6 +144,15 @@ def serve(reader: str) -> None:
 
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+
+    def printed() -> str:
+        """What a command would have printed beside its line: a traceback, or a panic of a library in Rust."""
+        end = os.lseek(2, 0, os.SEEK_CUR)
+        said = os.pread(2, end, 0).decode("utf-8", "replace")
+        os.ftruncate(2, 0)
+        os.lseek(2, 0, os.SEEK_SET)
+        return said[-3000:] if "Traceback" in said or "panicked" in said else ""
+
     make, read = READERS[reader]
     with tempfile.TemporaryDirectory() as scratch:
         whole = make(Path(scratch))
@@ -168,6 +177,8 @@ def serve(reader: str) -> None:
             }
             before = forget_peak()
             told |= outcome(read, place, changed)
+            if said := printed():
+                told |= {"end": "printed", "says": said}
             told["memory"] = memory("VmHWM") - before
             print(json.dumps(told), file=out, flush=True)
 
@@ -217,8 +228,7 @@ class Child:
                 raise SystemExit(f"the reader does not start:\n{self.said()}")
         self.process.stdin.write(f"{seed}\n".encode())
         self.process.stdin.flush()
-        told = self.line(SECONDS)
-        if not told:
+        if not (told := self.line(SECONDS)):
             try:
                 told = {"end": f"crash {self.process.wait(1)}", "says": self.said()}
             except subprocess.TimeoutExpired:

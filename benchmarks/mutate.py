@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +100,11 @@ def changed_json(text: str, rng: np.random.Generator) -> str:
             case 1 if isinstance(node, dict):
                 node[str(VALUES[rng.integers(len(VALUES))])[:99]] = node.pop(key)
             case 2 if isinstance(node, list):
-                node[key:key] = [node[key]] * int(10 ** rng.uniform(0, 2))
+                node[key:key] = [deepcopy(node[key]) for _ in range(int(10 ** rng.uniform(0, 2)))]
             case 3:
-                other = places[rng.integers(len(places))]
-                node[key] = json.loads(json.dumps(other[0] if isinstance(other, list) else other))
+                node[key] = deepcopy(places[rng.integers(len(places))])
             case _:
-                node[key] = VALUES[rng.integers(len(VALUES))]
+                node[key] = deepcopy(VALUES[rng.integers(len(VALUES))])
     return json.dumps(found[0], ensure_ascii=bool(rng.integers(2)))
 
 
