@@ -24,7 +24,7 @@ from awq_jax.formats.files import inside, regular
 from awq_jax.formats.gguf import open_gguf
 from awq_jax.formats.shards import open_shards
 from awq_jax.formats.stored import StoredTensor
-from awq_jax.formats.text import panics_unprinted
+from awq_jax.formats.text import unprinted
 from awq_jax.formats.tokenizer import gguf_tokenizer
 from awq_jax.tensor import QuantizedTensor
 
@@ -103,7 +103,7 @@ class Checkpoint:
         Raises:
           InputError: there is none, or it cannot be read.
         """
-        with reading(f"{self.path}: its tokenizer cannot be read"), panics_unprinted():
+        with reading(f"{self.path}: its tokenizer cannot be read"), unprinted():
             return self.load_tokenizer()
 
     @cached_property

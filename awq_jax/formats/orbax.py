@@ -6,6 +6,7 @@ params/<part>, one orbax checkpoint of plain arrays for each part, so that a mod
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from awq_jax.formats.errors import InputError, reading
 from awq_jax.formats.files import inside, read_json
 from awq_jax.formats.huggingface import Source, write_about, write_json
 from awq_jax.formats.leaves import check_leaves
+from awq_jax.formats.text import unprinted
 from awq_jax.formats.written import written_whole
 from awq_jax.paths import named_leaves
 from awq_jax.tensor import QuantizedTensor, in_rows, is_quantized, static_fields, static_json
@@ -162,8 +164,6 @@ def load(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def load_part(folder: str | Path, part: str, metadata: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """One part; see `load`, whose metadata saves reading it anew."""
-    import orbax.checkpoint as ocp
-
     folder = Path(folder).resolve()
     about = read_metadata(folder) if metadata is None else metadata
     if part not in about["parts"]:
@@ -173,9 +173,22 @@ def load_part(folder: str | Path, part: str, metadata: Mapping[str, Any] | None 
         for file in where.rglob("*"):
             if not file.is_dir():
                 inside(folder, str(file.relative_to(folder)))
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            found = checkpointer.restore(where)
+        with unprinted():
+            found = restored(where)
         return rebuilt(part, found, about["tensors"])
+
+
+def restored(folder: Path) -> Any:
+    """What orbax reads from a folder."""
+    import orbax.checkpoint as ocp
+
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            return checkpointer.restore(folder)
+    except Exception:
+        # Until tensorstore's threads have printed that nobody waits for what they still read.
+        time.sleep(0.2)
+        raise
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
