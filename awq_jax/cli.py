@@ -78,6 +78,8 @@ class Quantize:
                 progress=progress,
             )
         console().print(sites_table(done.sites), summary(done.before, done.half, done.after, done.seconds))
+        for note in done.notes:
+            say(note)
         where = shlex.quote(str(done.path))
         say(f"Wrote {done.path}. Try: awq-jax generate {where} 'Why is the sky blue?'")
 
