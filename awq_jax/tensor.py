@@ -21,7 +21,7 @@ from awq_jax.spec import QuantSpec
 
 SCALE_DTYPE = jnp.float16
 HALF = np.finfo(np.float16)
-SMALLEST_HALF, LARGEST_HALF = float(HALF.smallest_subnormal), float(HALF.max)
+SMALLEST_HALF, SMALLEST_NORMAL_HALF, LARGEST_HALF = map(float, (HALF.smallest_subnormal, HALF.tiny, HALF.max))
 STATIC = ("spec", "dtype", "pad", "layout", "packing")
 """The fields of a QuantizedTensor that are no arrays."""
 
@@ -246,7 +246,7 @@ def half_step(step: Float[Array, "*g"]) -> Float[Array, "*g"]:
 
 def step_dtype(smallest: float, largest: float) -> Any:
     """In which dtype `rounded_step`s of this range are stored: float16 where they are normal numbers of it."""
-    return SCALE_DTYPE if HALF.smallest_normal <= smallest and largest <= HALF.max else jnp.float32
+    return SCALE_DTYPE if smallest >= SMALLEST_NORMAL_HALF and largest <= LARGEST_HALF else jnp.float32
 
 
 def affine(

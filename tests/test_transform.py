@@ -506,18 +506,18 @@ def test_a_batch_that_is_no_number_is_named():
     bad = X.copy()
     bad[1, 2, 3] = np.nan
     batches = [({"x": X},), ({"x": bad},), ({"x": X},)]
-    with pytest.raises(ValueError, match="^Batch 2: input 0/x holds NaN or infinite values"):
+    with pytest.raises(ValueError, match=r"^Batch 2: input 0/x holds NaN or infinite values"):
         calibrate(lambda p, inputs: mlp(p, inputs["x"]), P, batches)
-    with pytest.raises(ValueError, match="^Batch 1: the mask holds NaN"):
+    with pytest.raises(ValueError, match=r"^Batch 1: the mask holds NaN"):
         calibrate(mlp, P, [(X,)], mask=lambda x: jnp.full(x.shape[:2], jnp.nan))
 
 
 def test_a_batch_on_which_the_function_overflows_is_named():
     fn = lambda p, x: jnp.exp(x @ p["up"]) @ p["down"]
-    with pytest.raises(ValueError, match="^Batch 2: what is multiplied with down is NaN, infinite"):
+    with pytest.raises(ValueError, match=r"^Batch 2: what is multiplied with down is NaN, infinite"):
         calibrate(fn, P, [(X,), (1000 * X,)])
     broken = P | {"up": np.where(np.arange(12) == 3, np.nan, P["up"])}
-    with pytest.raises(ValueError, match="^up: 40 of 480 weights are NaN or infinite. Repair the model"):
+    with pytest.raises(ValueError, match=r"^up: 40 of 480 weights are NaN or infinite. Repair the model"):
         calibrate(fn, broken, [(X,)])
 
 

@@ -132,9 +132,10 @@ def with_half_steps(
 
 
 def in_units(moments: Moments) -> Moments:
-    """`moments` with Gram matrices whose largest mean is near 1."""
+    """`moments` of inputs whose largest mean, and that of their squares, is near 1."""
     mean = moments.gram / jnp.maximum(moments.count, 1)[..., None, None, None]
-    return replace(moments, gram=moments.gram / unit(mean) * UNIT**2)
+    abs_sum = moments.abs_sum / unit(moments.mean_abs)
+    return replace(moments, abs_sum=abs_sum, gram=moments.gram / unit(mean) * UNIT**2)
 
 
 def side_by_side(leaves: tuple[Array, ...], layouts: tuple[Layout, ...]) -> Float[Array, "*lead i o"]:
