@@ -44,7 +44,8 @@ SURVEYED = 512
 class Converted:
     """Where the quantized model is, its size in bytes, each site's error, seconds by stage, and what else to tell.
 
-    Sizes are those of the source as stored, of its tensors in 16 bits, and of all files of the quantized model.
+    Sizes are those of the source as stored, of its tensors in 16 bits, and of all files of the quantized model. `notes`
+    are about the model as a whole.
     """
 
     path: Path
@@ -138,12 +139,14 @@ def quantize_checkpoint(
                     write(part, params)
         else:
             done = stream(decoder, tokens, recipe, write, feed=feed, progress=progress)
-        finish()
+        dtype, notes = computed_in(done.largest)
+        finish(dtype)
         done = replace(done, reports=(*done.reports, *with_skipped))
         (scratch / REPORT).write_text(json.dumps([asdict(site) for site in done.reports], indent=1))
         after = sum(f.stat().st_size for f in scratch.rglob("*") if f.is_file())
     half = sum(2 * math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
-    return Converted(Path(out), checkpoint.nbytes, half, after, done.reports, done.seconds, told(with_skipped))
+    notes = (*told(with_skipped), *(notes if format == "awq" else ()))
+    return Converted(Path(out), checkpoint.nbytes, half, after, done.reports, done.seconds, notes)
 
 
 def survey(decoder: Decoder, tokens: Any, recipe: Recipe, progress: Callable[[str, int, int], None]) -> list[Offer]:
@@ -182,28 +185,46 @@ def widened(read: Callable[[str], Any]) -> Callable[[str], Any]:
 
 def writer(
     format: Format, folder: Path, checkpoint: Checkpoint, module: Any, recipe: Recipe, fused: Fused
-) -> tuple[Callable[[str, Any], None], Callable[[], None]]:
-    """`(write(part, params), finish())` of a format."""
+) -> tuple[Callable[[str, Any], None], Callable[[str], None]]:
+    """`(write(part, params), finish(dtype))` of a format; ours is read in any dtype."""
     kept: orbax.Writer | autoawq.Writer
     if format == "orbax":
-        kept = orbax.Writer(folder, checkpoint, recipe)
+        kept = own = orbax.Writer(folder, checkpoint, recipe)
         named = lambda part, params: halved(params) if checkpoint.kind == "gguf" else params
+        finish: Callable[[str], None] = lambda dtype: own.finish()
     else:
-        kept, named = autoawq.Writer(folder, checkpoint, recipe, left_whole(recipe, fused)), module.to_names
+        kept = theirs = autoawq.Writer(folder, checkpoint, recipe, left_whole(recipe, fused))
+        named, finish = module.to_names, theirs.finish
 
     def write(part: str, params: Any) -> None:
         refuse_non_finite(part, params)
         kept.write(part, named(part, params))
 
-    return write, kept.finish
+    return write, finish
+
+
+def computed_in(largest: float) -> tuple[str, tuple[str, ...]]:
+    """The dtype in which a model with such activations is to be computed, float16 if it has room for twice as large
+    ones; and what is to be said of it.
+    """
+    if 2 * largest <= jnp.finfo(jnp.float16).max:
+        return "float16", ()
+    note = f"Activations reach {largest:.0f} on the calibration text, float16 ends at 65504"
+    return "bfloat16", (f"{note}: config.json says bfloat16, do not run the model in float16.",)
 
 
 def halved(params: Any) -> Any:
-    """Matrices that stay dense in float16, where it holds them: a GGUF gives float32 for what it stores in less."""
+    """Matrices that stay dense in float16, where it holds them: a GGUF gives float32 for what it stores in less.
+
+    Held are rows of which no weight changes by more than float16's precision of the largest.
+    """
 
     def half(w: Any) -> Any:
-        fits = not is_quantized(w) and w.ndim > 1 and float(jnp.abs(w).max()) <= jnp.finfo(jnp.float16).max
-        return w.astype(jnp.float16) if fits else w
+        if is_quantized(w) or w.ndim < 2:
+            return w
+        small = w.astype(jnp.float16)
+        fits = (jnp.abs(small.astype(w.dtype) - w).max(-1) <= jnp.finfo(jnp.float16).eps * jnp.abs(w).max(-1)).all()
+        return small if fits else w
 
     return jax.tree.map(half, params, is_leaf=is_quantized)
 

@@ -99,7 +99,8 @@ def largest_change(before: Any, after: Any) -> float:
         if not np.array_equal(a[~finite], b[~finite], equal_nan=True):
             return float("nan")
         a, b = a[finite], b[finite]
-        worst.append(float(np.abs(b - a).max(initial=0) / max(np.abs(a).max(initial=0), 1e-30)))
+        change, largest = (float(np.abs(x).max(initial=0)) for x in (b - a, a))
+        worst.append(change / largest if largest else np.inf if change else 0.0)
     return float(np.max(worst))
 
 

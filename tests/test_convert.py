@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from tiny import random_tokens
 
 import awq_jax as awq
 from awq_jax import Recipe, Rule
+from awq_jax.convert import computed_in, halved
 from awq_jax.models.llama import Config, Llama
 from awq_jax.paths import named_leaves
 from awq_jax.quantize import fold_scales
@@ -227,6 +229,28 @@ def test_what_stays_dense_of_a_gguf_file_takes_two_bytes_a_weight(root):
     assert embedding.dtype == jnp.float16
     np.testing.assert_allclose(embedding, big.params["embed"]["embedding"], rtol=2**-11, atol=2**-25)
     assert small.params["norm"]["scale"].dtype == jnp.float32
+
+
+def test_a_model_with_activations_beyond_float16_says_bfloat16(root):
+    weights = tensors(config())
+    louder = {name: w * np.float32(3e4) for name, w in weights.items() if name.endswith("0.mlp.down_proj.weight")}
+    model = tiny_folder(root / "loud", weights=weights | louder)
+    rtn = replace(awq.PRESETS["rtn"], group_size=32)
+    done = awq.quantize_checkpoint(model, root / "loud-out", rtn, **TEXT)
+    found = json.loads((done.path / "config.json").read_text())
+    assert found["dtype"] == found["torch_dtype"] == "bfloat16"
+    (note,) = done.notes
+    assert re.match(r"Activations reach \d{5,} on the calibration text, float16 ends at 65504: config.json says", note)
+    assert computed_in(32000.0) == ("float16", ())
+    assert computed_in(40000.0)[0] == "bfloat16"
+
+
+def test_dense_matrices_stay_wide_where_float16_would_lose_them():
+    usual = np.random.default_rng(0).normal(size=(4, 32)).astype(np.float32)
+    zeros = usual * (np.arange(4)[:, None] > 0)
+    tiny = usual * np.float32([[1], [1e-7], [1], [1]])
+    found = halved({"a": usual, "b": zeros, "c": tiny, "d": usual * np.float32(1e6)})
+    assert [found[k].dtype.name for k in "abcd"] == ["float16", "float16", "float32", "float32"]
 
 
 @pytest.mark.parametrize(("dtype", "format"), [("bfloat16", "awq"), ("bfloat16", "orbax"), ("float16", "awq")])

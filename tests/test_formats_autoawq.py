@@ -189,6 +189,7 @@ def test_a_written_model_reads_back_to_the_bit(tmp_path):
         ("a.weight", np.full((2, 2), 7e4, np.float32), "part: a.weight: a value of 70000 does not fit float16"),
         ("a.weight", np.array([[1e5]], ml_dtypes.bfloat16), "does not fit float16"),
         ("a.weight", np.array([[np.nan]], np.float32), "a value of nan"),
+        ("a.weight", np.full((2, 2), 1e-9, np.float32), "part: a.weight: values of at most 1e-09 are too small"),
         ("a.weight", quantize(weight(128), QuantSpec(4, 64)), r"is \(4, 64\) and \(4, 32\) elsewhere"),
         ("lm_head.weight", quantize(weight(), SPEC), "dense lm_head"),
         ("a.weight", with_input_scale(quantize(weight(), SPEC), np.ones(64)), "part: a.weight has an input scale"),

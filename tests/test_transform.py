@@ -12,6 +12,7 @@ from zoo import WAYS, ZOO, compiled
 
 import awq_jax as awq
 from awq_jax import calibrate, quantized, sites, with_moments
+from awq_jax.moments import UNIT
 from awq_jax.paths import named_leaves
 from awq_jax.spec import QuantSpec
 from awq_jax.tensor import QuantizedTensor, is_quantized
@@ -33,7 +34,7 @@ def check(found, tokens, block=None, weights=None):
     grams = [gram[..., k : k + block, k : k + block] for k in range(0, i, block)]
     np.testing.assert_allclose(found.count, np.broadcast_to(weights.sum(), tokens.shape[:-2]), rtol=1e-5)
     np.testing.assert_allclose(found.abs_sum, np.abs(weighted).sum(-2), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(found.gram, np.stack(grams, -3), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(found.gram / UNIT**2, np.stack(grams, -3), rtol=1e-3, atol=1e-4)
 
 
 P = {"up": normal(40, 12) / 6, "down": normal(12, 40, seed=1) / 3}
@@ -499,6 +500,30 @@ def test_a_batch_that_lacks_a_key(second):
     says = "Batch 2: the function cannot take" if second else "a batch of 1 inputs failed"
     with pytest.raises(ValueError, match=rf"{says}.*KeyError: 'x'"):
         calibrate(fn, np.ones((6, 4), np.float32), batches)
+
+
+def test_a_batch_that_is_no_number_is_named():
+    bad = X.copy()
+    bad[1, 2, 3] = np.nan
+    batches = [({"x": X},), ({"x": bad},), ({"x": X},)]
+    with pytest.raises(ValueError, match=r"^Batch 2: input 0/x holds NaN or infinite values"):
+        calibrate(lambda p, inputs: mlp(p, inputs["x"]), P, batches)
+    with pytest.raises(ValueError, match=r"^Batch 1: the mask holds NaN"):
+        calibrate(mlp, P, [(X,)], mask=lambda x: jnp.full(x.shape[:2], jnp.nan))
+
+
+def test_a_batch_on_which_the_function_overflows_is_named():
+    fn = lambda p, x: jnp.exp(x @ p["up"]) @ p["down"]
+    with pytest.raises(ValueError, match=r"^Batch 2: what is multiplied with down is NaN, infinite"):
+        calibrate(fn, P, [(X,), (1000 * X,)])
+    broken = P | {"up": np.where(np.arange(12) == 3, np.nan, P["up"])}
+    with pytest.raises(ValueError, match=r"^up: 40 of 480 weights are NaN or infinite. Repair the model"):
+        calibrate(fn, broken, [(X,)])
+
+
+def test_a_batch_without_rows_is_refused():
+    with pytest.raises(ValueError, match=r"^Batch 2: input 0 has shape \(0, 5, 40\), no rows"):
+        calibrate(mlp, P, [(X,), (X[:0],)])
 
 
 @pytest.mark.parametrize("block", [0, -1])

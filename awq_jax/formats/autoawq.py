@@ -159,7 +159,7 @@ def as_float16(name: str, w: Float[np.ndarray, "*shape"]) -> Float16[np.ndarray,
     """`w` in float16.
 
     Raises:
-      InputError: a value that float16 cannot hold.
+      InputError: a value that float16 cannot hold, or so small values that it would hold little of them.
     """
     if w.dtype == np.float16:
         return w
@@ -170,6 +170,13 @@ def as_float16(name: str, w: Float[np.ndarray, "*shape"]) -> Float16[np.ndarray,
         raise InputError(
             f"{name}: a value of {largest:g} does not fit float16, which AutoAWQ files use (up to 65504): write "
             "--format orbax."
+        )
+    wide = np.asarray(w, np.float32)
+    largest = float(np.abs(wide).max(initial=0))
+    if np.abs(half - wide).max(initial=0) > 2**-7 * largest:
+        raise InputError(
+            f"{name}: values of at most {largest:g} are too small for float16, which AutoAWQ files use (exact from "
+            "6e-5): write --format orbax."
         )
     return half
 
@@ -229,8 +236,13 @@ class Writer:
         # safetensors lets nobody else read it, such as the account of a server.
         self._shard(len(self.shards)).chmod(0o644)
 
-    def finish(self) -> None:
-        """Writes the index, config.json and what comes from the source; without them the folder is no model."""
+    def finish(self, dtype: str = "float16") -> None:
+        """Writes the index, config.json and what comes from the source; without them the folder is no model.
+
+        Args:
+          dtype: in which readers are to compute: "bfloat16" where activations are too large for float16. The tensors
+            are float16 in any case; readers convert them.
+        """
         count, files = len(self.shards), {}
         for i, names in enumerate(self.shards, 1):
             final = f"model-{i:05}-of-{count:05}.safetensors"
@@ -238,7 +250,7 @@ class Writer:
             files |= dict.fromkeys(names, final)
         write_json(self.folder / INDEX, {"metadata": {"total_size": self.nbytes}, "weight_map": files})
         quantization = quantization_config(self.spec, [*self.dense, *self.unconverted])
-        write_about(self.folder, self.source, torch_dtype="float16", dtype="float16", quantization_config=quantization)
+        write_about(self.folder, self.source, torch_dtype=dtype, dtype=dtype, quantization_config=quantization)
 
     def _shard(self, i: int) -> Path:
         return self.folder / f"model-{i:05}.safetensors"

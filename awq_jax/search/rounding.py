@@ -12,7 +12,7 @@ from awq_jax.moments import Moments
 from awq_jax.search.descent import CHUNK, descended_rows
 from awq_jax.search.loss import blocks
 from awq_jax.spec import QuantSpec
-from awq_jax.tensor import affine, group, nearest, stored_step
+from awq_jax.tensor import affine, group, nearest, rounded_step
 
 Codes = tuple[Float[Array, "groups g o"], Float[Array, "groups o"], Float[Array, "groups o"]]
 
@@ -209,7 +209,8 @@ def _refitted(
         level, before = levels[i], steps[i, 0]
         slope = (level * (rows @ error)).sum(0)
         curve = (level * (own @ level)).sum(0)
-        step = stored_step(jnp.clip(before - slope / jnp.maximum(curve, 1e-30), 0.8 * before, 1.2 * before))
+        move = slope / jnp.where(curve > 0, curve, 1)
+        step = rounded_step(jnp.clip(before - move, 0.8 * before, 1.2 * before))
         moved = jax.lax.dynamic_slice(error, (i * g, 0), (g, o)) + level * (step - before)
         return jax.lax.dynamic_update_slice(error, moved, (i * g, 0)), step
 
