@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -280,10 +279,13 @@ def main() -> None:
     # Orbax logs the traceback of an error before it raises it.
     absl.logging.set_verbosity(absl.logging.FATAL)
     keep_compiled_programs()
-    # So that scratch folders go as they do at Ctrl-C.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         command.run()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Nobody reads on (`| head`); Python would complain once more when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (ValueError, OSError) as e:
         print("awq-jax:", " ".join(str(e).split()), file=sys.stderr)
         sys.exit(2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Mapping
@@ -21,6 +20,7 @@ from numpy import ndarray
 from awq_jax.formats import autoawq_folder, huggingface, orbax
 from awq_jax.formats.errors import InputError
 from awq_jax.formats.gguf import open_gguf
+from awq_jax.formats.scratch import scratch_folder
 from awq_jax.formats.shards import open_shards
 from awq_jax.formats.stored import StoredTensor
 from awq_jax.formats.tokenizer import gguf_tokenizer
@@ -105,8 +105,9 @@ class Checkpoint:
         """The files to copy beside a model that is written; made on first use for GGUF, and kept as long as this is."""
         if self.kind != "gguf":
             return huggingface.tokenizer_files(self.path)
-        folder = Path(tempfile.mkdtemp(prefix="awq_jax_tokenizer_"))
-        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        block = scratch_folder(Path(tempfile.gettempdir()))
+        folder = block.__enter__()
+        weakref.finalize(self, block.__exit__, None, None, None)
         self.tokenizer().save_pretrained(folder)
         # transformers 5 names a class here that version 4, which servers still use, does not have.
         config = huggingface.read_json(folder / "tokenizer_config.json")

@@ -25,6 +25,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 GENERATION_CONFIG = "generation_config.json"
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class Source(Protocol):
@@ -52,7 +53,7 @@ def download(model: str) -> Path:
 
     try:
         found = snapshot_download(
-            model, allow_patterns=["*.safetensors", "*.json", *TOKENIZER_FILES], ignore_patterns=["*/*"]
+            model, allow_patterns=["*.safetensors", "*.json", "README.md", *TOKENIZER_FILES], ignore_patterns=["*/*"]
         )
     # Releases of huggingface_hub let the errors of three HTTP libraries through, without a common class.
     except Exception as e:
@@ -91,10 +92,22 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_about(folder: Path, source: Source, **changes: Any) -> None:
-    """Writes the companions of `source` and its config.json, with `changes`."""
+    """Writes the companions of `source` and its config.json, with `changes`; a generation_config.json in any case."""
     for file in source.companions:
         shutil.copyfile(file, folder / file.name)
-    write_json(folder / "config.json", {**source.config, **changes})
+    if not (folder / GENERATION_CONFIG).exists() and (ids := {k: v for k, v in source.config.items() if k in TOKENS}):
+        write_json(folder / GENERATION_CONFIG, ids)
+    write_json(folder / "config.json", {**with_older_rope(source.config), **changes})
+
+
+def with_older_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with rope_theta and rope_scaling beside rope_parameters, for readers of transformers 4."""
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, Mapping) or "rope_theta" not in rope or config.get("rope_scaling"):
+        return dict(config)
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    is_default = scaling.get("rope_type", "default") == "default"
+    return {**config, "rope_theta": rope["rope_theta"], "rope_scaling": None if is_default else scaling}
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

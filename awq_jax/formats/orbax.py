@@ -6,9 +6,13 @@ params/<part>, one orbax checkpoint of plain arrays for each part, so that a mod
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 import jax
 import numpy as np
@@ -16,13 +20,16 @@ from flax.traverse_util import unflatten_dict
 
 from awq_jax.formats.errors import InputError
 from awq_jax.formats.huggingface import Source, read_json, write_about, write_json
-from awq_jax.formats.written import written_whole
+from awq_jax.formats.scratch import scratch_folder
+from awq_jax.formats.written import size_of, written_whole
 from awq_jax.paths import named_leaves
 from awq_jax.tensor import QuantizedTensor, in_rows, is_quantized, static_fields, static_json
 
 METADATA = "awq_jax.json"
 PARAMS = "params"
 VERSION = 1
+NAME_MAX = 255
+"""Bytes of a file's name on all common file systems."""
 LEAVES = ("codes", "scales", "zeros", "input_scale")
 
 
@@ -44,11 +51,8 @@ class Writer:
     """
 
     def __init__(self, folder: Path, source: Source | None, recipe: Any = None) -> None:
-        import orbax.checkpoint as ocp
-
         self.folder, self.source, self.recipe = Path(folder).resolve(), source, recipe
-        self.checkpointer = ocp.PyTreeCheckpointer()
-        self.parts: list[str] = []
+        self.parts: dict[str, int] = {}
         self.tensors: dict[str, Any] = {}
 
     def write(self, part: str, params: Mapping[str, Any]) -> None:
@@ -58,16 +62,38 @@ class Writer:
           part: its name, "layers_0"; the key under which `load` gives it back.
           params: nested dict of arrays and QuantizedTensors; keys are strings without "/".
         """
-        self.checkpointer.save(self.folder / PARAMS / part, self._plain(part, params))
-        self.parts.append(part)
+        import orbax.checkpoint as ocp
+
+        plain = self._plain(part, params)
+        (self.folder / PARAMS / part).mkdir(parents=True)
+        # Without OCDBT, whose files have random names, and a Checkpointer, which adds the time of day, the same params
+        # are the same bytes. But then the name of a leaf is that of a folder.
+        longest = max((len(name.replace("/", ".")) for name in named_leaves(plain)), default=0)
+        with (
+            plainly_named(self.folder) as folder,
+            closing(ocp.PyTreeCheckpointHandler(use_ocdbt=longest > NAME_MAX)) as handler,
+        ):
+            handler.save(folder / PARAMS / part, args=ocp.args.PyTreeSave(plain))
+            handler.finalize(folder / PARAMS / part)
+        self.parts[part] = sum(leaf.nbytes for leaf in jax.tree.leaves(plain))
 
     def finish(self) -> None:
-        """Writes awq_jax.json, config.json and what comes from the source; without them the folder is no model."""
-        self.checkpointer.close()
+        """Writes awq_jax.json, config.json and what comes from the source, and reads the smallest part back.
+
+        Raises:
+          InputError: what was written cannot be read.
+        """
         if self.source is not None:
             write_about(self.folder, self.source)
-        about = {"version": VERSION, "recipe": repr(self.recipe), "parts": self.parts, "tensors": self.tensors}
+        about = {
+            "version": VERSION,
+            "recipe": shown(self.recipe),
+            "parts": list(self.parts),
+            "tensors": self.tensors,
+        }
         write_json(self.folder / METADATA, about)
+        if self.parts:
+            load_part(self.folder, min(self.parts, key=lambda part: self.parts[part]), about)
 
     def _plain(self, path: str, node: Any) -> Any:
         if isinstance(node, QuantizedTensor):
@@ -76,7 +102,7 @@ class Writer:
             leaves = {name: getattr(node, name) for name in LEAVES}
             return {name: np.asarray(leaf) for name, leaf in leaves.items() if leaf is not None}
         if isinstance(node, Mapping):
-            return {key: self._plain(f"{path}/{key}", child) for key, child in node.items()}
+            return {quoted(key): self._plain(f"{path}/{key}", child) for key, child in node.items()}
         if not isinstance(node, np.ndarray | jax.Array):
             raise ValueError(f"{path} is a {type(node).__name__}: give nested dicts of arrays and QuantizedTensors.")
         return np.asarray(node)
@@ -143,7 +169,7 @@ def is_own(folder: Path) -> bool:
 
 def nbytes(folder: Path) -> int:
     """What the params take on disk."""
-    return sum(file.stat().st_size for file in (folder / PARAMS).rglob("*") if file.is_file())
+    return size_of(folder / PARAMS)
 
 
 def load(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -167,8 +193,8 @@ def load_part(folder: str | Path, part: str, metadata: Mapping[str, Any] | None 
     if part not in about["parts"]:
         raise InputError(f"{folder} has no part {part!r}; it has {about['parts']}.")
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            found = checkpointer.restore(folder / PARAMS / part)
+        with plainly_named(folder) as plain, ocp.PyTreeCheckpointer() as checkpointer:
+            found = checkpointer.restore(plain / PARAMS / part)
         return rebuilt(part, found, about["tensors"])
     except (ValueError, OSError, KeyError, TypeError) as e:
         reason = " ".join(str(e).split())[:300]
@@ -192,5 +218,27 @@ def rebuilt(path: str, node: Any, tensors: Mapping[str, Any]) -> Any:
         found = tensors[path]
         return QuantizedTensor(**{name: node.get(name) for name in LEAVES}, **static_fields(found))
     if isinstance(node, Mapping):
-        return {key: rebuilt(f"{path}/{key}", child, tensors) for key, child in node.items()}
+        children = {unquote(key, errors="surrogatepass"): child for key, child in node.items()}
+        return {key: rebuilt(f"{path}/{key}", child, tensors) for key, child in children.items()}
     return node
+
+
+def quoted(key: str) -> str:
+    """A key without what means something in the path of a leaf, where keys are joined by dots; `unquote` undoes it."""
+    return quote(key, safe=" ", errors="surrogatepass").replace(".", "%2E")
+
+
+@contextmanager
+def plainly_named(folder: Path) -> Iterator[Path]:
+    """`folder`, through a link if its path has what tensorstore takes for a pattern, an escape or a scheme."""
+    if re.fullmatch(r"[\w ./-]*", str(folder)):
+        yield folder
+        return
+    with scratch_folder(Path(tempfile.gettempdir())) as scratch:
+        (scratch / "link").symlink_to(folder, target_is_directory=True)
+        yield scratch / "link"
+
+
+def shown(recipe: Any) -> str:
+    """The repr without the addresses of functions, which differ from run to run."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(recipe))
