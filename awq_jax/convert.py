@@ -13,7 +13,6 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
 
 from awq_jax.bits import Group, Offer, allocate, check_average, quantized_alone, with_bits
 from awq_jax.calib import calibration_tokens
@@ -145,7 +144,7 @@ def quantize_checkpoint(
         }
         if distill:
             sizes["distilled"] = f"{distill} passes over them; the errors are those before"
-        text = card(model, resolved(out), format, orbax.shown(recipe), sizes, done.reports)
+        text = card(model, format, orbax.shown(recipe), sizes, done.reports)
         (scratch / CARD).write_text(text, "utf-8")
     after = size_of(resolved(out))
     return Converted(Path(out), checkpoint.nbytes, half, after, done.reports, done.seconds)
@@ -231,7 +230,7 @@ def named_failure(out: str | Path, f: Callable[..., None]) -> Callable[..., None
             f(*args)
         except InputError:
             raise
-        except (OSError, ValueError, SafetensorError) as e:
+        except (OSError, ValueError) as e:
             reason = " ".join(str(e).split())
             advice = ": free space or choose another disk" if "no space" in reason.lower() else ""
             raise OSError(f"{out} could not be written ({reason}){advice}.") from e

@@ -2,9 +2,9 @@
 
   python benchmarks/kills.py [--count 100] [--seed 0]
 
-The destination must be one of the two outputs that take turns, whole; after SIGTERM, SIGINT and SIGHUP the exit code is
-that of the signal, one line is said and nothing else is left; what SIGKILL leaves the next run removes. A quarter of the
-kills wait for the last step, in which old and new change places.
+The destination must be one of the two outputs that take turns, whole; after SIGTERM, SIGINT and SIGHUP the exit code
+is that of the signal, one line is said and nothing else is left; what SIGKILL leaves the next run removes. A quarter of
+the kills waits for the last step, in which old and new change places.
 """
 
 from __future__ import annotations
@@ -25,14 +25,25 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL)
-OPTIONS = "--group-size 32 --preset rtn --samples 1 --seq-len 32 --overwrite".split()
+QUICK = ("--group-size", "32", "--preset", "rtn", "--samples", "1", "--seq-len", "32", "--skip", "mlp", "attn/[qkv]")
 VARIANTS = {"asymmetric": [], "symmetric": ["--symmetric"]}
 MANIFEST = "awq_jax_files.json"
 
 
 def start(model: Path, out: Path, variant: str, *more: str) -> subprocess.Popen:
     program = "from awq_jax_command import main; main()"
-    command = [sys.executable, "-c", program, "quantize", str(model), str(out), *OPTIONS, *VARIANTS[variant], *more]
+    command = [
+        sys.executable,
+        "-c",
+        program,
+        "quantize",
+        str(model),
+        str(out),
+        *QUICK,
+        "--overwrite",
+        *VARIANTS[variant],
+        *more,
+    ]
     # A shell's background jobs ignore SIGINT, and so do their children.
     listen = lambda: [signal.signal(number, signal.SIG_DFL) for number in SIGNALS[:3]]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
@@ -55,7 +66,7 @@ def kills(root: Path, count: int, seed: int, more: tuple[str, ...] = ()) -> dict
     """How often what happened; raises where something is lost, half or left."""
     from checkpoints import tiny_folder
 
-    model, out, draw = tiny_folder(root / "dense"), root / "out", random.Random(seed)
+    model, out, draw = tiny_folder(root / "dense", num_hidden_layers=1), root / "out", random.Random(seed)
     known, seconds = {}, 0.0
     for variant in VARIANTS:
         began = time.monotonic()

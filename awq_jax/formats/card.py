@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,14 +35,15 @@ Recipe:
 
 ## Load it
 
-Put the path of this folder, or the name of its repository, in the place of `{folder}`.
+Put the path of this folder, or the name of its repository, in the place of `FOLDER`.
 {load}"""
+NAMES = {"awq": "AWQ in 4 bits", "orbax": "AWQ in awq_jax's own format"}
 HERE = """
 awq_jax:
 
 ```
 pip install awq-jax
-awq-jax generate {quoted} "Why is the sky blue?"
+awq-jax generate FOLDER "Why is the sky blue?"
 ```
 """
 SERVERS = """
@@ -52,20 +52,20 @@ transformers, with `pip install transformers gptqmodel accelerate`:
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained({folder!r}, device_map="auto")
-tokenizer = AutoTokenizer.from_pretrained({folder!r})
+model = AutoModelForCausalLM.from_pretrained("FOLDER", device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 ```
 
 vLLM:
 
 ```
-vllm serve {quoted}
+vllm serve FOLDER
 ```
 
 SGLang:
 
 ```
-python -m sglang.launch_server --model-path {quoted}
+python -m sglang.launch_server --model-path FOLDER
 ```
 """
 
@@ -83,14 +83,11 @@ class Site(Protocol):
     def error(self) -> float: ...
 
 
-def card(
-    model: str | Path, out: Path, format: str, recipe: str, sizes: Mapping[str, str], sites: Sequence[Site]
-) -> str:
+def card(model: str | Path, format: str, recipe: str, sizes: Mapping[str, str], sites: Sequence[Site]) -> str:
     """The text of README.md; of local paths it has the last component only.
 
     Args:
       model: what was quantized, as the user named it.
-      out: where the quantized model will be.
       format: "awq" or "orbax".
       recipe: as text.
       sizes: further rows of the table.
@@ -115,12 +112,11 @@ def card(
     return TEMPLATE.format(
         # A JSON value is a YAML value.
         header="\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in header.items()),
-        title=out.name,
+        title=f"{name}, {NAMES[format]}",
         base=f"[{base}](https://huggingface.co/{base})" if base else name,
         figures="\n".join(f"| {key} | {value} |" for key, value in figures.items()),
         recipe=recipe,
-        folder=out.name,
-        load=((SERVERS if format == "awq" else "") + HERE).format(folder=out.name, quoted=shlex.quote(out.name)),
+        load=(SERVERS if format == "awq" else "") + HERE,
     )
 
 

@@ -38,7 +38,7 @@ class ShardWriter:
             self._close()
         for name, w in tensors.items():
             with self._data(w.dtype).open("ab") as file:
-                np.ascontiguousarray(w).tofile(file)
+                file.write(np.ascontiguousarray(w).reshape(-1).view(np.uint8).data)
             self.entries.setdefault(w.dtype, {})[name] = (w.shape, w.nbytes)
 
     def finish(self) -> None:

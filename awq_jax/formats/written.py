@@ -143,8 +143,9 @@ def put(new: Path, out: Path, scratch: Path, overwrite: bool) -> None:
     old = scratch / "old"
     old.mkdir()
     # A folder without JSON files is no model to any reader: they go first and come last.
-    gone = sorted({Path(name).parts[0] for name in manifest_of(out)}, key=lambda name: not name.endswith(".json"))
-    come = sorted(os.listdir(new), key=lambda name: (name == MANIFEST, name.endswith(".json"), name))
+    model_last = lambda name: (name == MANIFEST, name.endswith(".json"), name)
+    gone = sorted({Path(name).parts[0] for name in manifest_of(out)}, key=model_last, reverse=True)
+    come = sorted(os.listdir(new), key=model_last)
     moves = [(out / name, old / name) for name in gone if os.path.lexists(out / name)]
     move_all(scratch, moves + [(new / name, out / name) for name in come])
 
