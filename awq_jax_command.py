@@ -6,6 +6,7 @@ handlers wait for compiled programs. It removes the scratch folders first, so no
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -20,13 +21,19 @@ ENDING = threading.Lock()
 
 def main() -> None:
     """Runs the command; exit codes of signals are the shell's, 128 and the number."""
+    # What is registered first runs last.
+    atexit.register(end_regularly)
     end_at_signals()
-    try:
-        from awq_jax.cli import main as run
+    from awq_jax.cli import main as run
 
-        run()
-    finally:
-        ENDING.acquire()
+    run()
+
+
+def end_regularly() -> None:
+    """Waits if a signal is ending the process, else ignores signals: Python would die of them in its last moments."""
+    ENDING.acquire()
+    for number in ENDINGS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def end_at_signals() -> None:

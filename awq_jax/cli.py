@@ -283,9 +283,9 @@ def main() -> None:
         command.run()
         sys.stdout.flush()
     except BrokenPipeError:
-        # Nobody reads on (`| head`); Python would complain once more when it flushes at its end.
+        # Nobody reads on (`| head`); as rich does, and Python would complain once more when it flushes at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        sys.exit(1)
     except (ValueError, OSError) as e:
         print("awq-jax:", " ".join(str(e).split()), file=sys.stderr)
         sys.exit(2)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,13 @@ def started(home: Path, what: str, ignored: tuple[int, ...] = ()) -> tuple[subpr
     return process, process.stdout.readline().strip()
 
 
+def is_dead(stat: Path) -> bool:
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)])
 @pytest.mark.parametrize("what", ["imports", "compiled", "writing", "child"])
 def test_a_signal_ends_it_at_once_and_leaves_nothing(tmp_path, name, code, what):
@@ -77,8 +85,9 @@ def test_a_signal_ends_it_at_once_and_leaves_nothing(tmp_path, name, code, what)
     assert (process.returncode, out, err) == (code, "", "awq-jax: stopped.\n")
     assert list(tmp_path.iterdir()) == []
     if what == "child":
-        stat = Path(f"/proc/{line}/stat")
-        assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
+        end = time.monotonic() + 30
+        while not is_dead(Path(f"/proc/{line}/stat")):
+            assert time.monotonic() < end
 
 
 def test_what_it_was_started_to_ignore_it_ignores(tmp_path):
@@ -99,7 +108,7 @@ def test_a_reader_that_goes_away(buffered):
     command = [sys.executable, "-c", "from awq_jax_command import main; main()", "doctor"]
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=names, check=False)
     os.close(write)
-    assert (done.returncode, done.stderr) == (141, "")
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_killed_while_it_quantizes(tmp_path):
