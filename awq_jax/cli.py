@@ -56,7 +56,7 @@ class Quantize:
     """Passes over the calibration text that train the steps against the dense model, after the search: closer, slower,
     and all of the model in memory."""
     overwrite: bool = False
-    """Replace what is at OUT."""
+    """Replace what an earlier run wrote at OUT, and nothing else."""
 
     def run(self) -> None:
         from awq_jax.convert import quantize_checkpoint

@@ -73,8 +73,10 @@ class Writer:
             plainly_named(self.folder) as folder,
             closing(ocp.PyTreeCheckpointHandler(use_ocdbt=longest > NAME_MAX)) as handler,
         ):
-            handler.save(folder / PARAMS / part, args=ocp.args.PyTreeSave(plain))
-            handler.finalize(folder / PARAMS / part)
+            # Typed as a path of etils, but any will do.
+            target: Any = folder / PARAMS / part
+            handler.save(target, args=ocp.args.PyTreeSave(plain))
+            handler.finalize(target)
         self.parts[part] = sum(leaf.nbytes for leaf in jax.tree.leaves(plain))
 
     def finish(self) -> None:
@@ -113,10 +115,11 @@ def save_params(folder: str | Path, params: Any, *, overwrite: bool = False) -> 
 
     Args:
       params: any pytree of arrays and QuantizedTensors that is more than one leaf.
-      overwrite: replace a folder that holds something.
+      overwrite: replace a folder that this function wrote.
 
     Raises:
-      FileExistsError: the folder holds something.
+      FileExistsError: the folder holds something and `overwrite` is not set, or a file that no earlier call wrote.
+      InputError: it is or contains the working directory or the home folder; what was written cannot be read.
       ValueError: a leaf that is neither array nor QuantizedTensor, two of one path, one alone, or one that is the path
         of others; names its path.
     """
