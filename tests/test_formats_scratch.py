@@ -46,8 +46,8 @@ def test_those_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
 
 
 def test_one_of_another_machine_is_named(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(scratch.socket, "gethostname", lambda: "elsewhere")
     started(tmp_path, "dies").communicate()
+    monkeypatch.setattr(scratch.socket, "gethostname", lambda: "elsewhere")
     with caplog.at_level(logging.WARNING), scratch_folder(tmp_path):
         pass
     assert "remove it if nothing runs there" in caplog.text

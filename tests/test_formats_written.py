@@ -76,9 +76,8 @@ def test_the_folders_change_places_at_once(tmp_path, monkeypatch):
     (tmp_path / "other").mkdir()
     if not written.exchange(out, tmp_path / "other"):
         pytest.skip("no renameat2 here")
-    (tmp_path / "other").rename(out.with_name("out2"))
-    out.rmdir()
-    out.with_name("out2").rename(out)
+    assert written.exchange(out, tmp_path / "other")
+    (tmp_path / "other").rmdir()
     monkeypatch.setattr(written, "move_all", lambda *args: pytest.fail("moved file by file"))
     fill(out, overwrite=True)
     assert contents(tmp_path) == NEW
@@ -170,6 +169,14 @@ class TestForeignFiles:
             (scratch / "a").write_text("1")
             assert contents(out) == {"part/old": "0", "config.json": "{}"}
         assert contents(tmp_path) == NEW
+
+    def test_a_manifest_reaches_nothing_outside(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(written, "exchange", lambda a, b: False)
+        out = earlier(tmp_path / "out")
+        (tmp_path / "mine").write_text("0")
+        (out / MANIFEST).write_text(json.dumps({"files": ["../mine", "/", "..", "config.json", "part/old"]}))
+        fill(out, overwrite=True)
+        assert contents(tmp_path) == NEW | {"mine": "0"}
 
     @pytest.mark.parametrize("manifest", ["", "[]", "{}", '{"files": 3}', '{"files": [[]]}', "\udcff"])
     def test_a_damaged_manifest_is_none(self, tmp_path, manifest):

@@ -92,10 +92,11 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_about(folder: Path, source: Source, **changes: Any) -> None:
-    """Writes the companions of `source` and its config.json, with `changes`; a generation_config.json in any case."""
+    """Writes the companions of `source`, its config.json with `changes`, and generation_config.json if it has none."""
     for file in source.companions:
         shutil.copyfile(file, folder / file.name)
-    if not (folder / GENERATION_CONFIG).exists() and (ids := {k: v for k, v in source.config.items() if k in TOKENS}):
+    ids = {key: source.config[key] for key in TOKENS if source.config.get(key) is not None}
+    if ids and not (folder / GENERATION_CONFIG).exists():
         write_json(folder / GENERATION_CONFIG, ids)
     write_json(folder / "config.json", {**with_older_rope(source.config), **changes})
 

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 try:
@@ -57,20 +58,21 @@ def made(home: Path) -> tuple[Path, int]:
         # Another process may take the folder for that of a dead one until the lock is held.
         with suppress(FileNotFoundError):
             opened = os.open(lock, os.O_CREAT | os.O_RDWR, 0o600)
-            locked(opened)
-            if lock.exists():
+            if locked(opened) is not False and lock.exists():
                 return folder, opened
             os.close(opened)
 
 
-def locked(lock: int) -> bool:
-    """Whether this process has the lock now; False where another has it, or the file system knows no locks."""
+def locked(lock: int) -> bool | None:
+    """Whether this process has the lock now; None where the file system knows no locks."""
     if fcntl is None:
-        return False
+        return None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return False
+    except OSError:
+        return None
     return True
 
 
@@ -82,14 +84,19 @@ def remove_stale(home: Path) -> None:
             folder.rmdir()
         for lock in folder.glob(f"*{LOCK}"):
             if lock.name != f"{socket.gethostname()}{LOCK}":
-                note = "%s was left by a process on %s, or is in use there: remove it if nothing runs there."
-                logging.getLogger(__name__).warning(note, folder, lock.name.removesuffix(LOCK))
+                name_foreign(folder, lock.name.removesuffix(LOCK))
                 continue
             with suppress(OSError):
                 opened = os.open(lock, os.O_RDWR)
                 if locked(opened):
                     discard(folder)
                 os.close(opened)
+
+
+@cache
+def name_foreign(folder: Path, machine: str) -> None:
+    note = "%s was left by a process on %s, or is in use there: remove it if nothing runs there."
+    logging.getLogger(__name__).warning(note, folder, machine)
 
 
 def discard(folder: Path) -> None:

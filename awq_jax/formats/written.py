@@ -85,7 +85,7 @@ def refuse_around(out: Path, inputs: Iterable[str | Path]) -> None:
     kept = {f"the input {path}": resolved(path) for path in inputs}
     kept |= {"the working directory": Path.cwd(), "the home folder": resolved("~")}
     for name, path in kept.items():
-        if path.exists() and any(above.samefile(out) for above in (path, *path.parents)):
+        if os.path.exists(path) and any(above.samefile(out) for above in (path, *path.parents)):
             raise InputError(f"{out} is or contains {name}: choose another folder for the output. {NOTHING}")
 
 
@@ -144,10 +144,10 @@ def put(new: Path, out: Path, scratch: Path, overwrite: bool) -> None:
     old.mkdir()
     # A folder without JSON files is no model to any reader: they go first and come last.
     model_last = lambda name: (name == MANIFEST, name.endswith(".json"), name)
-    gone = sorted({Path(name).parts[0] for name in manifest_of(out)}, key=model_last, reverse=True)
+    there = {Path(name).parts[0] for name in files_of(out)} - {scratch.name}
+    gone = sorted(there, key=model_last, reverse=True)
     come = sorted(os.listdir(new), key=model_last)
-    moves = [(out / name, old / name) for name in gone if os.path.lexists(out / name)]
-    move_all(scratch, moves + [(new / name, out / name) for name in come])
+    move_all(scratch, [(out / name, old / name) for name in gone] + [(new / name, out / name) for name in come])
 
 
 def size_of(folder: Path) -> int:
