@@ -13,15 +13,15 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
 
 from awq_jax.bits import Group, Offer, allocate, check_average, quantized_alone, with_bits
 from awq_jax.calib import calibration_tokens
 from awq_jax.distill import kl_of_logits
 from awq_jax.formats import autoawq, orbax
+from awq_jax.formats.card import CARD, card
 from awq_jax.formats.checkpoint import Checkpoint, open_checkpoint
 from awq_jax.formats.errors import InputError
-from awq_jax.formats.written import written_whole
+from awq_jax.formats.written import check_destination, resolved, size_of, written_whole
 from awq_jax.fused import Fused, left_whole, skip_whole, told
 from awq_jax.load import architecture, load
 from awq_jax.models.inputs import check_length, check_tokens
@@ -29,6 +29,7 @@ from awq_jax.paths import named_leaves
 from awq_jax.quantize import SiteReport
 from awq_jax.recipe import Recipe
 from awq_jax.refine import refine
+from awq_jax.report import size
 from awq_jax.stream import Clock, Decoder, Feed, stream
 from awq_jax.tensor import is_quantized
 from awq_jax.transform import Calibration
@@ -76,7 +77,7 @@ def quantize_checkpoint(
 
     Args:
       model: Hugging Face folder or hub id, or a GGUF file.
-      out: a new or empty folder.
+      out: a new or empty folder, or one that this function wrote, with `overwrite`.
       recipe: None for 4 bits in groups of 128; `fold` and `input_scales` follow from the format. In an AutoAWQ folder
         a rule that skips one of q, k, v or of gate, up skips the others too.
       format: "awq" (AutoAWQ, for vLLM, SGLang, transformers) or "orbax" (ours: a scale for each site).
@@ -87,11 +88,11 @@ def quantize_checkpoint(
         `awq_jax.bits`.
       distill: passes over the calibration text that train the steps against the dense model's logits, after the
         search. Slow without an accelerator, and the whole model must fit into memory.
-      overwrite: replace what is at `out`.
+      overwrite: replace what an earlier call wrote at `out`.
       progress: called with a stage, steps done and steps in all.
 
     Raises:
-      FileExistsError: `out` holds something and `overwrite` is not set.
+      FileExistsError: `out` holds something and `overwrite` is not set, or a file that no earlier call wrote.
       InputError: anything about the input that cannot be used, before any work where that can be told before.
       ValueError: non-finite weights, or a fold that changed the function; names the site.
 
@@ -107,6 +108,8 @@ def quantize_checkpoint(
         raise InputError(f"distill={distill}: give a number of passes, 0 for none.")
     if average_bits is not None and format == "awq":
         raise InputError(f"{average_bits} bits on average: an AutoAWQ file has one width, use --format orbax.")
+    inputs = (model, *((calib,) if isinstance(calib, str) else calib or ()))
+    check_destination(out, overwrite=overwrite, inputs=inputs)
     checkpoint = open_checkpoint(model)
     if checkpoint.kind in ("autoawq", "orbax"):
         raise InputError(f"{model} is quantized already: start from the dense model.")
@@ -116,7 +119,8 @@ def quantize_checkpoint(
     recipe, with_skipped = skip_whole(recipe, fused)
     check_fits(module, config, recipe, format)
     check_length(config, seq_len, f"--seq-len {seq_len} (seq_len)")
-    with written_whole(out, overwrite=overwrite) as scratch:
+    half = sum(2 * math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+    with written_whole(out, overwrite=overwrite, inputs=inputs) as scratch:
         tokenizer = checkpoint.tokenizer()
         progress("calibration text", 0, 1)
         own = lambda samples, seq_len: load(model).sample(samples, seq_len)
@@ -143,8 +147,16 @@ def quantize_checkpoint(
         finish(dtype)
         done = replace(done, reports=(*done.reports, *with_skipped))
         (scratch / REPORT).write_text(json.dumps([asdict(site) for site in done.reports], indent=1))
-        after = sum(f.stat().st_size for f in scratch.rglob("*") if f.is_file())
-    half = sum(2 * math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+        sizes = {
+            "size before": f"{size(checkpoint.nbytes)} ({size(half)} in 16 bits)",
+            "size now": size(size_of(scratch)),
+            "calibrated on": f"{len(tokens)} sequences of {np.shape(tokens)[1]} tokens",
+        }
+        if distill:
+            sizes["distilled"] = f"{distill} passes over them; the errors are those before"
+        text = card(model, format, orbax.shown(recipe), sizes, done.reports)
+        (scratch / CARD).write_text(text, "utf-8")
+    after = size_of(resolved(out))
     notes = (*told(with_skipped), *(notes if format == "awq" else ()))
     return Converted(Path(out), checkpoint.nbytes, half, after, done.reports, done.seconds, notes)
 
@@ -247,7 +259,7 @@ def named_failure(out: str | Path, f: Callable[..., None]) -> Callable[..., None
             f(*args)
         except InputError:
             raise
-        except (OSError, ValueError, SafetensorError) as e:
+        except (OSError, ValueError) as e:
             reason = " ".join(str(e).split())
             advice = ": free space or choose another disk" if "no space" in reason.lower() else ""
             raise OSError(f"{out} could not be written ({reason}){advice}.") from e

@@ -19,6 +19,7 @@ from tiny import random_tokens
 import awq_jax as awq
 from awq_jax import Recipe, Rule
 from awq_jax.convert import computed_in, halved
+from awq_jax.formats.written import written_whole
 from awq_jax.models.llama import Config, Llama
 from awq_jax.paths import named_leaves
 from awq_jax.quantize import fold_scales
@@ -153,11 +154,9 @@ def test_sizes_of_autoawq(made, dense):
     expected = sum(n // 2 + n // 32 * 2 + n // 64 for n in sizes) + 2 * others
     shards = [load_file(f) for f in sorted(done.path.glob("*.safetensors"))]
     assert sum(w.nbytes for shard in shards for w in shard.values()) == expected
-    index = json.loads((done.path / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == expected
     assert done.after == sum(map(len, files(done.path).values()))
     assert expected < done.after < expected + 40_000
-    assert len(shards) == 3
+    assert len(shards) == 1
 
 
 @pytest.mark.parametrize(("name", "bits", "group"), [("orbax", 3, 128), ("orbax, symmetric", 4, 32)])
@@ -328,10 +327,10 @@ def test_fed_with_quantized_blocks_the_first_block_is_the_same_and_the_next_anot
         awq.quantize_checkpoint(dense, root / f"feed-{feed}", QUICK, feed=feed, **TEXT)
         for feed in ("dense", "quantized")
     ]
-    first, second = ([load_file(done.path / f"model-0000{k}-of-00003.safetensors") for done in outs] for k in (2, 3))
-    same = lambda pair: all((pair[0][name] == pair[1][name]).all() for name in pair[0])
-    assert same(first)
-    assert not same(second)
+    one, other = (load_file(done.path / "model.safetensors") for done in outs)
+    same = lambda layer: all((one[name] == other[name]).all() for name in one if f"layers.{layer}." in name)
+    assert same(0)
+    assert not same(1)
 
 
 def test_calibration_on_what_the_model_writes_itself(root, dense):
@@ -350,11 +349,11 @@ def test_progress_goes_up_to_all_blocks(root, dense):
 
 def test_overwrite_replaces_a_folder_whole(root, dense):
     out = root / "occupied"
-    out.mkdir()
-    (out / "old").write_text("0")
+    with written_whole(out) as scratch:
+        (scratch / "old").write_text("0")
     with pytest.raises(FileExistsError, match="--overwrite"):
         awq.quantize_checkpoint(dense, out, QUICK, **TEXT)
-    assert files(out) == {"old": b"0"}
+    assert files(out)["old"] == b"0"
     awq.quantize_checkpoint(dense, out, QUICK, overwrite=True, **TEXT)
     assert "old" not in files(out)
     assert awq.load(out).generate("hi", max_new_tokens=2) is not None
@@ -373,7 +372,7 @@ def test_every_stop_token_of_either_config_ends_an_answer(root):
 def test_a_model_without_tokens_to_start_from_cannot_write_its_own_text(dense):
     model = awq.load(dense)
     nameless = replace(model, tokenizer=SimpleNamespace(bos_token_id=None, eos_token_id=None))
-    with pytest.raises(ValueError, match="calib=.self.: the tokenizer names no first token"):
+    with pytest.raises(ValueError, match=r"calib=.self.: the tokenizer names no first token"):
         nameless.sample(2, 8)
     assert model.sample(2, 8).shape == (2, 8)
 

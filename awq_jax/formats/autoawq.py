@@ -13,11 +13,11 @@ from typing import Any, Protocol
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float16, Int32, Shaped, UInt8
-from safetensors.numpy import save_file
 
 import awq_jax.kernels as kernels
 from awq_jax.formats.errors import InputError
-from awq_jax.formats.huggingface import Source, write_about, write_json
+from awq_jax.formats.huggingface import Source, write_about
+from awq_jax.formats.shard_writer import ShardWriter
 from awq_jax.spec import QuantSpec
 from awq_jax.tensor import QuantizedTensor, in_rows
 
@@ -25,7 +25,6 @@ BITS = 4
 PER_WORD = 8
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 REVERSE = (0, 4, 1, 5, 2, 6, 3, 7)
-INDEX = "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
 
@@ -192,7 +191,7 @@ class OneWidth(Protocol):
 
 
 class Writer:
-    """Writes a model to a folder, one shard a call, so no more than a part of it is ever in memory.
+    """Writes a model to a folder, one part a call, so no more than a part of it is ever in memory.
 
     Example:
       >>> with written_whole("out") as folder:
@@ -211,13 +210,12 @@ class Writer:
     def __init__(self, folder: Path, source: Source, recipe: OneWidth, unconverted: Sequence[str] = ()) -> None:
         self.folder, self.source = Path(folder), source
         self.spec = QuantSpec(recipe.bits, recipe.group_size)
-        self.shards: list[list[str]] = []
-        self.nbytes = 0
+        self.shards = ShardWriter(self.folder)
         self.dense: list[str] = []
         self.unconverted = unconverted
 
     def write(self, part: str, tensors: Mapping[str, Shaped[Array, "*shape"] | QuantizedTensor]) -> None:
-        """Writes a shard.
+        """Writes a part, which stays in one file.
 
         Args:
           part: what it is, for the errors.
@@ -229,12 +227,7 @@ class Writer:
         arrays: dict[str, np.ndarray] = {}
         for name, tensor in tensors.items():
             arrays |= self._arrays(f"{part}: {name}", name, tensor)
-        self.shards.append(list(arrays))
-        self.nbytes += sum(a.nbytes for a in arrays.values())
-        # Readers refuse files whose metadata does not say "pt".
-        save_file(arrays, self._shard(len(self.shards)), metadata={"format": "pt"})
-        # safetensors lets nobody else read it, such as the account of a server.
-        self._shard(len(self.shards)).chmod(0o644)
+        self.shards.add(arrays)
 
     def finish(self, dtype: str = "float16") -> None:
         """Writes the index, config.json and what comes from the source; without them the folder is no model.
@@ -243,17 +236,9 @@ class Writer:
           dtype: in which readers are to compute: "bfloat16" where activations are too large for float16. The tensors
             are float16 in any case; readers convert them.
         """
-        count, files = len(self.shards), {}
-        for i, names in enumerate(self.shards, 1):
-            final = f"model-{i:05}-of-{count:05}.safetensors"
-            self._shard(i).rename(self.folder / final)
-            files |= dict.fromkeys(names, final)
-        write_json(self.folder / INDEX, {"metadata": {"total_size": self.nbytes}, "weight_map": files})
+        self.shards.finish()
         quantization = quantization_config(self.spec, [*self.dense, *self.unconverted])
         write_about(self.folder, self.source, torch_dtype=dtype, dtype=dtype, quantization_config=quantization)
-
-    def _shard(self, i: int) -> Path:
-        return self.folder / f"model-{i:05}.safetensors"
 
     def _arrays(self, where: str, name: str, tensor: Any) -> dict[str, np.ndarray]:
         module = name.removesuffix(".weight")
