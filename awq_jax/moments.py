@@ -73,7 +73,7 @@ def of(x: Float[Array, "*lead_and_tokens i"], block: int | None, lead: int = 0, 
     if weights is not None:
         tokens = jnp.broadcast_to(weights.reshape(-1).astype(jnp.float32), x.shape[:-1])
     # Experts get rows of zeros where fewer tokens reach them than they have room for.
-    count = (tokens * (x != 0).any(-1) if lead else tokens).sum(-1)
+    count = (jnp.where((x != 0).any(-1), tokens, 0) if lead else tokens).sum(-1)
     abs_sum = jnp.einsum("...ti,...t->...i", jnp.abs(x), tokens, preferred_element_type=jnp.float32)
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -i % block)])
     x = x.reshape(*x.shape[:-1], -1, block)

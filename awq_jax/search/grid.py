@@ -50,7 +50,8 @@ class Grid:
             "any": [(r, p) for r in self.ratios for p in self.ratios],
         }[self.duo]
         r, p = jnp.array(pairs, jnp.float32).T[..., None]
-        s = jnp.maximum(sizes(moments, self.statistic), SMALLEST) ** r / (relative_size(w, spec) ** p + 1e-4)
+        a, w = jnp.maximum(sizes(moments, self.statistic), SMALLEST), relative_size(w, spec)
+        s = a[None] ** r / (w[None] ** p + 1e-4)
         s = jnp.maximum(s, SMALLEST)
         return normalised(s)
 
