@@ -60,7 +60,7 @@ def quantize_checkpoint(
     *,
     format: Format = "awq",
     calib: str | Sequence[str] | None = None,
-    samples: int = 32,
+    samples: int | None = None,
     seq_len: int = 512,
     feed: Feed = "dense",
     average_bits: float | None = None,
@@ -76,7 +76,7 @@ def quantize_checkpoint(
       recipe: None for 4 bits in groups of 128; `fold` and `input_scales` follow from the format.
       format: "awq" (AutoAWQ, for vLLM, SGLang, transformers) or "orbax" (ours: a scale for each site).
       calib: see `calibration_tokens`.
-      samples, seq_len: calibration sequences and their tokens.
+      samples, seq_len: calibration sequences and their tokens; None for as many sequences as the recipe says.
       feed: whether a block is calibrated on the output of the dense blocks before it, or of the quantized ones.
       average_bits: choose the bits of every site so that all take so many in the mean; orbax only. See
         `awq_jax.bits`.
@@ -113,7 +113,8 @@ def quantize_checkpoint(
         tokenizer = checkpoint.tokenizer()
         progress("calibration text", 0, 1)
         own = lambda samples, seq_len: load(model).sample(samples, seq_len)
-        tokens = calibration_tokens(calib, tokenizer, samples=samples, seq_len=seq_len, own=own)
+        count = recipe.samples if samples is None else samples
+        tokens = calibration_tokens(calib, tokenizer, samples=count, seq_len=seq_len, own=own)
         progress("calibration text", 1, 1)
         decoder = Decoder(module, config, widened(checkpoint.read) if recipe.fold else checkpoint.read)
         if average_bits is not None:
