@@ -77,7 +77,7 @@ def of(x: Float[Array, "*lead_and_tokens i"], block: int | None, lead: int = 0, 
     abs_sum = jnp.einsum("...ti,...t->...i", jnp.abs(x), tokens, preferred_element_type=jnp.float32)
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -i % block)])
     x = x.reshape(*x.shape[:-1], -1, block)
-    weighted = x if weights is None else x * tokens[..., None, None]
+    weighted = x if weights is None else x.astype(jnp.float32) * tokens[..., None, None]
     gram = jnp.einsum("...tbi,...tbj->...bij", weighted, x, preferred_element_type=jnp.float32)
     return Moments(count, abs_sum, gram)
 

@@ -23,7 +23,7 @@ class QuantizedModule(nnx.Module):
     """Runs a module of which some params are QuantizedTensors, with low-bit matmuls.
 
     What `module` has it has too: attributes, submodules and methods, which run with low-bit matmuls as the call itself
-    does, `train()` and `eval()`. What the module changes while it runs (caches, counters, random streams) stays changed.
+    does, `train()` and `eval()`. What the module changes while it runs (caches, counters, random streams) stays so.
 
     Args:
       module: of the type and structure it had when it was dense; from `quantize_module`, or put together by `nnx.merge`

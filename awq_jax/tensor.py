@@ -179,9 +179,10 @@ class QuantizedTensor(NoArray):
     packing: str = "rows"
 
     def __repr__(self) -> str:
-        if not hasattr(self.codes, "shape"):
+        try:
+            return f"QuantizedTensor(shape={self.shape}, {self.spec}, dtype={jnp.dtype(self.dtype).name})"
+        except (AttributeError, LookupError, TypeError):  # What trees are mapped to may be anything.
             return f"QuantizedTensor(codes={self.codes}, scales={self.scales})"
-        return f"QuantizedTensor(shape={self.shape}, {self.spec}, dtype={jnp.dtype(self.dtype).name})"
 
     @property
     def in_features(self) -> int:
@@ -213,7 +214,7 @@ class QuantizedTensor(NoArray):
 
     @property
     def nbytes(self) -> int:
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+        return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(self))
 
     def dequantize(self) -> Array:
         """The dense weight, in the shape and dtype it had."""
@@ -315,7 +316,7 @@ def dequantize(params: Any) -> Any:
     """`params` with the dense weight, in the shape and dtype it had, where a QuantizedTensor is; or that of one alone.
 
     Example:
-      >>> logits = model.apply(awq.dequantize(qparams), tokens)  # what awq.quantized(model.apply)(qparams, tokens) gives
+      >>> logits = model.apply(awq.dequantize(qparams), tokens)  # as awq.quantized(model.apply)(qparams, tokens)
     """
     return jax.tree.map(lambda leaf: _dense(leaf) if is_quantized(leaf) else leaf, params, is_leaf=is_quantized)
 
