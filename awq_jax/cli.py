@@ -71,7 +71,7 @@ class Quantize:
                 self.recipe(),
                 format=self.format,
                 calib=self.calib,
-                samples=(8 if self.preset == "fast" else 32) if self.samples is None else self.samples,
+                samples=self.samples,
                 seq_len=self.seq_len,
                 feed=self.feed,
                 average_bits=None if self.bits == int(self.bits) else self.bits,

@@ -65,7 +65,7 @@ def quantize_checkpoint(
     *,
     format: Format = "awq",
     calib: str | Sequence[str] | None = None,
-    samples: int = 32,
+    samples: int | None = None,
     seq_len: int = 512,
     feed: Feed = "dense",
     average_bits: float | None = None,
@@ -82,7 +82,7 @@ def quantize_checkpoint(
         a rule that skips one of q, k, v or of gate, up skips the others too.
       format: "awq" (AutoAWQ, for vLLM, SGLang, transformers) or "orbax" (ours: a scale for each site).
       calib: see `calibration_tokens`.
-      samples, seq_len: calibration sequences and their tokens.
+      samples, seq_len: calibration sequences and their tokens; None for as many sequences as the recipe says.
       feed: whether a block is calibrated on the output of the dense blocks before it, or of the quantized ones.
       average_bits: choose the bits of every site so that all take so many in the mean; orbax only. See
         `awq_jax.bits`.
@@ -124,7 +124,8 @@ def quantize_checkpoint(
         tokenizer = checkpoint.tokenizer()
         progress("calibration text", 0, 1)
         own = lambda samples, seq_len: load(model).sample(samples, seq_len)
-        tokens = calibration_tokens(calib, tokenizer, samples=samples, seq_len=seq_len, own=own)
+        count = recipe.samples if samples is None else samples
+        tokens = calibration_tokens(calib, tokenizer, samples=count, seq_len=seq_len, own=own)
         check_tokens(config, tokens, "the calibration text")
         progress("calibration text", 1, 1)
         decoder = Decoder(module, config, widened(checkpoint.read) if recipe.fold else checkpoint.read)

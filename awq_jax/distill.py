@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from awq_jax.compat import adam
 from awq_jax.tensor import SCALE_DTYPE, half_step, is_quantized, rounded_step
 from awq_jax.transform import Function, check_batch, quantized
 
@@ -59,7 +60,7 @@ def distill(
     """
     if not any(map(is_quantized, jax.tree.leaves(qparams, is_leaf=is_quantized))):
         raise ValueError("distill: none of the params is a QuantizedTensor: give what awq.quantize returned.")
-    optimizer = optax.adam(rate, b2=0.99)
+    optimizer = adam(rate, b2=0.99)
     factors = jax.tree.map(
         lambda w: jnp.zeros(w.scales.shape, jnp.float32) if is_quantized(w) else None, qparams, is_leaf=is_quantized
     )

@@ -46,7 +46,8 @@ def _scaled(
     order = [*layers, *(k for k in range(w.ndim) if k not in layers)]
     shape = [w.shape[k] if k in axes or k in layers else 1 for k in order]
     factor = by_channel(s, channels).reshape(shape).transpose([order.index(k) for k in range(w.ndim)])
-    wide = jnp.asarray(w, jnp.result_type(w, jnp.float32)) + offset
+    wide = jnp.asarray(w, np.result_type(w.dtype, np.float32)) + offset
+    factor = factor.astype(wide.dtype)
     return ((wide / factor if inverse else wide * factor) - offset).astype(w.dtype)
 
 

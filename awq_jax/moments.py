@@ -93,15 +93,15 @@ def of(x: Float[Array, "*lead_and_tokens i"], block: int | None, lead: int = 0, 
     if weights is not None:
         tokens = jnp.broadcast_to(weights.reshape(-1).astype(jnp.float32), x.shape[:-1])
     # Experts get rows of zeros where fewer tokens reach them than they have room for.
-    count = (tokens * (x != 0).any(-1) if lead else tokens).sum(-1)
+    count = (jnp.where((x != 0).any(-1), tokens, 0) if lead else tokens).sum(-1)
     abs_sum = jnp.einsum("...ti,...t->...i", jnp.abs(x), tokens, preferred_element_type=jnp.float32)
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -i % block)])
     x = x.reshape(*x.shape[:-1], -1, block)
     # Which float16 has no room for, and float32 no need for after float16.
     early = 1.0 if x.dtype == jnp.float16 else UNIT
     x = x * early
-    weighted = x if weights is None else x * tokens[..., None, None]
-    gram = jnp.einsum("...tbi,...tbj->...bij", weighted, x, preferred_element_type=jnp.float32)
+    weighted = x if weights is None else x.astype(jnp.float32) * tokens[..., None, None]
+    gram = jnp.einsum("...tbi,...tbj->...bij", weighted, x.astype(weighted.dtype), preferred_element_type=jnp.float32)
     return Moments(count, abs_sum, gram * (UNIT / early) ** 2)
 
 

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, Int4, Int16, UInt8, UInt32
 
 import awq_jax.kernels as kernels
 from awq_jax.kernels.reference import dense_grouped_matmul, dense_matmul
+from awq_jax.no_array import NoArray
 from awq_jax.spec import QuantSpec
 
 SCALE_DTYPE = jnp.float16
@@ -148,8 +149,8 @@ class Layout:
     data_fields=["codes", "scales", "zeros", "input_scale"],
     meta_fields=[*STATIC],
 )
-@dataclass(frozen=True, repr=False)
-class QuantizedTensor:
+@dataclass(frozen=True, repr=False, eq=False)
+class QuantizedTensor(NoArray):
     """A weight of logical shape (*lead, i, o) in `spec.bits` bits: `w = input_scale[:, None] * (q - z) * s`.
 
     Args:
@@ -178,9 +179,10 @@ class QuantizedTensor:
     packing: str = "rows"
 
     def __repr__(self) -> str:
-        if not hasattr(self.codes, "shape"):
+        try:
+            return f"QuantizedTensor(shape={self.shape}, {self.spec}, dtype={jnp.dtype(self.dtype).name})"
+        except (AttributeError, LookupError, TypeError):  # What trees are mapped to may be anything.
             return f"QuantizedTensor(codes={self.codes}, scales={self.scales})"
-        return f"QuantizedTensor(shape={self.shape}, {self.spec}, dtype={jnp.dtype(self.dtype).name})"
 
     @property
     def in_features(self) -> int:
@@ -212,11 +214,11 @@ class QuantizedTensor:
 
     @property
     def nbytes(self) -> int:
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+        return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(self))
 
     def dequantize(self) -> Array:
         """The dense weight, in the shape and dtype it had."""
-        return dequantize(self)
+        return _dense(self)
 
 
 def group_ranges(
@@ -325,8 +327,16 @@ def quantize(w: Float[Array, "*lead i o"], spec: QuantSpec) -> QuantizedTensor:
     return assemble(codes, steps.astype(SCALE_DTYPE), zeros, spec, in_features=w.shape[-2], dtype=w.dtype)
 
 
-def dequantize(w: QuantizedTensor) -> Array:
-    """The dense weight that `w` stands for, in the shape and dtype it had."""
+def dequantize(params: Any) -> Any:
+    """`params` with the dense weight, in the shape and dtype it had, where a QuantizedTensor is; or that of one alone.
+
+    Example:
+      >>> logits = model.apply(awq.dequantize(qparams), tokens)  # as awq.quantized(model.apply)(qparams, tokens)
+    """
+    return jax.tree.map(lambda leaf: _dense(leaf) if is_quantized(leaf) else leaf, params, is_leaf=is_quantized)
+
+
+def _dense(w: QuantizedTensor) -> Array:
     dense = kernels.dequantize(w)
     if w.input_scale is not None:
         dense = dense * w.input_scale[..., :, None]
@@ -373,6 +383,11 @@ def dots(x: Float[Array, "*b i"], *ws: Float[Array, "i o"] | QuantizedTensor) ->
     if len(quantized) < len(ws):
         return tuple(dot(x, w) for w in ws)
     return kernels.shared_int4_matmul(as_floats(x, ws[0].dtype), *quantized)
+
+
+def plus(y: Float[Array, "*b o"], bias: Float[Array, " o"] | None) -> Float[Array, "*b o"]:
+    """y and a bias, if there is one."""
+    return y if bias is None else y + jnp.expand_dims(bias, range(y.ndim - 1))
 
 
 def as_floats(x: Array, dtype: Any) -> Array:

@@ -27,6 +27,7 @@ from awq_jax.formats.scratch import scratch_folder
 from awq_jax.formats.text import unprinted
 from awq_jax.formats.written import size_of, written_whole
 from awq_jax.paths import named_leaves
+from awq_jax.sharding import placed_like
 from awq_jax.tensor import QuantizedTensor, in_rows, is_quantized, static_fields, static_json
 
 METADATA = "awq_jax.json"
@@ -139,17 +140,21 @@ def save_params(folder: str | Path, params: Any, *, overwrite: bool = False) -> 
 
 
 def load_params(folder: str | Path, like: Any = None) -> Any:
-    """What `save_params` wrote; leaves are numpy arrays.
+    """What `save_params` wrote; leaves are numpy arrays where `like` does not place them.
 
     Args:
       like: params of the structure to give back, dense or not; their leaves may be shapes. Without, nested dicts: a
         list comes back as {"0": ..., "1": ...}, a box as what is in it, and a key with slashes as one dict for each.
+        Leaves with a NamedSharding (arrays, or jax.ShapeDtypeStructs of the dense params) place what is loaded: each
+        device gets its shard, of a QuantizedTensor too where its groups allow (see `partition_specs`).
 
     Raises:
       InputError: no such folder, one that a newer awq_jax wrote, or a damaged one; other params than in `like`.
 
     Example:
       >>> params, adapter = awq.load_params("folder", like=(params, adapter))
+      >>> shape = lambda a, spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec))
+      >>> params = awq.load_params("folder", like=jax.tree.map(shape, jax.eval_shape(init), specs))
     """
     found = load_part(folder, PARAMS)
     if like is None:
@@ -166,7 +171,8 @@ def load_params(folder: str | Path, like: Any = None) -> Any:
         raise InputError(
             f"{folder} holds other params: {', '.join(sorted(odd)[:4])}. Give as `like` those that were quantized."
         )
-    return jax.tree.unflatten(jax.tree.structure(like, is_leaf=is_quantized), [leaves[name] for name in wanted])
+    placed = [placed_like(leaves[name], leaf) for name, leaf in wanted.items()]
+    return jax.tree.unflatten(jax.tree.structure(like, is_leaf=is_quantized), placed)
 
 
 def is_own(folder: Path) -> bool:

@@ -50,8 +50,8 @@ class Grid:
             "any": [(r, p) for r in self.ratios for p in self.ratios],
         }[self.duo]
         r, p = jnp.array(pairs, jnp.float32).T[..., None]
-        s = floored(sizes(moments, self.statistic)) ** r / (relative_size(w, spec) ** p + 1e-4)
-        return normalised(floored(s))
+        sized, relative = floored(sizes(moments, self.statistic)), relative_size(w, spec)
+        return normalised(floored(sized[None] ** r / (relative[None] ** p + 1e-4)))
 
 
 def floored(a: Float[Array, "*n i"]) -> Float[Array, "*n i"]:
