@@ -163,15 +163,15 @@ def found(record: Record, some: list[Case]) -> None:
             record.attempt(str(case), ft.partial(check, case))
 
 
-WATCHED = ("triton-13x", "mosaic-2x40x1024x320-bfloat16-g128", "shared-1x1000x330+330", "ragged", "scanned-4x64")
+WATCHED = ("triton-13x", "triton-100x", "mosaic-2x40x", "shared-1x1000x330+330", "ragged", "scanned-4x64")
 
 
 def sanitized(tool: str, toy: bool) -> Iterator[Row]:
     """What a tool of compute-sanitizer says of one case of each kernel; every buffer has memory of its own."""
-    names = [str(c) for c in cases(toy) if c.group in (128, 32) and str(c).startswith(WATCHED)]
+    names = [name for c in cases(toy) if (name := str(c)).startswith(WATCHED) and name.endswith("bfloat16-g128")]
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, __file__, *names]
     own = os.environ | {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform", "XLA_FLAGS": "--xla_gpu_autotune_level=0"}
-    done = subprocess.run(command, capture_output=True, text=True, env=own, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=own, timeout=70, check=False)
     lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
     if done.returncode:
         raise RuntimeError(f"exit code {done.returncode}: " + " | ".join(lines[-4:]))
@@ -180,13 +180,13 @@ def sanitized(tool: str, toy: bool) -> Iterator[Row]:
 
 def run(record: Record) -> None:
     found(record, list(cases(record.toy)))
+    held = sum(row.verdict == "met" for row in record.rows)
+    record.add(Row("cases within their bound", f"{held} of {len(record.rows)}"))
     for tool in ("memcheck", "racecheck"):
         if shutil.which("compute-sanitizer"):
             record.attempt(f"compute-sanitizer {tool}", ft.partial(sanitized, tool, record.toy))
         else:
             record.add(Row(f"compute-sanitizer {tool}", why="it is not installed here"))
-    failed = [row for row in record.rows if row.verdict not in ("", "met")]
-    record.add(Row("checks that hold", f"{len(record.rows) - len(failed)} of {len(record.rows)}"))
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from awq_jax.load import load
 from awq_jax.models import for_config
 from awq_jax.paths import named_leaves
 from awq_jax.presets import PRESETS
+from awq_jax.recipe import Recipe
 from awq_jax.refine import logits, together
 from awq_jax.spec import QuantSpec, Rule
 from awq_jax.stream import Decoder, stream
@@ -65,7 +67,7 @@ def peak() -> Row:
     return Row("peak memory of the device since the step began", used / 1e9, "GB")
 
 
-def streamed(decoder: Decoder, tokens: np.ndarray, record: Record) -> Iterator[Row]:
+def streamed(decoder: Decoder, tokens: np.ndarray, recipe: Recipe, record: Record) -> Iterator[Row]:
     start, packed = time.perf_counter(), {}
 
     def keep(part: str, params: Any) -> None:
@@ -75,7 +77,7 @@ def streamed(decoder: Decoder, tokens: np.ndarray, record: Record) -> Iterator[R
         if record.over():
             raise TimeoutError(f"{part} was done after {time.perf_counter() - start:.0f} s, the step's time was over")
 
-    done = stream(decoder, tokens, PRESETS["default"], keep)
+    done = stream(decoder, tokens, recipe, keep)
     seconds = time.perf_counter() - start
     yield Row(f"streamed, {decoder.config.layers} layers, {tokens.size} tokens", seconds, "s", 60, most=True)
     for stage, part in done.seconds.items():
@@ -84,12 +86,12 @@ def streamed(decoder: Decoder, tokens: np.ndarray, record: Record) -> Iterator[R
     yield peak()
 
 
-def in_memory(decoder: Decoder, tokens: np.ndarray) -> Iterator[Row]:
+def in_memory(decoder: Decoder, tokens: np.ndarray, recipe: Recipe) -> Iterator[Row]:
     """`calibrate` and `quantize` of the whole function, its layers scanned."""
     outer = jax.tree.map(jnp.asarray, decoder.module.outer_params(decoder.read, decoder.config))
     params = {"outer": outer, "layers": together([decoder.layer(i) for i in decoder.layers])}
     jax.block_until_ready(params)
-    recipe = replace(PRESETS["default"], rules=(Rule("outer/", skip=True),))
+    recipe = replace(recipe, rules=(Rule("outer/", skip=True),))
     batches = [(jnp.asarray(tokens[k : k + 4]),) for k in range(0, len(tokens), 4)]
     start = time.perf_counter()
     calibration = awq.calibrate(logits(decoder), params, batches)
@@ -102,7 +104,8 @@ def in_memory(decoder: Decoder, tokens: np.ndarray) -> Iterator[Row]:
 
 
 def on_cpu() -> Any:
-    return jax.default_device(jax.devices("cpu")[0])
+    on_one = jax.default_backend() == "cpu"
+    return nullcontext() if on_one else jax.default_device(jax.devices("cpu")[0])
 
 
 def ties() -> Iterator[Row]:
@@ -118,13 +121,12 @@ def ties() -> Iterator[Row]:
     yield Row("rounded: codes that differ and are no ties", int(((q != other) & (off > 1e-3)).sum()), "", 0, most=True)
 
 
-def same_codes(model: Path, layers: int, samples: int, length: int, group: int) -> Iterator[Row]:
+def same_codes(model: Path, recipe: Recipe, layers: int, samples: int, length: int) -> Iterator[Row]:
     """The whole search in float32 on both devices. A tie decided otherwise moves the codes rounded after it."""
     checkpoint = open_checkpoint(model)
     module = for_config(checkpoint.config)
     config = replace(module.Config.from_hf(checkpoint.config), layers=layers)
     tokens = calibration_tokens(None, checkpoint.tokenizer(), samples=samples, seq_len=length)
-    recipe = replace(PRESETS["default"], group_size=group)
 
     def run() -> tuple[dict[str, Any], Any]:
         found: dict[str, Any] = {}
@@ -149,11 +151,10 @@ def same_codes(model: Path, layers: int, samples: int, length: int, group: int) 
     yield Row("search: sites' errors differ by at most", float(max(errors, default=0)), "", 0.01, most=True)
 
 
-def distilled(model: Path, samples: int, length: int, group: int, passes: int) -> Iterator[Row]:
+def distilled(model: Path, recipe: Recipe, samples: int, length: int, passes: int) -> Iterator[Row]:
     """KL on the packaged evaluation text before and after, and seconds."""
     dense = load(model, jnp.float32)
     texts = windows(evaluation_text(), dense.tokenizer, 8, length)
-    recipe = replace(PRESETS["default"], group_size=group)
     for n in (0, passes):
         with tempfile.TemporaryDirectory() as scratch:
             out = Path(scratch) / "out"
@@ -185,12 +186,15 @@ def run(record: Record) -> None:
     number, length = (128, 32) if toy else (16384, 512)
     decoder = random_decoder(hf)
     tokens = random_tokens(decoder.config.vocab, number, length)
+    recipe = PRESETS["rtn" if toy else "default"]
+    narrow = replace(recipe, group_size=32 if toy else 64)
     with tempfile.TemporaryDirectory() as folder:
-        record.attempt("streamed", ft.partial(streamed, decoder, tokens, record))
+        real = ft.cache(lambda: real_model(toy, folder))
+        record.attempt("streamed", ft.partial(streamed, decoder, tokens, recipe, record))
         record.attempt("ties", ties)
-        sizes = (1, 2, 32, 32) if toy else (2, 16, 512, 64)
-        record.attempt("codes on GPU and CPU", lambda: same_codes(real_model(toy, folder), *sizes))
-        record.attempt("in memory", lambda: in_memory(decoder, tokens))
+        sizes = (1, 2, 32) if toy else (2, 16, 512)
+        record.attempt("codes on GPU and CPU", lambda: same_codes(real(), narrow, *sizes))
+        record.attempt("in memory", lambda: in_memory(decoder, tokens, recipe))
         # Three passes of the packaged text's 87,000 tokens: 260,000 are seen.
-        sizes = (2, 32, 32, 1) if toy else (170, 512, 64, 3)
-        record.attempt("distillation", lambda: distilled(real_model(toy, folder + "/again"), *sizes))
+        sizes = (2, 32, 1) if toy else (170, 512, 3)
+        record.attempt("distillation", lambda: distilled(real(), narrow, *sizes))

@@ -45,7 +45,7 @@ class Row:
         return "met" if (self.found <= self.goal if self.most else self.found >= self.goal) else "missed"
 
     def cells(self) -> tuple[str, ...]:
-        found = f"{self.found:.4g}" if isinstance(self.found, float) else str(self.found or "")
+        found = f"{self.found:.4g}" if isinstance(self.found, float) else "" if self.found is None else str(self.found)
         goal = "" if self.goal is None else f"{'<=' if self.most else '>='} {self.goal:g}"
         return self.what, found, self.unit, goal, self.verdict
 
@@ -60,6 +60,7 @@ class Record:
     toy: bool = False
     rows: list[Row] = field(default_factory=list)
     details: list[dict[str, Any]] = field(default_factory=list)
+    start: float = field(default_factory=time.monotonic)
 
     @property
     def file(self) -> Path:
@@ -82,7 +83,7 @@ class Record:
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
-        print(*filter(None, row.cells()), sep="  ", flush=True)
+        print(f"{time.monotonic() - self.start:5.0f} s", *filter(None, row.cells()), sep="  ", flush=True)
         self.write()
 
     def write(self, **more: Any) -> None:
@@ -135,10 +136,15 @@ def ceilings(toy: bool) -> dict[str, float]:
 
 @contextmanager
 def toy_gpu() -> Iterator[None]:
-    """A CPU in the place of a GPU: Triton's interpreter runs the kernels, and everything few times."""
+    """A CPU in the place of a GPU: Triton's interpreter runs the kernels, and everything once."""
     sys.path.append(str(Path(__file__).parents[1] / "tests"))
     import interpreted
 
-    few = patch.multiple(sys.modules[Chain.__module__], SECONDS=0.0, ROTATED=0)
+    def once(call: Callable[[], Any], repeats: int = 1) -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        return time.perf_counter() - start
+
+    few = patch.multiple(sys.modules[Chain.__module__], SECONDS=0.0, ROTATED=0, timed=once)
     with few, patch.object(triton, "launch", interpreted.launch), target(90):
         yield

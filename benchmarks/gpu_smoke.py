@@ -75,14 +75,14 @@ def decoded(toy: bool) -> Iterator[Row]:
     whole = jax.tree.map(
         lambda w: (w.dequantize() if is_quantized(w) else w).astype(jnp.float32), small.params, is_leaf=is_quantized
     )
-    logits = lambda config, params: np.asarray(Llama(config).apply({"params": params}, tokens))
+    run = jax.jit(lambda config, params: Llama(config).apply({"params": params}, tokens), static_argnums=0)
+    logits = lambda config, params: np.asarray(run(config, params))
     with jax.default_matmul_precision("highest"):
         exact = logits(replace(dense.config, dtype=jnp.float32), whole)
     error = np.linalg.norm(logits(small.config, small.params) - exact) / np.linalg.norm(exact)
     yield Row("two layers: logits against float32", float(error), "", 3e-2, most=True)
-    text = np.asarray(generate(small.config, small.params, tokens, max_new_tokens=4))[:, 9:]
-    again = np.asarray(generate(small.config, small.params, tokens, max_new_tokens=4))[:, 9:]
-    yield Row("two layers: 4 tokens decoded twice", "equal" if (text == again).all() else f"differ: {text} {again}")
+    text, again = (np.asarray(generate(small.config, small.params, tokens, max_new_tokens=4)) for _ in range(2))
+    yield Row("two layers: tokens that differ when decoded twice", int((text != again).sum()), "", 0, most=True)
 
 
 def some_of_each() -> list[Case]:

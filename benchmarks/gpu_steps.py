@@ -22,14 +22,16 @@ from pathlib import Path
 HERE = Path(__file__).parent
 STEPS = {
     "smoke": ("gpu_smoke", 110),
-    "check": ("gpu_checks", 160),
-    "kernels": ("kernels", 200),
+    "check": ("gpu_checks", 190),
+    "kernels": ("gpu_kernels", 200),
     "tune": ("gpu_tune", 90),
     "decode": ("gpu_decode", 200),
     "quantize": ("gpu_quantize", 240),
     "profile": ("gpu_profile", 60),
 }
 """The module of each step, and after how many seconds it begins nothing new."""
+MEMORY = {"decode": ".9", "quantize": ".9"}
+"""What jax takes of the device at once; in other steps it leaves room for other processes and other projects."""
 GRACE = 40
 """Seconds after its share when a step is killed."""
 
@@ -48,7 +50,7 @@ def bring(results: Path, since: float) -> None:
     spec = find_spec("awq_jax.kernels")
     tables = [Path(spec.origin).with_name("table.json")] if spec and spec.origin else []
     if out := os.environ.get("OUT"):
-        for file in [*results.glob("*.json"), *results.glob("*.svg"), *tables]:
+        for file in [*results.glob("*.json"), *tables]:
             if file.stat().st_mtime > since:
                 shutil.copy(file, out)
 
@@ -60,8 +62,9 @@ def run_all(steps: list[tuple[str, float]], folder: Path, toy: bool) -> list[str
         print(f"== {step}, {seconds:.0f} s", flush=True)
         start = time.monotonic()
         command = [sys.executable, __file__, f"{step}:{seconds}", "--here", "--results", str(folder)]
+        own = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": MEMORY.get(step, ".6")}
         try:
-            code = subprocess.run(command + ["--toy"] * toy, timeout=seconds + GRACE, check=False).returncode
+            code = subprocess.run(command + ["--toy"] * toy, timeout=seconds + GRACE, env=own, check=False).returncode
             trouble = f"exit code {code}" if code else ""
         except subprocess.TimeoutExpired:
             trouble = f"killed after {seconds + GRACE:.0f} s"

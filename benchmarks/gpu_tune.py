@@ -9,8 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from gpu_kernels import LLAMA_8B
 from gpu_record import Record, Row
-from kernels import LLAMA_8B
 
 from awq_jax import kernels
 from awq_jax.kernels import table
@@ -60,7 +60,7 @@ def run(record: Record) -> None:
         return
     weights = ft.cache(lambda k, n: distinct(k, n, lambda w: in_tiles(quantize(w, QuantSpec(4, 128)))))
     for m in (16,) if record.toy else ROWS:
-        for k, n in ((128, 64),) if record.toy else LLAMA_8B:
+        for k, n in ((128, 32),) if record.toy else LLAMA_8B:
             case = Case(arch, "bfloat16", 128, m, k, n)
             what = f"{k} x {n}, {m} rows"
             record.attempt(what, lambda case=case: tuned(case, weights(case.k, case.n), record, not record.toy))

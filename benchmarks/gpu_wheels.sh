@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A folder of wheels for a GPU machine without network: this project, what it needs beyond PyTorch, JAX, flax, orbax and
-# transformers, and the peers of kernels.py.
+# transformers, and the peers of gpu_kernels.py.
 #   benchmarks/gpu_wheels.sh FOLDER
 # For Python 3.12 on x86-64 Linux; the machine has jax 0.11 and triton 3.6, which jax-triton 0.3.1 fits. This project's
 # wheel is made anew each time, the others are fetched once. PYTHON names the interpreter whose pip runs.

@@ -1,4 +1,4 @@
-"""Other projects' 4-bit matmuls, as kernels.py times them: each made from a weight of ours, checked, or left out aloud.
+"""Other projects' 4-bit matmuls for gpu_kernels.py: each made from a weight of ours, checked, or left out aloud.
 
 A peer is a function without arguments that imports its project and gives a Peer, or raises with the reason why not.
 """

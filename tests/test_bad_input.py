@@ -15,11 +15,12 @@ import orbax.checkpoint as ocp
 import pytest
 from checkpoints import config, tensors, tiny_folder, tiny_gguf
 from commands import run
-from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
 import awq_jax as awq
 from awq_jax.formats import autoawq
+from awq_jax.formats.shard_writer import ShardWriter
+from awq_jax.formats.written import written_whole
 
 FAST = ("--group-size", "32", "--samples", "4", "--seq-len", "128", "--preset", "rtn")
 NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
@@ -373,7 +374,7 @@ def test_an_output_that_is_there_stays_as_it_is(model, tmp_path, kind, no_work):
     else:
         out.mkdir()
         (out / "mine").write_text("mine")
-        says = "out is not empty: add --overwrite"
+        says = "out holds mine, and no awq_jax_files.json, so awq_jax did not write it: move it away"
     assert_says(quantize_refused(tmp_path, model), says)
 
 
@@ -386,10 +387,11 @@ def test_a_model_that_is_quantized_already(model, tmp_path, format):
 
 
 FULL = {
-    "at the first shard": (autoawq, "save_file", NO_SPACE, 1, "awq"),
-    "at a later shard": (autoawq, "save_file", SafetensorError("I/O error: No space left"), 2, "awq"),
+    "at the first part": (ShardWriter, "add", NO_SPACE, 1, "awq"),
+    "at a later part": (ShardWriter, "add", NO_SPACE, 2, "awq"),
+    "at the index": (ShardWriter, "finish", NO_SPACE, 1, "awq"),
     "at config.json": (autoawq, "write_about", NO_SPACE, 1, "awq"),
-    "in orbax": (ocp.PyTreeCheckpointer, "save", ValueError("EXHAUSTED:\n No space left"), 2, "orbax"),
+    "in orbax": (ocp.PyTreeCheckpointHandler, "save", ValueError("EXHAUSTED:\n No space left"), 2, "orbax"),
 }
 
 
@@ -399,8 +401,8 @@ def test_a_disk_that_is_full(model, tmp_path, monkeypatch, case, occupied):
     owner, name, error, when, format = FULL[case]
     break_call(monkeypatch, owner, name, error, when)
     if occupied:
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "mine").write_text("mine")
+        with written_whole(tmp_path / "out") as scratch:
+            (scratch / "earlier").write_text("0")
     line = quantize_refused(tmp_path, model, "--format", format, "--overwrite")
     assert_says(line, "out could not be written .*No space left.*: free space or choose another disk")
 
@@ -461,7 +463,7 @@ def test_a_disk_that_really_is_full(model, tmp_path, format):
 
 @pytest.mark.parametrize("when", [1, 2])
 def test_ctrl_c(model, tmp_path, monkeypatch, when):
-    break_call(monkeypatch, autoawq, "save_file", KeyboardInterrupt(), when)
+    break_call(monkeypatch, ShardWriter, "add", KeyboardInterrupt(), when)
     before = contents(tmp_path)
     done = run("quantize", model, tmp_path / "out", *FAST)
     assert (done.code, done.out, done.err) == (130, "", "awq-jax: stopped.\n")

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,8 @@ from tiny import random_tokens
 
 import awq_jax as awq
 from awq_jax import Recipe, Rule
+from awq_jax.convert import computed_in, halved
+from awq_jax.formats.written import written_whole
 from awq_jax.models.llama import Config, Llama
 from awq_jax.paths import named_leaves
 from awq_jax.quantize import fold_scales
@@ -151,11 +154,9 @@ def test_sizes_of_autoawq(made, dense):
     expected = sum(n // 2 + n // 32 * 2 + n // 64 for n in sizes) + 2 * others
     shards = [load_file(f) for f in sorted(done.path.glob("*.safetensors"))]
     assert sum(w.nbytes for shard in shards for w in shard.values()) == expected
-    index = json.loads((done.path / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == expected
     assert done.after == sum(map(len, files(done.path).values()))
     assert expected < done.after < expected + 40_000
-    assert len(shards) == 3
+    assert len(shards) == 1
 
 
 @pytest.mark.parametrize(("name", "bits", "group"), [("orbax", 3, 128), ("orbax, symmetric", 4, 32)])
@@ -227,6 +228,28 @@ def test_what_stays_dense_of_a_gguf_file_takes_two_bytes_a_weight(root):
     assert embedding.dtype == jnp.float16
     np.testing.assert_allclose(embedding, big.params["embed"]["embedding"], rtol=2**-11, atol=2**-25)
     assert small.params["norm"]["scale"].dtype == jnp.float32
+
+
+def test_a_model_with_activations_beyond_float16_says_bfloat16(root):
+    weights = tensors(config())
+    louder = {name: w * np.float32(3e4) for name, w in weights.items() if name.endswith("0.mlp.down_proj.weight")}
+    model = tiny_folder(root / "loud", weights=weights | louder)
+    rtn = replace(awq.PRESETS["rtn"], group_size=32)
+    done = awq.quantize_checkpoint(model, root / "loud-out", rtn, **TEXT)
+    found = json.loads((done.path / "config.json").read_text())
+    assert found["dtype"] == found["torch_dtype"] == "bfloat16"
+    (note,) = done.notes
+    assert re.match(r"Activations reach \d{5,} on the calibration text, float16 ends at 65504: config.json says", note)
+    assert computed_in(32000.0) == ("float16", ())
+    assert computed_in(40000.0)[0] == "bfloat16"
+
+
+def test_dense_matrices_stay_wide_where_float16_would_lose_them():
+    usual = np.random.default_rng(0).normal(size=(4, 32)).astype(np.float32)
+    zeros = usual * (np.arange(4)[:, None] > 0)
+    tiny = usual * np.float32([[1], [1e-7], [1], [1]])
+    found = halved({"a": usual, "b": zeros, "c": tiny, "d": usual * np.float32(1e6)})
+    assert [found[k].dtype.name for k in "abcd"] == ["float16", "float16", "float32", "float32"]
 
 
 @pytest.mark.parametrize(("dtype", "format"), [("bfloat16", "awq"), ("bfloat16", "orbax"), ("float16", "awq")])
@@ -304,10 +327,10 @@ def test_fed_with_quantized_blocks_the_first_block_is_the_same_and_the_next_anot
         awq.quantize_checkpoint(dense, root / f"feed-{feed}", QUICK, feed=feed, **TEXT)
         for feed in ("dense", "quantized")
     ]
-    first, second = ([load_file(done.path / f"model-0000{k}-of-00003.safetensors") for done in outs] for k in (2, 3))
-    same = lambda pair: all((pair[0][name] == pair[1][name]).all() for name in pair[0])
-    assert same(first)
-    assert not same(second)
+    one, other = (load_file(done.path / "model.safetensors") for done in outs)
+    same = lambda layer: all((one[name] == other[name]).all() for name in one if f"layers.{layer}." in name)
+    assert same(0)
+    assert not same(1)
 
 
 def test_calibration_on_what_the_model_writes_itself(root, dense):
@@ -326,11 +349,11 @@ def test_progress_goes_up_to_all_blocks(root, dense):
 
 def test_overwrite_replaces_a_folder_whole(root, dense):
     out = root / "occupied"
-    out.mkdir()
-    (out / "old").write_text("0")
+    with written_whole(out) as scratch:
+        (scratch / "old").write_text("0")
     with pytest.raises(FileExistsError, match="--overwrite"):
         awq.quantize_checkpoint(dense, out, QUICK, **TEXT)
-    assert files(out) == {"old": b"0"}
+    assert files(out)["old"] == b"0"
     awq.quantize_checkpoint(dense, out, QUICK, overwrite=True, **TEXT)
     assert "old" not in files(out)
     assert awq.load(out).generate("hi", max_new_tokens=2) is not None
@@ -349,7 +372,7 @@ def test_every_stop_token_of_either_config_ends_an_answer(root):
 def test_a_model_without_tokens_to_start_from_cannot_write_its_own_text(dense):
     model = awq.load(dense)
     nameless = replace(model, tokenizer=SimpleNamespace(bos_token_id=None, eos_token_id=None))
-    with pytest.raises(ValueError, match="calib=.self.: the tokenizer names no first token"):
+    with pytest.raises(ValueError, match=r"calib=.self.: the tokenizer names no first token"):
         nameless.sample(2, 8)
     assert model.sample(2, 8).shape == (2, 8)
 

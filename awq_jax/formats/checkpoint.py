@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Mapping
@@ -22,9 +21,10 @@ from awq_jax.formats import autoawq_folder, huggingface, orbax
 from awq_jax.formats.errors import InputError, reading
 from awq_jax.formats.files import inside, regular
 from awq_jax.formats.gguf import open_gguf
+from awq_jax.formats.scratch import scratch_folder
 from awq_jax.formats.shards import open_shards
 from awq_jax.formats.stored import StoredTensor
-from awq_jax.formats.text import panics_unprinted
+from awq_jax.formats.text import unprinted
 from awq_jax.formats.tokenizer import gguf_tokenizer
 from awq_jax.tensor import QuantizedTensor
 
@@ -103,7 +103,7 @@ class Checkpoint:
         Raises:
           InputError: there is none, or it cannot be read.
         """
-        with reading(f"{self.path}: its tokenizer cannot be read"), panics_unprinted():
+        with reading(f"{self.path}: its tokenizer cannot be read"), unprinted():
             return self.load_tokenizer()
 
     @cached_property
@@ -147,9 +147,9 @@ class Checkpoint:
     @cached_property
     def _made(self) -> Path:
         """A folder for files that the model lacks, there as long as this is."""
-        folder = Path(tempfile.mkdtemp(prefix="awq_jax_made_"))
-        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        return folder
+        block = scratch_folder(Path(tempfile.gettempdir()))
+        weakref.finalize(self, block.__exit__, None, None, None)
+        return block.__enter__()
 
     def _find(self, name: str) -> StoredTensor:
         if name in self.tensors:

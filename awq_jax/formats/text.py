@@ -23,7 +23,7 @@ def encode(tokenizer: Any, text: str, *, special: bool = False) -> Int32[np.ndar
     Raises:
       InputError: the tokenizer fails.
     """
-    with reading("The model's tokenizer cannot encode the text", REMEDY), panics_unprinted():
+    with reading("The model's tokenizer cannot encode the text", REMEDY), unprinted():
         # verbose=False: a text may be longer than the model's context, what becomes of it is not.
         return np.array(tokenizer(text, add_special_tokens=special, verbose=False).input_ids, np.int32)
 
@@ -34,13 +34,13 @@ def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
     Raises:
       InputError: the tokenizer fails.
     """
-    with reading("The model's tokenizer cannot decode the answer", REMEDY), panics_unprinted():
+    with reading("The model's tokenizer cannot decode the answer", REMEDY), unprinted():
         return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 @contextmanager
-def panics_unprinted() -> Iterator[None]:
-    """Holds back what is written to the error stream: Rust reports a panic there before it becomes an exception.
+def unprinted() -> Iterator[None]:
+    """Holds back what is written to the error stream: libraries report there what they raise, and what follows of it.
 
     What was written comes out afterwards, unless the block raised.
     """

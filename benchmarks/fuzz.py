@@ -1,0 +1,285 @@
+"""Reads damaged files in a process with limits on time and memory, and counts how that ends.
+
+    python benchmarks/fuzz.py folder 1000 0       # reader, cases, seed
+    python benchmarks/fuzz.py folder 1 417        # the case of seed 417 again, with what it raised
+
+Every case damages one file of a small model (or a calibration text, or a report) and reads it as the commands do, up to
+params, tokens and text. It should be read, or refused with the error of one line that commands end with: anything else
+is counted by its seed. A case may take 10 seconds, and memory 4 times what the files have and SLACK.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import select
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+SECONDS, STARTUP = 10, 300
+SLACK = 64 << 20
+"""Bytes beyond 4 times the files: parsers and numpy work in steps of some size."""
+LIMIT = 4 << 30
+"""Bytes that the process may map beyond what it has: a case that wants more must not take the machine along."""
+CHAT = [{"role": "user", "content": "hi"}]
+
+
+def tiny(folder: Path, **changes: Any) -> Path:
+    from checkpoints import tiny_folder
+
+    return tiny_folder(folder / "model", intermediate_size=64, num_hidden_layers=1, **changes)
+
+
+def quantized(folder: Path, format: Any) -> Path:
+    from dataclasses import replace
+
+    from awq_jax import PRESETS, quantize_checkpoint
+
+    recipe = replace(PRESETS["rtn"], group_size=32)
+    quantize_checkpoint(tiny(folder), folder / format, recipe, format=format, samples=1, seq_len=64)
+    return folder / format
+
+
+def gguf(folder: Path) -> Path:
+    from checkpoints import tiny_gguf
+
+    return tiny_gguf(folder / "model.gguf")
+
+
+def calibration(folder: Path) -> Path:
+    text = "Some words of a text that is long enough. " * 40
+    rows = [{"messages": [{"role": "system", "content": "Be kind."}, *CHAT]}, {"text": text}]
+    rows += [{"conversations": [{"from": "human", "value": "hi"}]}, {"instruction": "a", "input": "b", "output": text}]
+    rows += [{"messages": CHAT, "tools": [{"name": "clock"}]}, {"prompt": [*CHAT], "completion": "yes"}]
+    (folder / "texts").mkdir()
+    (folder / "texts" / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "texts" / "a.json").write_text(json.dumps({"rows": rows}))
+    (folder / "texts" / "a.csv").write_text(f"prompt,response\nhi,{text}\n")
+    (folder / "texts" / "a.txt").write_text(text)
+    return folder / "texts"
+
+
+def report(folder: Path) -> Path:
+    from awq_jax.convert import REPORT
+
+    (folder / "report").mkdir()
+    site = {"name": "layers_0/attn/q/kernel", "error": 0.01, "nearest": 0.02, "bits": 4, "group_size": 32, "note": ""}
+    (folder / "report" / REPORT).write_text(json.dumps([site, site | {"name": "layers_0/mlp/up/kernel"}]))
+    return folder / "report"
+
+
+def read_model(path: Path, changed: Path) -> None:
+    """What `load` and `quantize` read of a model; of one whose tokenizer alone is damaged, the tokenizer alone."""
+    from awq_jax.formats.checkpoint import open_checkpoint
+    from awq_jax.load import architecture
+
+    checkpoint = open_checkpoint(path)
+    module, config = architecture(checkpoint)
+    if not changed.name.startswith(("tokenizer", "chat")):
+        checkpoint.params(module, config)
+        _ = checkpoint.stops, checkpoint.companions
+    if changed.suffix not in ("", ".safetensors"):
+        read_tokenizer(checkpoint.tokenizer())
+
+
+def read_tokenizer(tokenizer: Any) -> None:
+    from awq_jax.formats.text import decode, encode
+
+    tokens = encode(tokenizer, "Hello, world! <|im_start|> é 日本 12", special=True)
+    decode(tokenizer, tokens.tolist())
+
+
+def read_template(path: Path, changed: Path) -> None:
+    from awq_jax.formats.chat import render
+    from awq_jax.formats.checkpoint import open_checkpoint
+
+    render(open_checkpoint(path).tokenizer(), [CHAT], add_generation_prompt=True)
+
+
+def read_calibration(path: Path, changed: Path) -> None:
+    from checkpoints import tokenizer
+
+    from awq_jax.calib import calibration_tokens
+
+    plain = tokenizer()
+    plain.chat_template = None  # rendering is the business of the reader "template"
+    calibration_tokens(str(changed), plain, samples=4, seq_len=64)
+
+
+def read_report(path: Path, changed: Path) -> None:
+    from awq_jax.inspect import read_errors
+
+    read_errors(path)
+
+
+Reader = tuple[Callable[[Path], Path], Callable[[Path, Path], None]]
+READERS: dict[str, Reader] = {
+    "folder": (tiny, read_model),
+    "shards": (lambda folder: tiny(folder, shards=2), read_model),
+    "awq": (lambda folder: quantized(folder, "awq"), read_model),
+    "orbax": (lambda folder: quantized(folder, "orbax"), read_model),
+    "gguf": (gguf, read_model),
+    "template": (tiny, read_template),
+    "calibration": (calibration, read_calibration),
+    "report": (report, read_report),
+}
+"""Name -> what makes the files, and what reads them."""
+
+
+def serve(reader: str) -> None:
+    """The child: reads seeds from its input, damages and reads, writes a line of JSON for each."""
+    from mutate import damage
+
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def printed() -> str:
+        """What a command would have printed beside its line: a traceback, or a panic of a library in Rust."""
+        end = os.lseek(2, 0, os.SEEK_CUR)
+        said = os.pread(2, end, 0).decode("utf-8", "replace")
+        os.ftruncate(2, 0)
+        os.lseek(2, 0, os.SEEK_SET)
+        return said[-3000:] if "Traceback" in said or "panicked" in said else ""
+
+    make, read = READERS[reader]
+    with tempfile.TemporaryDirectory() as scratch:
+        whole = make(Path(scratch))
+        files = [whole] if whole.is_file() else sorted(p for p in whole.rglob("*") if p.is_file())
+        if reader == "template":
+            files = [file for file in files if file.name.startswith(("chat", "tokenizer_config"))]
+        read(whole, files[0])
+        soft = memory("VmSize") + LIMIT
+        resource.setrlimit(resource.RLIMIT_AS, (soft, soft))
+        print(json.dumps({"ready": True}), file=out, flush=True)
+        for line in sys.stdin:
+            rng = np.random.default_rng(int(line))
+            copy = Path(scratch, "copy")
+            shutil.rmtree(copy, ignore_errors=True)
+            copy.mkdir()
+            place = copy / whole.name
+            shutil.copytree(whole, place) if whole.is_dir() else shutil.copy(whole, place)
+            changed = place / files[rng.integers(len(files))].relative_to(whole)
+            told = {
+                "what": damage(changed, rng),
+                "size": sum(f.stat().st_size for f in place.rglob("*") if f.is_file()),
+            }
+            before = forget_peak()
+            told |= outcome(read, place, changed)
+            if said := printed():
+                told |= {"end": "printed", "says": said}
+            told["memory"] = memory("VmHWM") - before
+            print(json.dumps(told), file=out, flush=True)
+
+
+def outcome(read: Callable[[Path, Path], None], path: Path, changed: Path) -> dict[str, str]:
+    from awq_jax.formats.errors import InputError
+
+    try:
+        read(path, changed)
+    except InputError as e:
+        return {"end": "refused", "says": str(e)[:500]}
+    except OSError as e:
+        return {"end": "refused" if e.errno else "OSError", "says": str(e)}
+    except BaseException as e:
+        import traceback
+
+        return {"end": type(e).__name__, "says": traceback.format_exc()[-3000:]}
+    return {"end": "read", "says": ""}
+
+
+def memory(field: str) -> int:
+    """Bytes that this process has, by its name in /proc."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+def forget_peak() -> int:
+    """Bytes in memory now, from where VmHWM counts anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return memory("VmHWM")
+
+
+class Child:
+    """The process that reads, started anew when it ends."""
+
+    def __init__(self, reader: str) -> None:
+        self.command = [sys.executable, __file__, "--serve", reader]
+        self.process: Any = None
+
+    def ask(self, seed: int) -> dict[str, Any]:
+        """How the case of a seed ends."""
+        if self.process is None:
+            self.errors = tempfile.TemporaryFile()  # noqa: SIM115
+            pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
+            self.process = subprocess.Popen(self.command, **pipes, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+            if "ready" not in self.line(STARTUP):
+                raise SystemExit(f"the reader does not start:\n{self.said()}")
+        self.process.stdin.write(f"{seed}\n".encode())
+        self.process.stdin.flush()
+        if not (told := self.line(SECONDS)):
+            try:
+                told = {"end": f"crash {self.process.wait(1)}", "says": self.said()}
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                told = {"end": "hang", "says": self.said()}
+            self.end()
+        return told
+
+    def line(self, seconds: float) -> dict[str, Any]:
+        """What the process writes within that time."""
+        ready, _, _ = select.select([self.process.stdout], [], [], seconds)
+        return json.loads(self.process.stdout.readline() or "{}") if ready else {}
+
+    def said(self) -> str:
+        self.errors.seek(0)
+        return self.errors.read()[-3000:].decode("utf-8", "replace")
+
+    def end(self) -> None:
+        if self.process is not None:
+            self.process.communicate()
+            self.errors.close()
+            self.process = None
+
+
+def fuzz(reader: str, count: int, seed: int) -> dict[str, Any]:
+    """How many of `count` cases were read, refused or ended otherwise, and the seeds of those that did."""
+    child, ends, odd = Child(reader), Counter(), {}
+    for k in range(seed, seed + count):
+        told = child.ask(k)
+        end = told["end"]
+        if end in ("read", "refused") and told["memory"] > 4 * told["size"] + SLACK:
+            end = "memory"
+            told["says"] = f"{told['memory'] >> 20} MB for files of {told['size']} bytes: {told['says']}"
+        ends[end] += 1
+        if end not in ("read", "refused"):
+            odd[k] = f"{end}: {told.get('what', '')}: {told['says']}"
+    child.end()
+    return {"reader": reader, "cases": count, "seed": seed, "ends": dict(ends), "odd": odd}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("reader", choices=READERS)
+    parser.add_argument("count", type=int, nargs="?", default=1000)
+    parser.add_argument("seed", type=int, nargs="?", default=0)
+    parser.add_argument("--serve", action="store_true", help="be the process that reads")
+    args = parser.parse_args()
+    if args.serve:
+        serve(args.reader)
+    else:
+        found = fuzz(args.reader, args.count, args.seed)
+        print(json.dumps(found | {"odd": len(found["odd"])}))
+        print(*(f"seed {seed}: {what}" for seed, what in found["odd"].items()), sep="\n")
+        sys.exit(bool(found["odd"]))
