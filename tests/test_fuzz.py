@@ -1,4 +1,4 @@
-"""Damaged files of every kind are read or refused, never anything else; `benchmarks/fuzz.py` runs as many as one likes."""
+"""Damaged files of every kind are read or refused, never anything else; `benchmarks/fuzz.py` runs more of them."""
 
 import sys
 from pathlib import Path
@@ -34,22 +34,25 @@ def test_a_seed_gives_the_same_damage(tmp_path):
         assert ends.pop()[1] != content
 
 
-def test_what_hangs_or_dies_is_counted(monkeypatch, tmp_path):
+CHILD = """
+import json, os, time
+print('{"ready": true}', flush=True)
+while True:
+    seed = int(input())
+    if seed == 1:
+        os.abort()
+    if seed == 2:
+        time.sleep(60)
+    print(json.dumps({"end": "read", "says": "", "size": 1, "memory": 2**40 * (seed == 3)}), flush=True)
+"""
+
+
+def test_what_hangs_dies_or_takes_memory_is_counted(monkeypatch, tmp_path):
     script = tmp_path / "child.py"
-    script.write_text(
-        "import os, time\nprint('{\"ready\": true}', flush=True)\n"
-        "while True:\n"
-        "    seed = int(input())\n"
-        "    if seed == 1: os.abort()\n"
-        "    if seed == 2: time.sleep(60)\n"
-        '    print(\'{"end": "read", "says": "", "size": 1, "memory": %d}\' % (seed == 3) * 2**40, flush=True)\n'.replace(
-            "(seed == 3) * 2**40", "((seed == 3) * 2**40)"
-        )
-    )
-    monkeypatch.setattr(fuzz, "SECONDS", 1)
-    monkeypatch.setattr(
-        fuzz.Child, "__init__", lambda self, reader: vars(self).update(command=[sys.executable, script], process=None)
-    )
+    script.write_text(CHILD)
+    start = lambda self, reader: vars(self).update(command=[sys.executable, script], process=None)
+    monkeypatch.setattr(fuzz, "SECONDS", 5)
+    monkeypatch.setattr(fuzz.Child, "__init__", start)
     found = fuzz.fuzz("folder", 5, 0)
     assert found["ends"] == {"read": 2, "crash -6": 1, "hang": 1, "memory": 1}
     assert set(found["odd"]) == {1, 2, 3}
