@@ -37,7 +37,7 @@ from awq_jax.tune import tune as tune
 __version__ = version("awq-jax")
 
 
-LAZY = ("quantize_module", "QuantizedLinear")
+LAZY = ("quantize_module", "QuantizedModule", "QuantizedLinear")
 
 
 def __dir__() -> list[str]:

@@ -28,11 +28,11 @@ UNREAD = {
     r"lora_|\.base_layer\.": "a LoRA adapter is not merged: save what PEFT's merge_and_unload() gives",
     r"^lm_head\.weight$": "the config ties the head to the embedding, and this one has other values: set "
     "tie_word_embeddings to false to use it, or remove it",
-    r"_proj\.bias$": "set attention_bias (q, k, v, o) or mlp_bias (gate, up, down) to true in config.json if the model was "
-    "trained with them; with a part of these it is another architecture",
+    r"_proj\.bias$": "set attention_bias (q, k, v, o) or mlp_bias (gate, up, down) to true in config.json if the model "
+    "was trained with them; with a part of these it is another architecture",
     r"\.[qk]_norm\.": "norms of q and k belong to another architecture than the config names",
-    r"\.(qweight|qzeros|scales|g_idx|weight_packed|weight_scale|weight_scale_inv|absmax|SCB)$": "they are quantized in a "
-    "way that config.json does not say: start from the dense model",
+    r"\.(qweight|qzeros|scales|g_idx|weight_packed|weight_scale|weight_scale_inv|absmax|SCB)$": "they are quantized "
+    "in a way that config.json does not say: start from the dense model",
     "": "they belong to another architecture than the config names, or to no model",
 }
 """What the name of a tensor that nothing reads tells about why; the first that matches."""
@@ -50,7 +50,9 @@ AT_ONCE = 1 << 22
 
 
 def check_tensors(checkpoint: Checkpoint, module: Any, config: Any) -> None:
-    """Passes if `module` reads every tensor of the checkpoint and finds all that `config` asks for; reads no weights.
+    """Passes if `module` reads every tensor of the checkpoint and finds all that `config` asks for.
+
+    Headers tell; weights are read only to compare a tied head with the embedding.
 
     Raises:
       InputError: a tensor that is missing, of another shape, or read by nothing; the likely cause and what to do.
@@ -80,8 +82,8 @@ def compare(where: Path, found: Shapes, wanted: Callable[[], Shapes], layers: in
     there = len({match[1] for name in found if (match := LAYER.search(name))})
     if there != layers:
         raise InputError(
-            f"{where}: the config counts {layers} layers (num_hidden_layers), the weights have {there}. Does config.json "
-            "belong to these weights?"
+            f"{where}: the config counts {layers} layers (num_hidden_layers), the weights have {there}. Does "
+            "config.json belong to these weights?"
         )
     asked = wanted()
     unread = [name for name in found if name not in asked]

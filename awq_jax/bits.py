@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from awq_jax.formats.errors import InputError
+from awq_jax.moments import unit
 from awq_jax.paths import named_leaves
 from awq_jax.quantize import check_params, plan, quantize
 from awq_jax.recipe import Recipe
@@ -83,6 +84,8 @@ def relative_error(changed: Any, outputs: Any) -> Float[Array, ""]:
 
     def errors(y: Array, exact: Array) -> Float[Array, " vectors"]:
         y, exact = (jnp.atleast_1d(jnp.asarray(a, jnp.float32)) for a in (y, exact))
+        size = unit(exact, -1)
+        y, exact = y / size, exact / size
         energy = jnp.square(exact).sum(-1)
         return jnp.where(energy > 0, jnp.square(y - exact).sum(-1) / energy, 0).ravel()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import shlex
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,7 +49,8 @@ class Quantize:
     seq_len: int = 512
     """Tokens a calibration sequence."""
     skip: tuple[str, ...] = ()
-    """Regular expressions of param paths that stay dense, such as mlp/down."""
+    """Regular expressions of param paths that stay dense, such as mlp/down; in awq files all of q, k, v or none, and
+    of gate, up."""
     symmetric: bool = False
     """The zero point is the middle code."""
     feed: Literal["dense", "quantized"] = "dense"
@@ -59,7 +59,7 @@ class Quantize:
     """Passes over the calibration text that train the steps against the dense model, after the search: closer, slower,
     and all of the model in memory."""
     overwrite: bool = False
-    """Replace what is at OUT."""
+    """Replace what an earlier run wrote at OUT, and nothing else."""
 
     def run(self) -> None:
         from awq_jax.convert import quantize_checkpoint
@@ -71,7 +71,7 @@ class Quantize:
                 self.recipe(),
                 format=self.format,
                 calib=self.calib,
-                samples=(8 if self.preset == "fast" else 32) if self.samples is None else self.samples,
+                samples=self.samples,
                 seq_len=self.seq_len,
                 feed=self.feed,
                 average_bits=None if self.bits == int(self.bits) else self.bits,
@@ -80,6 +80,8 @@ class Quantize:
                 progress=progress,
             )
         console().print(sites_table(done.sites), summary(done.before, done.half, done.after, done.seconds))
+        for note in done.notes:
+            say(note)
         where = shlex.quote(str(done.path))
         say(f"Wrote {done.path}. Try: awq-jax generate {where} 'Why is the sky blue?'")
 
@@ -283,10 +285,9 @@ def main() -> None:
     # Orbax logs the traceback of an error before it raises it.
     absl.logging.set_verbosity(absl.logging.FATAL)
     keep_compiled_programs()
-    # So that scratch folders go as they do at Ctrl-C.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         command.run()
+        sys.stdout.flush()
     except SystemExit:
         raise
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""The one file that knows jax versions."""
+"""The one file that knows jax versions, and what other packages do that strict settings of jax refuse."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
+import optax
 
 
 def scan_split(params: dict[str, Any]) -> tuple[int, int]:
@@ -32,3 +33,10 @@ def vary(x: Any, axes: Iterable[str]) -> Any:
     """`x`, said to differ along these mesh axes too."""
     more = tuple(set(axes) - varying(x))
     return jax.lax.pcast(x, more, to="varying") if more else x
+
+
+def adam(rate: optax.ScalarOrSchedule, **options: Any) -> optax.GradientTransformation:
+    """`optax.adam`; its power of a float and an integer is promoted also where jax is told to promote nothing."""
+    loose = jax.numpy_dtype_promotion("standard")
+    optimizer = optax.adam(rate, **options)
+    return optax.GradientTransformation(optimizer.init, loose(optimizer.update))

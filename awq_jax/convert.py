@@ -13,21 +13,23 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
 
 from awq_jax.bits import Group, Offer, allocate, check_average, quantized_alone, with_bits
 from awq_jax.calib import calibration_tokens
 from awq_jax.distill import kl_of_logits
 from awq_jax.formats import autoawq, orbax
+from awq_jax.formats.card import CARD, card
 from awq_jax.formats.checkpoint import Checkpoint, open_checkpoint
 from awq_jax.formats.errors import InputError
-from awq_jax.formats.written import written_whole
+from awq_jax.formats.written import check_destination, resolved, size_of, written_whole
+from awq_jax.fused import Fused, left_whole, skip_whole, told
 from awq_jax.load import architecture, load
 from awq_jax.models.inputs import check_length, check_tokens
 from awq_jax.paths import named_leaves
 from awq_jax.quantize import SiteReport
 from awq_jax.recipe import Recipe
 from awq_jax.refine import refine
+from awq_jax.report import size
 from awq_jax.stream import Clock, Decoder, Feed, stream
 from awq_jax.tensor import is_quantized
 from awq_jax.transform import Calibration
@@ -41,9 +43,10 @@ SURVEYED = 512
 
 @dataclass(frozen=True)
 class Converted:
-    """Where the quantized model is, its size in bytes, each site's error, seconds by stage.
+    """Where the quantized model is, its size in bytes, each site's error, seconds by stage, and what else to tell.
 
-    Sizes are those of the source as stored, of its tensors in 16 bits, and of all files of the quantized model.
+    Sizes are those of the source as stored, of its tensors in 16 bits, and of all files of the quantized model. `notes`
+    are about the model as a whole.
     """
 
     path: Path
@@ -52,6 +55,7 @@ class Converted:
     after: int
     sites: tuple[SiteReport, ...]
     seconds: dict[str, float]
+    notes: tuple[str, ...] = ()
 
 
 def quantize_checkpoint(
@@ -61,7 +65,7 @@ def quantize_checkpoint(
     *,
     format: Format = "awq",
     calib: str | Sequence[str] | None = None,
-    samples: int = 32,
+    samples: int | None = None,
     seq_len: int = 512,
     feed: Feed = "dense",
     average_bits: float | None = None,
@@ -73,21 +77,22 @@ def quantize_checkpoint(
 
     Args:
       model: Hugging Face folder or hub id, or a GGUF file.
-      out: a new or empty folder.
-      recipe: None for 4 bits in groups of 128; `fold` and `input_scales` follow from the format.
+      out: a new or empty folder, or one that this function wrote, with `overwrite`.
+      recipe: None for 4 bits in groups of 128; `fold` and `input_scales` follow from the format. In an AutoAWQ folder
+        a rule that skips one of q, k, v or of gate, up skips the others too.
       format: "awq" (AutoAWQ, for vLLM, SGLang, transformers) or "orbax" (ours: a scale for each site).
       calib: see `calibration_tokens`.
-      samples, seq_len: calibration sequences and their tokens.
+      samples, seq_len: calibration sequences and their tokens; None for as many sequences as the recipe says.
       feed: whether a block is calibrated on the output of the dense blocks before it, or of the quantized ones.
       average_bits: choose the bits of every site so that all take so many in the mean; orbax only. See
         `awq_jax.bits`.
       distill: passes over the calibration text that train the steps against the dense model's logits, after the
         search. Slow without an accelerator, and the whole model must fit into memory.
-      overwrite: replace what is at `out`.
+      overwrite: replace what an earlier call wrote at `out`.
       progress: called with a stage, steps done and steps in all.
 
     Raises:
-      FileExistsError: `out` holds something and `overwrite` is not set.
+      FileExistsError: `out` holds something and `overwrite` is not set, or a file that no earlier call wrote.
       InputError: anything about the input that cannot be used, before any work where that can be told before.
       ValueError: non-finite weights, or a fold that changed the function; names the site.
 
@@ -103,24 +108,30 @@ def quantize_checkpoint(
         raise InputError(f"distill={distill}: give a number of passes, 0 for none.")
     if average_bits is not None and format == "awq":
         raise InputError(f"{average_bits} bits on average: an AutoAWQ file has one width, use --format orbax.")
+    inputs = (model, *((calib,) if isinstance(calib, str) else calib or ()))
+    check_destination(out, overwrite=overwrite, inputs=inputs)
     checkpoint = open_checkpoint(model)
     if checkpoint.kind in ("autoawq", "orbax"):
         raise InputError(f"{model} is quantized already: start from the dense model.")
     module, config = architecture(checkpoint)
     recipe.check_rules(module.matrix_shapes(config))
+    fused = module.fused(config) if format == "awq" else {}
+    recipe, with_skipped = skip_whole(recipe, fused)
     check_fits(module, config, recipe, format)
     check_length(config, seq_len, f"--seq-len {seq_len} (seq_len)")
-    with written_whole(out, overwrite=overwrite) as scratch:
+    half = sum(2 * math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+    with written_whole(out, overwrite=overwrite, inputs=inputs) as scratch:
         tokenizer = checkpoint.tokenizer()
         progress("calibration text", 0, 1)
         own = lambda samples, seq_len: load(model).sample(samples, seq_len)
-        tokens = calibration_tokens(calib, tokenizer, samples=samples, seq_len=seq_len, own=own)
+        count = recipe.samples if samples is None else samples
+        tokens = calibration_tokens(calib, tokenizer, samples=count, seq_len=seq_len, own=own)
         check_tokens(config, tokens, "the calibration text")
         progress("calibration text", 1, 1)
         decoder = Decoder(module, config, widened(checkpoint.read) if recipe.fold else checkpoint.read)
         if average_bits is not None:
             recipe = with_bits(recipe, allocate(survey(decoder, tokens, recipe, progress), average_bits))
-        write, finish = (named_failure(out, f) for f in writer(format, scratch, checkpoint, module, recipe))
+        write, finish = (named_failure(out, f) for f in writer(format, scratch, checkpoint, module, recipe, fused))
         if distill:
             parts: dict[str, Any] = {}
             done = stream(decoder, tokens, recipe, parts.__setitem__, feed=feed, progress=progress)
@@ -133,11 +144,22 @@ def quantize_checkpoint(
                     write(part, params)
         else:
             done = stream(decoder, tokens, recipe, write, feed=feed, progress=progress)
-        finish()
+        dtype, notes = computed_in(done.largest)
+        finish(dtype)
+        done = replace(done, reports=(*done.reports, *with_skipped))
         (scratch / REPORT).write_text(json.dumps([asdict(site) for site in done.reports], indent=1))
-        after = sum(f.stat().st_size for f in scratch.rglob("*") if f.is_file())
-    half = sum(2 * math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
-    return Converted(Path(out), checkpoint.nbytes, half, after, done.reports, done.seconds)
+        sizes = {
+            "size before": f"{size(checkpoint.nbytes)} ({size(half)} in 16 bits)",
+            "size now": size(size_of(scratch)),
+            "calibrated on": f"{len(tokens)} sequences of {np.shape(tokens)[1]} tokens",
+        }
+        if distill:
+            sizes["distilled"] = f"{distill} passes over them; the errors are those before"
+        text = card(model, format, orbax.shown(recipe), sizes, done.reports)
+        (scratch / CARD).write_text(text, "utf-8")
+    after = size_of(resolved(out))
+    notes = (*told(with_skipped), *(notes if format == "awq" else ()))
+    return Converted(Path(out), checkpoint.nbytes, half, after, done.reports, done.seconds, notes)
 
 
 def survey(decoder: Decoder, tokens: Any, recipe: Recipe, progress: Callable[[str, int, int], None]) -> list[Offer]:
@@ -175,29 +197,47 @@ def widened(read: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def writer(
-    format: Format, folder: Path, checkpoint: Checkpoint, module: Any, recipe: Recipe
-) -> tuple[Callable[[str, Any], None], Callable[[], None]]:
-    """`(write(part, params), finish())` of a format."""
+    format: Format, folder: Path, checkpoint: Checkpoint, module: Any, recipe: Recipe, fused: Fused
+) -> tuple[Callable[[str, Any], None], Callable[[str], None]]:
+    """`(write(part, params), finish(dtype))` of a format; ours is read in any dtype."""
     kept: orbax.Writer | autoawq.Writer
     if format == "orbax":
-        kept = orbax.Writer(folder, checkpoint, recipe)
+        kept = own = orbax.Writer(folder, checkpoint, recipe)
         named = lambda part, params: halved(params) if checkpoint.kind == "gguf" else params
+        finish: Callable[[str], None] = lambda dtype: own.finish()
     else:
-        kept, named = autoawq.Writer(folder, checkpoint, recipe), module.to_names
+        kept = theirs = autoawq.Writer(folder, checkpoint, recipe, left_whole(recipe, fused))
+        named, finish = module.to_names, theirs.finish
 
     def write(part: str, params: Any) -> None:
         refuse_non_finite(part, params)
         kept.write(part, named(part, params))
 
-    return write, kept.finish
+    return write, finish
+
+
+def computed_in(largest: float) -> tuple[str, tuple[str, ...]]:
+    """The dtype in which a model with such activations is to be computed, float16 if it has room for twice as large
+    ones; and what is to be said of it.
+    """
+    if 2 * largest <= jnp.finfo(jnp.float16).max:
+        return "float16", ()
+    note = f"Activations reach {largest:.0f} on the calibration text, float16 ends at 65504"
+    return "bfloat16", (f"{note}: config.json says bfloat16, do not run the model in float16.",)
 
 
 def halved(params: Any) -> Any:
-    """Matrices that stay dense in float16, where it holds them: a GGUF gives float32 for what it stores in less."""
+    """Matrices that stay dense in float16, where it holds them: a GGUF gives float32 for what it stores in less.
+
+    Held are rows of which no weight changes by more than float16's precision of the largest.
+    """
 
     def half(w: Any) -> Any:
-        fits = not is_quantized(w) and w.ndim > 1 and float(jnp.abs(w).max()) <= jnp.finfo(jnp.float16).max
-        return w.astype(jnp.float16) if fits else w
+        if is_quantized(w) or w.ndim < 2:
+            return w
+        small = w.astype(jnp.float16)
+        fits = (jnp.abs(small.astype(w.dtype) - w).max(-1) <= jnp.finfo(jnp.float16).eps * jnp.abs(w).max(-1)).all()
+        return small if fits else w
 
     return jax.tree.map(half, params, is_leaf=is_quantized)
 
@@ -220,7 +260,7 @@ def named_failure(out: str | Path, f: Callable[..., None]) -> Callable[..., None
             f(*args)
         except InputError:
             raise
-        except (OSError, ValueError, SafetensorError) as e:
+        except (OSError, ValueError) as e:
             reason = " ".join(str(e).split())
             advice = ": free space or choose another disk" if "no space" in reason.lower() else ""
             raise OSError(f"{out} could not be written ({reason}){advice}.") from e

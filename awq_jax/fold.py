@@ -46,7 +46,8 @@ def _scaled(
     order = [*layers, *(k for k in range(w.ndim) if k not in layers)]
     shape = [w.shape[k] if k in axes or k in layers else 1 for k in order]
     factor = by_channel(s, channels).reshape(shape).transpose([order.index(k) for k in range(w.ndim)])
-    wide = jnp.asarray(w, jnp.result_type(w, jnp.float32)) + offset
+    wide = jnp.asarray(w, np.result_type(w.dtype, np.float32)) + offset
+    factor = factor.astype(wide.dtype)
     return ((wide / factor if inverse else wide * factor) - offset).astype(w.dtype)
 
 
@@ -99,7 +100,8 @@ def largest_change(before: Any, after: Any) -> float:
         if not np.array_equal(a[~finite], b[~finite], equal_nan=True):
             return float("nan")
         a, b = a[finite], b[finite]
-        worst.append(float(np.abs(b - a).max(initial=0) / max(np.abs(a).max(initial=0), 1e-30)))
+        change, largest = (float(np.abs(x).max(initial=0)) for x in (b - a, a))
+        worst.append(change / largest if largest else np.inf if change else 0.0)
     return float(np.max(worst))
 
 

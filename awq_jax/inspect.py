@@ -52,4 +52,4 @@ def read_errors(folder: Path) -> dict[str, float]:
     if file is None:
         return {}
     with reading(f"{file} is no report of awq_jax", "delete it"):
-        return {str(site["name"]): float(site["error"]) for site in parse_json(file)}
+        return {str(site["name"]): float(site["error"]) for site in parse_json(file) if site["spec"] is not None}

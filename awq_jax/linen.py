@@ -10,7 +10,7 @@ import jax
 from jaxtyping import Array, Float
 
 from awq_jax.spec import QuantSpec
-from awq_jax.tensor import QuantizedTensor, dot, dots, is_quantized, quantize
+from awq_jax.tensor import QuantizedTensor, dot, dots, is_quantized, plus, quantize
 
 
 class QuantizedDense(nn.Module):
@@ -34,7 +34,7 @@ class QuantizedDense(nn.Module):
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
         kernel, bias = self._params(x)
         y = dot(x, kernel)
-        return y if bias is None else y + bias
+        return plus(y, bias)
 
     def _params(self, x: Float[Array, "*b i"]) -> tuple[Array | QuantizedTensor, Array | None]:
         """The kernel and the bias, dense ones in x's dtype."""
@@ -71,4 +71,4 @@ def projections(x: Float[Array, "*b i"], features: Mapping[str, int], use_bias: 
     Quantized kernels are multiplied in one launch where that can be.
     """
     kernels, biases = zip(*(_Params(o, use_bias, name=name)(x) for name, o in features.items()), strict=True)
-    return [y if bias is None else y + bias for y, bias in zip(dots(x, *kernels), biases, strict=True)]
+    return [plus(y, bias) for y, bias in zip(dots(x, *kernels), biases, strict=True)]

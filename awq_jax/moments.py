@@ -12,12 +12,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from awq_jax.compat import vary, varying
 
 GRAM_BLOCK = 2048
 """Largest size of the Gram matrix's blocks: at this size they cost a quarter of an 8B Llama's forward pass."""
+
+UNIT = 2.0**20
+"""Of inputs in the Gram matrix: so float32 holds the squares of what is from 1e-25 to 1e12, not from 1e-19 to 1e18."""
 
 
 @ft.partial(jax.tree_util.register_dataclass, data_fields=["count", "abs_sum", "gram"], meta_fields=[])
@@ -28,7 +31,8 @@ class Moments:
     Args:
       count: number of tokens.
       abs_sum: sum of |x| per input channel.
-      gram: sum of x x' in diagonal blocks of size b; one block of size i when full. Padding rows are zero.
+      gram: sum of u u', u = x * UNIT, in diagonal blocks of size b; one block of size i when full. Padding rows are
+        zero.
     """
 
     count: Float[Array, "*lead"]
@@ -39,12 +43,28 @@ class Moments:
         return jax.tree.map(jnp.add, self, other)
 
     @property
+    def reached(self) -> Bool[Array, "*lead"]:
+        """Whether there was an input other than zeros."""
+        return (self.abs_sum > 0).any(-1)
+
+    @property
+    def diagonal(self) -> Float[Array, "*lead i"]:
+        """Of the Gram matrix."""
+        squares = jnp.einsum("...bii->...bi", self.gram)
+        return squares.reshape(*squares.shape[:-2], -1)[..., : self.abs_sum.shape[-1]]
+
+    @property
+    def large(self) -> Float[Array, ""]:
+        """A size that some input has at least, near the largest where few are large: sum x^2 / sum |x| of a channel."""
+        return (self.diagonal / jnp.where(self.abs_sum > 0, self.abs_sum, 1)).max() / UNIT**2
+
+    @property
     def mean_abs(self) -> Float[Array, "*lead i"]:
         return self.abs_sum / jnp.maximum(self.count, 1)[..., None]
 
     @property
     def mean_gram(self) -> Float[Array, "*lead blocks b b"]:
-        return self.gram / jnp.maximum(self.count, 1)[..., None, None, None]
+        return self.gram / UNIT**2 / jnp.maximum(self.count, 1)[..., None, None, None]
 
     def scaled(self, factor: Float[Array, "*lead i"]) -> Moments:
         """The moments of `x * factor`."""
@@ -73,13 +93,22 @@ def of(x: Float[Array, "*lead_and_tokens i"], block: int | None, lead: int = 0, 
     if weights is not None:
         tokens = jnp.broadcast_to(weights.reshape(-1).astype(jnp.float32), x.shape[:-1])
     # Experts get rows of zeros where fewer tokens reach them than they have room for.
-    count = (tokens * (x != 0).any(-1) if lead else tokens).sum(-1)
+    count = (jnp.where((x != 0).any(-1), tokens, 0) if lead else tokens).sum(-1)
     abs_sum = jnp.einsum("...ti,...t->...i", jnp.abs(x), tokens, preferred_element_type=jnp.float32)
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -i % block)])
     x = x.reshape(*x.shape[:-1], -1, block)
-    weighted = x if weights is None else x * tokens[..., None, None]
-    gram = jnp.einsum("...tbi,...tbj->...bij", weighted, x, preferred_element_type=jnp.float32)
-    return Moments(count, abs_sum, gram)
+    # Which float16 has no room for, and float32 no need for after float16.
+    early = 1.0 if x.dtype == jnp.float16 else UNIT
+    x = x * early
+    weighted = x if weights is None else x.astype(jnp.float32) * tokens[..., None, None]
+    gram = jnp.einsum("...tbi,...tbj->...bij", weighted, x.astype(weighted.dtype), preferred_element_type=jnp.float32)
+    return Moments(count, abs_sum, gram * (UNIT / early) ** 2)
+
+
+def unit(a: Float[Array, "*n"], axis: int | None = None) -> Float[Array, "*n"]:
+    """The power of two below the largest |a|, of all or along an axis, which is kept: dividing by it rounds nothing."""
+    _, exponent = jnp.frexp(jnp.abs(a).max(axis, keepdims=axis is not None))
+    return jnp.ldexp(jnp.ones(exponent.shape, jnp.float32), exponent - 1)
 
 
 TILE = 256

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools as ft
+import inspect
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,36 +14,52 @@ from jaxtyping import Array, Float
 from awq_jax.quantize import SiteReport, quantize
 from awq_jax.recipe import Recipe
 from awq_jax.spec import QuantSpec
-from awq_jax.tensor import dot
+from awq_jax.tensor import dot, plus
 from awq_jax.tensor import quantize as to_nearest
 from awq_jax.transform import calibrate, quantized
 
 
 class QuantizedModule(nnx.Module):
-    """Calls a module with QuantizedTensors for params; what else it keeps (caches, random streams) it keeps on.
+    """Runs a module of which some params are QuantizedTensors, with low-bit matmuls.
 
-    Whether it trains or evaluates is part of its structure: `eval()` and `train()` change it before, not after.
+    What `module` has it has too: attributes, submodules and methods, which run with low-bit matmuls as the call itself
+    does, `train()` and `eval()`. What the module changes while it runs (caches, counters, random streams) stays so.
 
     Args:
-      graphdef: the module's structure, from `nnx.split`.
-      params: its nnx.Param state, some of it QuantizedTensors.
-      rest: the rest of its state.
+      module: of the type and structure it had when it was dense; from `quantize_module`, or put together by `nnx.merge`
+        of what `load_params` gives. Attributes are set on it, `small.module.rate = 0.1`.
+
+    Example:
+      >>> graphdef, like = nnx.split(nnx.eval_shape(lambda: Model(nnx.Rngs(0))))
+      >>> small = awq.QuantizedModule(nnx.merge(graphdef, awq.load_params("folder", like=like)))
     """
 
-    def __init__(self, graphdef: Any, params: nnx.State, rest: nnx.State):
-        self.graphdef, self.params, self.rest = graphdef, nnx.data(params), nnx.data(rest)
+    def __init__(self, module: nnx.Module):
+        self.module = module
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
-        run = quantized(lambda params, rest, *inputs: _called(self.graphdef, params, rest, *inputs, **options))
-        y, rest = run(self.params, self.rest, *inputs)
-        nnx.update(self.rest, rest)
-        return y
+        return _run(self.module, type(self.module).__call__, *inputs, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "module" not in vars(self):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        found = getattr(self.module, name)
+        is_method = inspect.ismethod(found) and found.__self__ is self.module
+        return ft.partial(_run, self.module, found.__func__) if is_method else found
 
 
-def _called(graphdef: Any, params: nnx.State, rest: nnx.State, *inputs: Any, **options: Any) -> tuple[Any, Any]:
-    module = nnx.merge(graphdef, params, rest)
-    y = module(*inputs, **options)
-    return y, nnx.split(module, nnx.Param, ...)[2]
+def _run(module: Any, method: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+    """What `method` of the module gives; the module keeps what it changed but its params."""
+    graphdef, params, rest = nnx.split(module, nnx.Param, ...)
+
+    def fn(params: Any, rest: Any, *inputs: Any) -> tuple[Any, Any]:
+        copy = nnx.merge(graphdef, params, rest)
+        y = method(copy, *inputs, **options)
+        return y, nnx.state(copy, nnx.Not(nnx.Param))
+
+    y, rest = quantized(fn)(params, rest, *inputs)
+    nnx.update(module, rest)
+    return y
 
 
 def quantize_module(
@@ -64,7 +82,7 @@ def quantize_module(
     graphdef, params, rest = nnx.split(nnx.clone(module), nnx.Param, ...)
     fn = lambda params, *inputs: nnx.merge(graphdef, params, rest, copy=True)(*inputs)
     found, report = quantize(params, calibrate(fn, params, batches), recipe)
-    return QuantizedModule(graphdef, found, rest), report
+    return QuantizedModule(nnx.merge(graphdef, found, rest)), report
 
 
 class QuantizedLinear(nnx.Module):
@@ -85,4 +103,4 @@ class QuantizedLinear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
         y = dot(x, self.kernel.get_value())
-        return y if self.bias is None else y + self.bias.get_value().astype(x.dtype)
+        return plus(y, None if self.bias is None else self.bias.get_value().astype(x.dtype))

@@ -21,6 +21,7 @@ PRESETS: dict[str, Recipe] = {
         clip=Clip((1.0, 0.9, 0.8, 0.7)),
         rounding=Feedback(sweeps=0),
         gram_block=640,
+        samples=8,
     ),
     "rtn": Recipe(scale=Grid(ratios=(0.0,)), clip=no_clip, rounding=to_nearest, gram_block=128),
     "llm_awq": Recipe(scale=Grid(_TWENTY), clip=_MIRRORED, unclipped=_QUERY_KEY, rounding=to_nearest, gram_block=128),
@@ -31,3 +32,10 @@ PRESETS: dict[str, Recipe] = {
         scale=Grid(tuple(i / 18 for i in range(19)), duo="always"), clip=no_clip, rounding=to_nearest, gram_block=128
     ),
 }
+"""Whole recipes; `dataclasses.replace(PRESETS["fast"], group_size=64)` is `--preset fast --group-size 64`.
+
+- default: 8 exponents, each scored after error feedback; clip search; error feedback, refitted steps, descent.
+- fast: a coarser search on smaller statistics of a quarter of the text, no descent.
+- rtn: round to nearest; no scale, no clip.
+- llm_awq, autoawq, llmcompressor: the scales and clips that these try, rounded to nearest.
+"""

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 from threadpoolctl import threadpool_limits
 
+from awq_jax.finite import require_finite_weights
 from awq_jax.fold import by_channel, check_folds, fold
+from awq_jax.moments import Moments
 from awq_jax.paths import named_leaves
 from awq_jax.recipe import Recipe, some
 from awq_jax.search.params import scale_of_fold, solve_sites
 from awq_jax.sharding import placed_like
 from awq_jax.spec import QuantSpec
-from awq_jax.tensor import is_quantized, one_layer
+from awq_jax.tensor import LARGEST_HALF, SCALE_DTYPE, SMALLEST_HALF, is_quantized, one_layer, step_dtype
 from awq_jax.transform import Calibration
+
+LOST = 0.2
+"""Of a site's output in squares; a report says where more is."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,8 @@ class SiteReport:
 
     An error of 1 % is an output that is off by 10 % of its size.
     `nearest_error` is that of rounding the dense param to nearest, without scale or clip.
-    `spec` is None, and the errors are 0, where it stays dense though it is a matrix; `note` says why.
+    `spec` is None, and the errors are 0, where it stays dense though it is a matrix; `note` says why. It also says
+    where more than LOST of the output is lost, where no input but zeros was seen, where steps end at float16's bounds.
     """
 
     name: str
@@ -149,12 +154,16 @@ def _quantize(params: Any, calibration: Calibration, recipe: Recipe, prefix: str
             scale=recipe.scale if names[0] not in scales and recipe.input_scales else None,
             clip=todo.clips[names[0]],
             rounding=recipe.rounding,
+            half=not recipe.input_scales,
         )
         require_finite(errors, names, leaves)
-        unreached = unreached_note(np.asarray(calibration.of(names[0]).count) > 0, layout.n_lead)
-        for name, tensor, (error, nearest, energy) in zip(names, tensors, np.asarray(errors), strict=True):
-            note = "; ".join(filter(None, (todo.notes.get(name), unreached)))
-            error, nearest = (float(e) / max(float(energy), 1e-30) for e in (error, nearest))
+        unreached = unreached_note(calibration.of(names[0]), layout.n_lead)
+        for name, tensor, (*sums, smallest, largest) in zip(names, tensors, np.asarray(errors).tolist(), strict=True):
+            dtype = step_dtype(smallest, largest) if recipe.input_scales else SCALE_DTYPE
+            tensor = replace(tensor, scales=tensor.scales.astype(dtype))
+            error, nearest = relative(*sums)
+            notes = (todo.notes.get(name), unreached, bounds_note(dtype, smallest, largest), lost_note(error))
+            note = "; ".join(filter(None, notes))
             out[name] = placed_like(tensor, leaves[name])
             reports.append(SiteReport(name, todo.specs[name], error, nearest, note))
     reports += [
@@ -163,15 +172,38 @@ def _quantize(params: Any, calibration: Calibration, recipe: Recipe, prefix: str
     return jax.tree.unflatten(jax.tree.structure(params), list(out.values())), tuple(reports)
 
 
-def unreached_note(reached: np.ndarray, n_lead: int) -> str:
-    """Which layers and experts no token reached, and what they are rounded by; the last `n_lead` axes are experts'."""
+def relative(error: float, nearest: float, energy: float) -> tuple[float, float]:
+    """Both errors relative to the energy; all is lost where there is an error in what has none."""
+    error, nearest = (e / energy if energy > 0 else float(e > 0) for e in (error, nearest))
+    return error, nearest
+
+
+def bounds_note(dtype: Any, smallest: float, largest: float) -> str:
+    """Whether steps, kept in `dtype`, end at float16's bounds."""
+    if dtype != SCALE_DTYPE:
+        return ""
+    low = [f"steps of {SMALLEST_HALF:.0e}, the smallest that float16 has"] * (smallest <= SMALLEST_HALF)
+    return "; ".join(low + [f"steps of {LARGEST_HALF:.0f}, the largest that float16 has"] * (largest >= LARGEST_HALF))
+
+
+def lost_note(error: float) -> str:
+    if error <= LOST:
+        return ""
+    return f"loses {error:.0%} of its output: give it more bits or smaller groups, or skip it"
+
+
+def unreached_note(moments: Moments, n_lead: int) -> str:
+    """Which layers and experts saw nothing, and what they are rounded by; the last `n_lead` axes are experts'."""
+    reached = np.asarray(moments.reached)
     if reached.all():
         return ""
     lent = n_lead and reached.any(tuple(range(reached.ndim - n_lead, reached.ndim))).all()
     by = "the statistics of all experts" if lent else "their weights alone"
     which = ["/".join(map(str, k)) for k in np.argwhere(~reached).tolist()]
     named = f" ({some(which)})" if reached.ndim else ""
-    return f"{len(which)} of {reached.size} reached by no token{named}: rounded by {by}"
+    zeros = (np.asarray(moments.count) > 0)[~reached].any()
+    by_what = "no token but zeros" if zeros else "no token"
+    return f"{len(which)} of {reached.size} reached by {by_what}{named}: rounded by {by}"
 
 
 def batches_of_sites(
@@ -213,12 +245,7 @@ def fold_scales(params: Any, calibration: Calibration, recipe: Recipe, todo: Pla
 def require_finite(error: Array, names: list[str], leaves: dict[str, Array]) -> None:
     if np.isfinite(np.asarray(error)).all():
         return
-    for name, leaf in leaves.items():
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
-            continue
-        bad = ~np.isfinite(np.asarray(leaf, np.float32))
-        if bad.any():
-            raise ValueError(f"{name}: {int(bad.sum())} of {bad.size} weights are NaN or infinite. Repair the model.")
+    require_finite_weights(leaves)
     raise ValueError(
         f"{', '.join(names)}: the search's error is not finite, though the weights are. The activations overflow on "
         "the calibration text, or the strategy divides by zero or factors a singular Gram matrix (shrink=0)."

@@ -22,6 +22,7 @@ class Recipe:
       fold: put scales into the op before, where tracing finds one that can take them.
       input_scales: a site whose scale is not folded keeps it beside its weight. AutoAWQ files have no room for them.
       gram_block: largest size of the diagonal blocks of the Gram matrices that streaming keeps; None for all.
+      samples: calibration sequences that `quantize_checkpoint` takes unless it is told a number.
       unclipped: regular expression; groups of matching sites keep their whole range.
       scale, clip, rounding: the strategies, see awq_jax.search. Any function of the same signature will do.
 
@@ -36,6 +37,7 @@ class Recipe:
     fold: bool = False
     input_scales: bool = True
     gram_block: int | None = GRAM_BLOCK
+    samples: int = 32
     unclipped: str = ""
     scale: Callable[..., Any] = field(default_factory=FeedbackGrid)
     clip: Callable[..., Any] = field(default_factory=Clip)
@@ -45,6 +47,8 @@ class Recipe:
         QuantSpec(self.bits, self.group_size, self.symmetric)
         if self.gram_block is not None and self.gram_block < 1:
             raise ValueError(f"gram_block={self.gram_block}: give 1 or more, or None for whole Gram matrices.")
+        if self.samples < 1:
+            raise ValueError(f"samples={self.samples}: give 1 calibration sequence or more.")
         try:
             re.compile(self.unclipped)
         except re.error as e:

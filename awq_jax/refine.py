@@ -73,8 +73,8 @@ def logits(model: Decoder) -> Callable[[Any, Array], Float[Array, "b t v"]]:
 
 
 def together(layers: list[Any]) -> Any:
-    """Layers of one structure as a stack (one compiled block); others as a list."""
-    alike = {(jax.tree.structure(layer), tuple(map(jnp.shape, jax.tree.leaves(layer)))) for layer in layers}
+    """Layers of one structure and one set of dtypes as a stack (one compiled block); others as a list."""
+    alike = {(jax.tree.structure(layer), tuple((w.shape, w.dtype) for w in jax.tree.leaves(layer))) for layer in layers}
     return jax.tree.map(lambda *ws: jnp.stack(ws), *layers) if len(alike) == 1 else layers
 
 

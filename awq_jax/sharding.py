@@ -93,9 +93,16 @@ def gathered(
     )
 
 
-def placed_like(w: QuantizedTensor, dense: Any) -> QuantizedTensor:
-    """`w` on the devices of the dense param, cut into shards like it where its groups allow."""
-    sharding = getattr(dense, "sharding", None)
+def placed_like(w: Any, like: Any) -> Any:
+    """`w` on the devices of the dense param, cut into shards like it where its groups allow.
+
+    Args:
+      w: array or QuantizedTensor.
+      like: what has a sharding, or has none; or a QuantizedTensor of those, whose leaves are those of w.
+    """
+    if is_quantized(like) and jax.tree.structure(w) == jax.tree.structure(like):
+        return jax.tree.map(placed_like, w, like)
+    sharding = getattr(like, "sharding", None)
     if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
         return w
     place = lambda spec: NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)

@@ -12,10 +12,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from awq_jax.machine import fast_dtype
 from awq_jax.memory import check_memory, matmul_bytes
+from awq_jax.moments import Moments
 from awq_jax.quantize import SiteReport, quantize
 from awq_jax.recipe import Recipe
 from awq_jax.sites import sites
@@ -68,10 +69,19 @@ class Clock:
 
 @dataclass(frozen=True)
 class Streamed:
-    """What happened: a report for every site, seconds by stage."""
+    """What happened: a report for every site, seconds by stage, the largest activation met.
+
+    That is the largest |h| of what goes from block to block, or of what the sites read as far as moments tell.
+    """
 
     reports: tuple[SiteReport, ...]
     seconds: dict[str, float]
+    largest: float
+
+
+@jax.jit
+def largest_activation(hidden: list[Array], moments: dict[str, Moments]) -> Float[Array, ""]:
+    return jnp.stack([*(jnp.abs(h).max() for h in hidden), *(m.large for m in moments.values())]).max()
 
 
 def quantize_block(name: str, params: Any, calibration: Calibration, recipe: Recipe) -> Any:
@@ -132,6 +142,7 @@ def stream(
     observe = jax.jit(with_moments(observed.block, traced, block=recipe.gram_block))
     again = jax.jit(quantized(observed.block))
     reports: list[SiteReport] = []
+    largest = 0.0
     for layer in model.layers:
         name = f"layers_{layer}"
         with clock("load"):
@@ -142,7 +153,7 @@ def stream(
             for k, h in enumerate(hidden):
                 hidden[k], new = observe(params, h)
                 moments = {group: moments[group] + m for group, m in new.items()} if moments else new
-            jax.block_until_ready(moments)
+            largest = max(largest, float(largest_activation(hidden, moments)))
         with clock("search"):
             qparams, found = solve(name, params, Calibration(model.block, traced, moments, (example,)), recipe)
         if feed == "quantized":
@@ -152,4 +163,4 @@ def stream(
             write(name, qparams)
         reports += [replace(r, name=f"{name}/{r.name}") for r in found]
         progress("block", layer + 1, len(model.layers))
-    return Streamed(tuple(reports), clock.seconds)
+    return Streamed(tuple(reports), clock.seconds, largest)

@@ -17,11 +17,12 @@ from jaxtyping import Array, Float, Int, Int4, Int16, UInt8, UInt32
 
 import awq_jax.kernels as kernels
 from awq_jax.kernels.reference import dense_grouped_matmul, dense_matmul
+from awq_jax.no_array import NoArray
 from awq_jax.spec import QuantSpec
 
 SCALE_DTYPE = jnp.float16
-SMALLEST_STEP = float(np.finfo(np.float16).smallest_normal)
-LARGEST_STEP = float(np.finfo(np.float16).max)
+HALF = np.finfo(np.float16)
+SMALLEST_HALF, SMALLEST_NORMAL_HALF, LARGEST_HALF = map(float, (HALF.smallest_subnormal, HALF.tiny, HALF.max))
 STATIC = ("spec", "dtype", "pad", "layout", "packing")
 """The fields of a QuantizedTensor that are no arrays."""
 
@@ -148,13 +149,13 @@ class Layout:
     data_fields=["codes", "scales", "zeros", "input_scale"],
     meta_fields=[*STATIC],
 )
-@dataclass(frozen=True, repr=False)
-class QuantizedTensor:
+@dataclass(frozen=True, repr=False, eq=False)
+class QuantizedTensor(NoArray):
     """A weight of logical shape (*lead, i, o) in `spec.bits` bits: `w = input_scale[:, None] * (q - z) * s`.
 
     Args:
       codes: q, packed down the input axis (kernels/packing.py): (i + pad) * bits / 32 words; or as `packing` says.
-      scales: the step s of each group.
+      scales: the step s of each group; float16, or float32 where float16 has no normal number for one of them.
       zeros: the zero point z of each group; None when symmetric.
       input_scale: what multiplies x before the matmul; None for one. Lets each site have its own AWQ scale.
       spec: bits, group size, symmetry.
@@ -178,9 +179,10 @@ class QuantizedTensor:
     packing: str = "rows"
 
     def __repr__(self) -> str:
-        if not hasattr(self.codes, "shape"):
+        try:
+            return f"QuantizedTensor(shape={self.shape}, {self.spec}, dtype={jnp.dtype(self.dtype).name})"
+        except (AttributeError, LookupError, TypeError):  # What trees are mapped to may be anything.
             return f"QuantizedTensor(codes={self.codes}, scales={self.scales})"
-        return f"QuantizedTensor(shape={self.shape}, {self.spec}, dtype={jnp.dtype(self.dtype).name})"
 
     @property
     def in_features(self) -> int:
@@ -212,11 +214,11 @@ class QuantizedTensor:
 
     @property
     def nbytes(self) -> int:
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+        return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(self))
 
     def dequantize(self) -> Array:
         """The dense weight, in the shape and dtype it had."""
-        return dequantize(self)
+        return _dense(self)
 
 
 def group_ranges(
@@ -234,22 +236,33 @@ def group(w: Float[Array, "*lead i o"], spec: QuantSpec) -> Float[Array, "*lead 
     return w.reshape(*lead, -1, spec.group(i), o)
 
 
-def stored_step(step: Float[Array, "*g"]) -> Float[Array, "*g"]:
-    """`step` as float16 holds it, neither zero nor infinite."""
-    return jnp.clip(step, SMALLEST_STEP, LARGEST_STEP).astype(SCALE_DTYPE).astype(jnp.float32)
+def rounded_step(step: Float[Array, "*g"]) -> Float[Array, "*g"]:
+    """`step` with the 11 bits that float16 has, at any size; never zero."""
+    return jnp.maximum(jax.lax.reduce_precision(step, 8, HALF.nmant), jnp.finfo(jnp.float32).tiny)
+
+
+def half_step(step: Float[Array, "*g"]) -> Float[Array, "*g"]:
+    """`step` as float16 holds it, subnormal numbers included; neither zero nor infinite."""
+    return jnp.clip(step, SMALLEST_HALF, LARGEST_HALF).astype(SCALE_DTYPE).astype(jnp.float32)
+
+
+def step_dtype(smallest: float, largest: float) -> Any:
+    """In which dtype `rounded_step`s of this range are stored: float16 where they are normal numbers of it."""
+    return SCALE_DTYPE if smallest >= SMALLEST_NORMAL_HALF and largest <= LARGEST_HALF else jnp.float32
 
 
 def affine(
     low: Float[Array, "*g"], high: Float[Array, "*g"], spec: QuantSpec
 ) -> tuple[Float[Array, "*g"], Float[Array, "*g"]]:
-    """Steps (rounded to float16, as files store them) and integer zero points that cover [low, high]."""
+    """Steps (`rounded_step`s) and integer zero points that cover [low, high]; the step of a group of zeros is 1."""
     if spec.symmetric:
         step, zero = jnp.maximum(high / (spec.middle - 1), -low / spec.middle), jnp.float32(spec.middle)
+        step = jnp.where(step > 0, step, 1)
     else:
         step = (high - low) / spec.levels
-        zero = jnp.clip(jnp.round(-low / jnp.maximum(step, SMALLEST_STEP)), 0, spec.levels)
-    step = stored_step(step)
-    return step, jnp.broadcast_to(zero, step.shape)
+        step = jnp.where(step > 0, step, 1)
+        zero = jnp.clip(jnp.round(-low / step), 0, spec.levels)
+    return rounded_step(step), jnp.broadcast_to(zero, step.shape)
 
 
 def nearest(
@@ -286,12 +299,12 @@ def assemble(
     input_scale: Float[Array, "*lead i"] | None = None,
     layout: Layout | None = None,
 ) -> QuantizedTensor:
-    """A QuantizedTensor of codes that a search has chosen."""
+    """A QuantizedTensor of codes that a search has chosen; its scales are the steps in the dtype they have."""
     *lead, groups, g, o = codes.shape
     flat = codes.astype(jnp.uint8).reshape(*lead, groups * g, o)
     return QuantizedTensor(
         codes=kernels.pack(flat, spec.bits),
-        scales=steps.astype(SCALE_DTYPE),
+        scales=steps,
         zeros=None if spec.symmetric else zeros.astype(jnp.uint8),
         input_scale=input_scale,
         spec=spec,
@@ -303,15 +316,27 @@ def assemble(
 
 @ft.partial(jax.jit, static_argnames=("spec",))
 def quantize(w: Float[Array, "*lead i o"], spec: QuantSpec) -> QuantizedTensor:
-    """`w` rounded to nearest in groups down axis -2; a group's range is its smallest to largest weight."""
+    """`w` rounded to nearest in groups down axis -2; a group's range is its smallest to largest weight.
+
+    Steps are float16: those below 6e-8 or above 65504 are these.
+    """
     wide = jnp.asarray(w, jnp.float32)
     steps, zeros = affine(*group_ranges(wide, spec), spec)
+    steps = half_step(steps)
     codes = nearest(group(wide, spec), steps, zeros, spec)
-    return assemble(codes, steps, zeros, spec, in_features=w.shape[-2], dtype=w.dtype)
+    return assemble(codes, steps.astype(SCALE_DTYPE), zeros, spec, in_features=w.shape[-2], dtype=w.dtype)
 
 
-def dequantize(w: QuantizedTensor) -> Array:
-    """The dense weight that `w` stands for, in the shape and dtype it had."""
+def dequantize(params: Any) -> Any:
+    """`params` with the dense weight, in the shape and dtype it had, where a QuantizedTensor is; or that of one alone.
+
+    Example:
+      >>> logits = model.apply(awq.dequantize(qparams), tokens)  # as awq.quantized(model.apply)(qparams, tokens)
+    """
+    return jax.tree.map(lambda leaf: _dense(leaf) if is_quantized(leaf) else leaf, params, is_leaf=is_quantized)
+
+
+def _dense(w: QuantizedTensor) -> Array:
     dense = kernels.dequantize(w)
     if w.input_scale is not None:
         dense = dense * w.input_scale[..., :, None]
@@ -358,6 +383,11 @@ def dots(x: Float[Array, "*b i"], *ws: Float[Array, "i o"] | QuantizedTensor) ->
     if len(quantized) < len(ws):
         return tuple(dot(x, w) for w in ws)
     return kernels.shared_int4_matmul(as_floats(x, ws[0].dtype), *quantized)
+
+
+def plus(y: Float[Array, "*b o"], bias: Float[Array, " o"] | None) -> Float[Array, "*b o"]:
+    """y and a bias, if there is one."""
+    return y if bias is None else y + jnp.expand_dims(bias, range(y.ndim - 1))
 
 
 def as_floats(x: Array, dtype: Any) -> Array:

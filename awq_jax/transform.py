@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from awq_jax import moments as mo
+from awq_jax.finite import Flags, finite, require_finite
 from awq_jax.interpreter import RULES, Products, Records, Weight, evaluate
 from awq_jax.interpreter_shards import all_gather, shard_map
 from awq_jax.kernels import in_one_launch
@@ -161,13 +162,20 @@ def _whole(found: dict[Any, Moments], shape: tuple[int, ...], stack: tuple[int, 
     return whole if scanned is None else whole + scanned
 
 
-def _moments_alone(observed: Function, params: Any, inputs: tuple[Any, ...], weights: Any) -> dict[str, Moments]:
-    return observed(params, *inputs, weights=weights)[1]
+def _moments_alone(
+    observed: Function, params: Any, inputs: tuple[Any, ...], weights: Any
+) -> tuple[dict[str, Moments], tuple[Flags, Flags]]:
+    found = observed(params, *inputs, weights=weights)[1]
+    return found, finite(inputs, weights, found)
 
 
-def check_batch(batch: Any) -> None:
+def check_batch(k: int, batch: Any) -> None:
+    """Refuse batch number k unless it is a tuple of inputs that have rows."""
     if not isinstance(batch, tuple | list):
         raise ValueError(f"A batch is a tuple of inputs, found {type(batch).__name__}: give [(tokens,)], say.")
+    for name, x in named_leaves(tuple(batch)).items():
+        if jnp.shape(x)[:1] == (0,):
+            raise ValueError(f"Batch {k + 1}: input {name} has shape {jnp.shape(x)}, no rows: leave the batch out.")
 
 
 def _why_none(traced: Traced) -> str:
@@ -208,14 +216,15 @@ def calibrate(
     What a loop runs or a branch is taken counts as often as it ran; under vmap both branches of a cond run.
 
     Raises:
-      ValueError: no batches, a batch that the function cannot take, no site found, a mask that does not fit a site.
+      ValueError: no batches; a batch without rows, or that the function cannot take; NaN or infinity in a batch, or
+        in what a site reads; no site found; a mask that does not fit a site.
     """
     if block is not None and block < 1:
         raise ValueError(f"block={block}: give 1 or more, or None for whole Gram matrices.")
     total: dict[str, Moments] | None = None
-    traced, example, step = None, None, None
+    traced, example, step, unchecked = None, None, None, None
     for k, batch in enumerate(batches):
-        check_batch(batch)
+        check_batch(k, batch)
         if traced is None or step is None:
             traced, example = _sites_of_batch(fn, params, tuple(batch)), tuple(batch)
             if not traced.sites:
@@ -223,12 +232,17 @@ def calibrate(
             step = jax.jit(partial(_moments_alone, with_moments(fn, traced, block=block)))
         weights = mask(*batch) if mask else None
         try:
-            new = step(params, tuple(batch), weights)
+            new, flags = step(params, tuple(batch), weights)
         except UNFIT as e:
             shapes = [jnp.shape(x) for x in jax.tree.leaves(tuple(batch))]
             found = f"{type(e).__name__}: {e}"
             raise ValueError(f"Batch {k + 1}: the function cannot take inputs of shapes {shapes}: {found}") from e
-        total = new if total is None else {k: total[k] + new[k] for k in total}
-    if traced is None or total is None or example is None:
+        total = new if total is None else {name: total[name] + new[name] for name in total}
+        # The one before: its flags are there while this one is computed.
+        if unchecked:
+            require_finite(*unchecked, params)
+        unchecked = k, flags
+    if traced is None or total is None or example is None or unchecked is None:
         raise ValueError("No calibration batch was given: pass an iterable of tuples of inputs.")
+    require_finite(*unchecked, params)
     return Calibration(fn, traced, total, example)

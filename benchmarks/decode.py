@@ -17,7 +17,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from common import save
 
 from awq_jax.demo import fetch_smollm2
+from awq_jax.kernels.gpu import architecture
 from awq_jax.load import Model, load
 from awq_jax.models import for_config
 from awq_jax.models.generate import generate
@@ -53,9 +54,11 @@ class Arguments:
 
 def opened(path: str | Path) -> Model:
     """The model at `path`, or one of random weights where it is a config.json."""
-    if Path(path).suffix != ".json":
-        return load(path)
-    hf = json.loads(Path(path).read_text())
+    return random_model(json.loads(Path(path).read_text())) if Path(path).suffix == ".json" else load(path)
+
+
+def random_model(hf: dict[str, Any]) -> Model:
+    """A model of a config.json's sizes with random weights in bfloat16."""
     module = for_config(hf)
     config = module.Config.from_hf(hf, jnp.bfloat16)
     shapes = jax.eval_shape(lambda: Llama(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
@@ -67,7 +70,7 @@ def rounded(model: Model, group: int) -> Model:
     """`model` with 4-bit kernels."""
     pack = lambda path, leaf: quantize(leaf, QuantSpec(4, group)) if path[-1].key == "kernel" else leaf
     params = jax.tree_util.tree_map_with_path(pack, model.params)
-    return replace(model, params=prepare(params) if jax.default_backend() == "gpu" else params)
+    return replace(model, params=params if architecture() is None else prepare(params))
 
 
 def seconds(model: Model, prompt: jax.Array, tokens: int) -> float:

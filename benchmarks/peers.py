@@ -1,18 +1,22 @@
-"""Other projects' 4-bit matmuls, as kernels.py times them: each made from a weight of ours, checked, or left out aloud.
+"""Other projects' 4-bit matmuls for gpu_kernels.py: each made from a weight of ours, checked, or left out aloud.
 
 A peer is a function without arguments that imports its project and gives a Peer, or raises with the reason why not.
 """
 
 from __future__ import annotations
 
+import copy
 import statistics
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import MagicMock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from gpu_record import reason
 
 from awq_jax.formats.autoawq import to_autoawq
 from awq_jax.kernels import reference
@@ -86,6 +90,9 @@ def humming() -> Peer:
 
 def tokamax() -> Peer:
     """It has no zero points: 8 stands in their place, which costs the same and is right for symmetric weights."""
+    # Reads profiles, which nothing here makes, and weighs 30 MB.
+    for name in ("xprof", "xprof.cli", "xprof.cli.tools"):
+        sys.modules.setdefault(name, MagicMock())
     import qwix
     from tokamax import ragged_dot
 
@@ -126,8 +133,9 @@ def usable(makers: Mapping[str, Callable[[], Peer]]) -> tuple[dict[str, Peer], d
     return found, left_out
 
 
-def reason(e: Exception) -> str:
-    return f"{type(e).__name__}: {e}".splitlines()[0]
+def copies(converted: Any, number: int) -> list[Any]:
+    """A converted weight and copies of it in memory of their own: to convert each would take the host a minute."""
+    return [converted, *(copy.deepcopy(converted) for _ in range(number - 1))]
 
 
 def in_torch(x: jax.Array) -> Any:

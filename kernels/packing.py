@@ -32,8 +32,9 @@ def unpack(words: UInt32[Array, "*lead w o"], bits: int) -> UInt8[Array, "*lead 
     *lead, w, o = words.shape
     rows = words.reshape(*lead, w // bits, bits, o)
     first, shift = np.divmod(np.arange(ROWS) * bits, 32)
-    shift = shift.astype(np.uint32)[:, None]
-    low = rows[..., first, :] >> shift
+    low = rows[..., first, :]
+    shift = shift.astype(np.uint32).reshape(*[1] * (low.ndim - 2), ROWS, 1)
+    low = low >> shift
     straddles = shift + bits > 32
     if straddles.any():
         following = rows[..., np.minimum(first + 1, bits - 1), :]

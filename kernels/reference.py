@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt8
 
@@ -52,7 +53,9 @@ def scaled(x: Float[Array, "*b i"], scale: Float[Array, "*lead i"] | None) -> Fl
     if scale is None:
         return x
     between = (1,) * (x.ndim - scale.ndim)
-    return (x * scale.reshape(*scale.shape[:-1], *between, scale.shape[-1])).astype(x.dtype)
+    wide = np.promote_types(x.dtype, scale.dtype)
+    scale = scale.reshape(*scale.shape[:-1], *between, scale.shape[-1])
+    return (x.astype(wide) * scale.astype(wide)).astype(x.dtype)
 
 
 def grouped_matmul(

@@ -20,9 +20,9 @@ BLOCK, PLANE, WORDS = 128, 32, 32
 PLANES = BLOCK // PLANE
 
 
-def shifts() -> UInt16[Array, "4 1 1"]:
+def shifts(ndim: int) -> UInt16[Array, "*ones 4 1 1"]:
     """Where in a word the nibble of each plane is."""
-    return jnp.arange(0, 16, 4, dtype=jnp.uint16)[:, None, None]
+    return jnp.arange(0, 16, 4, dtype=jnp.uint16).reshape(*[1] * (ndim - 3), 4, 1, 1)
 
 
 @jax.jit
@@ -32,7 +32,7 @@ def to_tiles(words: UInt32[Array, "*lead w o"]) -> Int16[Array, "*lead blocks o3
     *lead, i, o = codes.shape
     codes = jnp.pad(codes, [(0, 0)] * len(lead) + [(0, -i % BLOCK), (0, 0)]).astype(jnp.uint16)
     planes = codes.reshape(*lead, -1, PLANES, PLANE, o)
-    tiles = (planes << shifts()).sum(-3, dtype=jnp.uint16)
+    tiles = (planes << shifts(planes.ndim)).sum(-3, dtype=jnp.uint16)
     tiles = jax.lax.bitcast_convert_type(tiles, jnp.int16).swapaxes(-1, -2)
     return tiles.reshape(*lead, tiles.shape[-3], o * WORDS)
 
@@ -42,7 +42,7 @@ def unpack_tiles(tiles: Int16[Array, "*lead blocks o32"]) -> UInt8[Array, "*lead
     *lead, blocks, o32 = tiles.shape
     words = tiles.reshape(*lead, blocks, o32 // WORDS, WORDS).swapaxes(-1, -2)
     words = jax.lax.bitcast_convert_type(words, jnp.uint16)[..., None, :, :]
-    return (words >> shifts() & np.uint16(15)).astype(jnp.uint8).reshape(*lead, blocks * BLOCK, o32 // WORDS)
+    return (words >> shifts(words.ndim) & np.uint16(15)).astype(jnp.uint8).reshape(*lead, blocks * BLOCK, o32 // WORDS)
 
 
 @ft.partial(jax.jit, static_argnames="rows")

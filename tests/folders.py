@@ -104,7 +104,7 @@ def write_gguf(
     writer = gguf.GGUFWriter(file, architecture)
     metadata = {
         "block_count": LAYERS,
-        "context_length": 128,
+        "context_length": 512,
         "embedding_length": HIDDEN,
         "feed_forward_length": MLP,
         "attention.head_count": HEADS,

@@ -9,6 +9,7 @@ from types import ModuleType
 
 import jax
 import numpy as np
+import triton.language  # noqa: F401  # While TRITON_INTERPRET is set it would be imported as something else.
 
 import awq_jax.kernels
 

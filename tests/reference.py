@@ -7,8 +7,6 @@ import numpy as np
 from awq_jax.moments import Moments, of
 from awq_jax.spec import QuantSpec
 
-SMALLEST, LARGEST = 2.0**-14, 65504.0
-
 
 def problem(i: int = 64, o: int = 6, tokens: int = 300, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Activations (tokens, i) that are correlated, some channels large, and a weight (i, o)."""
@@ -39,8 +37,9 @@ def steps_and_zeros(low: np.ndarray, high: np.ndarray, spec: QuantSpec) -> tuple
         step, zero = np.maximum(high / (spec.middle - 1), -low / spec.middle), np.full(low.shape, spec.middle)
     else:
         step = (high - low) / spec.levels
-        zero = np.clip(np.round(-low / np.maximum(step, np.float32(SMALLEST))), 0, spec.levels)
-    return np.clip(step, SMALLEST, LARGEST).astype(np.float16).astype(np.float32), zero
+        zero = np.clip(np.round(-low / np.where(step > 0, step, 1)), 0, spec.levels)
+    fraction, exponent = np.frexp(np.where(step > 0, step, 1))
+    return np.ldexp(fraction.astype(np.float16).astype(np.float32), exponent), zero
 
 
 def rounded(w: np.ndarray, low: np.ndarray, high: np.ndarray, spec: QuantSpec) -> np.ndarray:

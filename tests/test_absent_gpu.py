@@ -3,6 +3,7 @@
 import functools as ft
 import math
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -234,20 +235,11 @@ def test_gradients_keep_the_packed_weight_between_the_passes():
     assert temporary(compiled) < layers * 2 * WIDTH * WIDTH
 
 
-def launches_in_the_loop(thunks: str) -> list[tuple[str, str]]:
-    """(what holds it, its name) of all that runs in the while loop, in order, by its indentation in XLA's listing."""
-    found, holders = [], [(-1, "")]
-    for line in thunks[thunks.index("body:") :].splitlines()[1:]:
-        indent, kind = re.match(r"( *)\d+: (\w+)", line).groups()
-        while holders[-1][0] >= len(indent):
-            holders.pop()
-        found.append((holders[-1][1], kind))
-        holders.append((len(indent), kind))
-    return found
-
-
 def test_greedy_decoding_copies_no_weight_and_runs_within_command_buffers(monkeypatch, tmp_path):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    from thunks import launches_in_the_loop
+
     config = Config(
         vocab=512, width=1024, mlp_width=2048, layers=2, heads=8, kv_heads=2, head_dim=128, dtype=jnp.bfloat16
     )

@@ -15,10 +15,12 @@ import orbax.checkpoint as ocp
 import pytest
 from checkpoints import config, tensors, tiny_folder, tiny_gguf
 from commands import run
-from safetensors import SafetensorError
+from transformers import AutoTokenizer
 
 import awq_jax as awq
 from awq_jax.formats import autoawq
+from awq_jax.formats.shard_writer import ShardWriter
+from awq_jax.formats.written import written_whole
 
 FAST = ("--group-size", "32", "--samples", "4", "--seq-len", "128", "--preset", "rtn")
 NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
@@ -116,7 +118,7 @@ def other_sizes(m):
 
 def more_layers(m):
     rewrite(m / "config.json", num_hidden_layers=3)
-    return r"in has no tensor model.layers.2.\S+ among its 21.*Does config.json belong"
+    return r"in: the config counts 3 layers \(num_hidden_layers\), the weights have 2. Does config.json belong"
 
 
 def cut_short(m):
@@ -219,6 +221,7 @@ def fail(error):
         ({"more_tensors": {"output_norm.bias": np.zeros(4, np.int32)}}, r"output_norm.bias is stored as I32.*Q8_0"),
         ({"changes": {"tokenizer.ggml.model": "bert"}}, "tokenizer.ggml.model is 'bert'.*tokenizer.json"),
         ({"changes": {"tokenizer.ggml.pre": "viking"}}, "tokenizer.ggml.pre is 'viking'.*tokenizer.json"),
+        ({"changes": {"tokenizer.ggml.pre": None}}, "does not say how text is split .tokenizer.ggml.pre"),
     ],
 )
 def test_gguf_files(tmp_path, options, says):
@@ -277,6 +280,7 @@ def test_calibration_texts(model, tmp_path, name, content, says, no_work):
         (("--group-size", "128"), "attn/k/kernel: 64 input features .* 128, the group size.*use group_size=64"),
         (("--samples", "0"), "--samples 0 --seq-len 128: give 1 or more"),
         (("--seq-len", "-5"), "--samples 4 --seq-len -5: give 1 or more"),
+        (("--seq-len", "513"), r"--seq-len 513 \(seq_len\): .* trained for 512 positions .*: give 512 or fewer"),
         (("--skip", "mlp/("), r"rule 'mlp/\(' is not a regular expression"),
     ],
 )
@@ -370,7 +374,7 @@ def test_an_output_that_is_there_stays_as_it_is(model, tmp_path, kind, no_work):
     else:
         out.mkdir()
         (out / "mine").write_text("mine")
-        says = "out is not empty: add --overwrite"
+        says = "out holds mine, and no awq_jax_files.json, so awq_jax did not write it: move it away"
     assert_says(quantize_refused(tmp_path, model), says)
 
 
@@ -383,10 +387,11 @@ def test_a_model_that_is_quantized_already(model, tmp_path, format):
 
 
 FULL = {
-    "at the first shard": (autoawq, "save_file", NO_SPACE, 1, "awq"),
-    "at a later shard": (autoawq, "save_file", SafetensorError("I/O error: No space left"), 2, "awq"),
+    "at the first part": (ShardWriter, "add", NO_SPACE, 1, "awq"),
+    "at a later part": (ShardWriter, "add", NO_SPACE, 2, "awq"),
+    "at the index": (ShardWriter, "finish", NO_SPACE, 1, "awq"),
     "at config.json": (autoawq, "write_about", NO_SPACE, 1, "awq"),
-    "in orbax": (ocp.PyTreeCheckpointer, "save", ValueError("EXHAUSTED:\n No space left"), 2, "orbax"),
+    "in orbax": (ocp.PyTreeCheckpointHandler, "save", ValueError("EXHAUSTED:\n No space left"), 2, "orbax"),
 }
 
 
@@ -396,8 +401,8 @@ def test_a_disk_that_is_full(model, tmp_path, monkeypatch, case, occupied):
     owner, name, error, when, format = FULL[case]
     break_call(monkeypatch, owner, name, error, when)
     if occupied:
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "mine").write_text("mine")
+        with written_whole(tmp_path / "out") as scratch:
+            (scratch / "earlier").write_text("0")
     line = quantize_refused(tmp_path, model, "--format", format, "--overwrite")
     assert_says(line, "out could not be written .*No space left.*: free space or choose another disk")
 
@@ -458,7 +463,7 @@ def test_a_disk_that_really_is_full(model, tmp_path, format):
 
 @pytest.mark.parametrize("when", [1, 2])
 def test_ctrl_c(model, tmp_path, monkeypatch, when):
-    break_call(monkeypatch, autoawq, "save_file", KeyboardInterrupt(), when)
+    break_call(monkeypatch, ShardWriter, "add", KeyboardInterrupt(), when)
     before = contents(tmp_path)
     done = run("quantize", model, tmp_path / "out", *FAST)
     assert (done.code, done.out, done.err) == (130, "", "awq-jax: stopped.\n")
@@ -473,6 +478,7 @@ def test_ctrl_c(model, tmp_path, monkeypatch, when):
         (b"word " * 9, (), r"a.txt has \d+ tokens, one window takes 1024: give --length \d+"),
         (b"", (), r"a.txt has 0 tokens, one window takes 1024: give a longer text"),
         (b"word " * 9, ("--length", "1"), "--windows 8 --length 1: give .* 2 tokens or more"),
+        (b"word " * 999, ("--length", "513"), r"a.txt in windows of --length 513: .* 512 positions .*: give 512"),
         (b"word " * 9, ("--windows", "-1"), "--windows -1 --length 1024: give 1 or more"),
     ],
 )
@@ -488,11 +494,44 @@ def test_eval(whole, tmp_path, content, more, says):
     [
         (("hi", "--max-new-tokens", "0"), "max_new_tokens=0: give 1 or more"),
         (("hi", "--temperature", "-1"), "temperature=-1.0: give 0"),
-        (("", "--raw"), "give"),
+        (("", "--raw"), "the prompt gives no token: give"),
+        (("word " * 900,), "the prompt: .* tokens, .* 512 positions"),
+        (("hi", "--max-new-tokens", "600"), "max_new_tokens=600 after the prompt: .* 512 positions"),
     ],
 )
 def test_generate(whole, more, says):
     assert_says(refused("generate", whole, *more), says)
+
+
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory):
+    """A model whose tokenizer got a token and whose embedding did not."""
+    folder = tiny_folder(tmp_path_factory.mktemp("grown") / "m")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<tool>"])
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("command", ["quantize", "eval", "generate"])
+def test_tokens_beyond_the_embedding(grown, tmp_path, command, no_work):
+    (tmp_path / "a.txt").write_text("word <tool> " * 300)
+    says = "token 320 is none of the embedding's 320 rows.*resize_token_embeddings"
+    if command == "quantize":
+        assert_says(quantize_refused(tmp_path, grown, "--calib", tmp_path / "a.txt"), f"the calibration text: {says}")
+    elif command == "eval":
+        assert_says(refused("eval", grown, tmp_path / "a.txt", "--length", "64"), f"a.txt in windows .*: {says}")
+    else:
+        assert_says(refused("generate", grown, "<tool>"), f"the prompt: {says}")
+
+
+def test_scores_that_are_no_numbers(tmp_path):
+    w = tensors(config())["model.norm.weight"].copy()
+    w[5] = np.nan
+    model = tiny_folder(tmp_path / "in", weights={"model.norm.weight": w})
+    (tmp_path / "a.txt").write_text("word " * 300)
+    line = refused("eval", model, tmp_path / "a.txt", "--length", "64")
+    assert_says(line, "window 0: 20480 of 20480 of the model's logits are NaN or infinite")
 
 
 def test_a_format_that_there_is_not(tmp_path):

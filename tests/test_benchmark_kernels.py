@@ -1,12 +1,11 @@
-"""benchmarks/kernels.py runs on any machine with --small, and says what a reader needs."""
+"""What benchmarks/peers.py and gpu_tune.py make of weights and times, on any machine."""
 
 import importlib
 import json
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -16,28 +15,12 @@ from awq_jax.spec import QuantSpec
 from awq_jax.tensor import in_tiles, quantize
 from awq_jax.tune import Tuned
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks/kernels.py"
-
-
-def test_small(tmp_path):
-    out = tmp_path / "kernels.json"
-    subprocess.run([sys.executable, SCRIPT, "--small", "--out", out], check=True, capture_output=True)
-    result = json.loads(out.read_text())
-    assert {row["name"] for row in result["rows"]} == {"xla bf16", "xla dequantize"}
-    assert all(row["over_bf16"] == 1 for row in result["rows"] if row["name"] == "xla bf16")
-    assert set(result["left_out"]) == {"torch int4pack", "gemlite", "humming", "tokamax"}
-    assert all("Error" in why for why in result["left_out"].values())
-    assert all(row["us"] > 0 for row in result["rows"])
-    assert min(result["ceilings"].values()) > 0
-    plot = [sys.executable, SCRIPT.with_name("kernels_plot.py"), "--from", out, "--to", tmp_path / "kernels.svg"]
-    subprocess.run(plot, check=True, capture_output=True)
-    drawn = (tmp_path / "kernels.svg").read_text()
-    assert all(f"<!-- {text} -->" in drawn for text in ("256 x 256", "xla dequantize"))
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 def test_tuning_keeps_one_row_a_case(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(SCRIPT.parent)
-    script = importlib.import_module("kernels")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    script, record = importlib.import_module("gpu_tune"), importlib.import_module("gpu_record").Record("tune", tmp_path)
     before = json.loads(script.TABLE.read_text())
     monkeypatch.setattr(script, "TABLE", tmp_path / "table.json")
     script.TABLE.write_text(json.dumps(before | {"measured": []}))
@@ -45,18 +28,19 @@ def test_tuning_keeps_one_row_a_case(monkeypatch, tmp_path):
     slow, fast = Tiling("tile", 64, 128, 4, 4), Tiling("mosaic", 64, 128, 12, 6)
     times = iter([{slow: 2.0}, {fast: 1.0, slow: 2.0}])
     monkeypatch.setattr(script, "LLAMA_8B", ((4096, 4096),))
-    monkeypatch.setattr(script, "TUNED_ROWS", (64,))
-    monkeypatch.setattr(script, "weights_of", lambda k, n, small: ([], []))
+    monkeypatch.setattr(script, "ROWS", (64,))
+    monkeypatch.setattr(script, "distinct", lambda k, n, make: [])
     monkeypatch.setattr(script, "timings", lambda case, before, weights: Tuned(case, slow, next(times), {}))
     with target(90):
         for _ in range(2):
-            script.tune(60)
+            script.run(record)
     assert json.loads(script.TABLE.read_text()) == before | {"measured": [asdict(case) | asdict(fast)]}
+    assert [row.found for row in record.rows] == [1.0, 2.0]
 
 
 @pytest.fixture
 def peers(monkeypatch):
-    monkeypatch.syspath_prepend(SCRIPT.parent)
+    monkeypatch.syspath_prepend(BENCHMARKS)
     return importlib.import_module("peers")
 
 
@@ -78,3 +62,12 @@ def test_parts_are_what_the_weight_is_made_of(peers):
     q, s, z = peers.parts(w)
     spread = lambda a: np.repeat(a, 128, axis=0)
     np.testing.assert_array_equal((q - spread(z)) * spread(s), w.dequantize())
+
+
+def test_copies_of_a_converted_weight_are_arrays_of_their_own(peers):
+    first, *others = found = peers.copies({"q": np.arange(6), "s": jax.numpy.ones(3)}, 3)
+    assert len(found) == 3
+    for other in others:
+        np.testing.assert_array_equal(other["q"], first["q"])
+        assert not np.shares_memory(other["q"], first["q"])
+        assert other["s"].unsafe_buffer_pointer() != first["s"].unsafe_buffer_pointer()

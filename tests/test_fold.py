@@ -95,7 +95,7 @@ def test_how_much_outputs_changed(after, change):
 
 
 def test_masked_outputs_may_be_infinite():
-    fn = lambda p, x: jnp.where(jnp.arange(8) < 6, (x * p["norm"]) @ p["w"], -jnp.inf)
+    fn = lambda p, x: jnp.where(jnp.arange(8)[None] < 6, (x * p["norm"][None]) @ p["w"], -jnp.inf)
     params = {"norm": np.linspace(1, 2, 8, dtype=np.float32), "w": np.eye(8, dtype=np.float32)}
     x = np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32)
     (found,) = sites(fn, params, x).folds

@@ -159,24 +159,19 @@ def test_a_written_model_reads_back_to_the_bit(tmp_path):
     assert sorted(p.name for p in folder.iterdir()) == [
         "config.json",
         "generation_config.json",
-        "model-00001-of-00002.safetensors",
-        "model-00002-of-00002.safetensors",
-        "model.safetensors.index.json",
+        "model.safetensors",
     ]
     config = json.loads((folder / "config.json").read_text())
     assert config["dtype"] == config["torch_dtype"] == "float16"
     assert config["quantization_config"]["modules_to_not_convert"] == ["lm_head", "model.layers.0.mlp.up_proj"]
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
-    stored = {n: a for file in folder.glob("*.safetensors") for n, a in load_file(file).items()}
-    assert set(index["weight_map"]) == set(stored)
-    assert index["metadata"]["total_size"] == sum(a.nbytes for a in stored.values())
+    stored = load_file(folder / "model.safetensors")
     assert {a.dtype.name for a in stored.values()} == {"int32", "float16"}
 
     checkpoint = open_checkpoint(folder)
     assert checkpoint.kind == "autoawq"
     assert checkpoint.names == {name for tensors in parts.values() for name in tensors}
     assert checkpoint.shape("model.layers.0.self_attn.q_proj.weight") == (64, 16)
-    assert checkpoint.nbytes == index["metadata"]["total_size"]
+    assert checkpoint.nbytes == sum(a.nbytes for a in stored.values())
     assert_same(checkpoint.read("model.layers.0.self_attn.q_proj.weight"), q)
     for name, expected in (("embed_tokens", embedding), ("layers.0.mlp.up_proj", dense)):
         np.testing.assert_array_equal(checkpoint.read(f"model.{name}.weight"), expected.astype(np.float16))
@@ -189,6 +184,7 @@ def test_a_written_model_reads_back_to_the_bit(tmp_path):
         ("a.weight", np.full((2, 2), 7e4, np.float32), "part: a.weight: a value of 70000 does not fit float16"),
         ("a.weight", np.array([[1e5]], ml_dtypes.bfloat16), "does not fit float16"),
         ("a.weight", np.array([[np.nan]], np.float32), "a value of nan"),
+        ("a.weight", np.full((2, 2), 1e-9, np.float32), "part: a.weight: values of at most 1e-09 are too small"),
         ("a.weight", quantize(weight(128), QuantSpec(4, 64)), r"is \(4, 64\) and \(4, 32\) elsewhere"),
         ("lm_head.weight", quantize(weight(), SPEC), "dense lm_head"),
         ("a.weight", with_input_scale(quantize(weight(), SPEC), np.ones(64)), "part: a.weight has an input scale"),

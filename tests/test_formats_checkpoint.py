@@ -136,6 +136,10 @@ def test_shards_and_index_that_do_not_fit(tmp_path):
     index.write_text(json.dumps({"weight_map": where | {"w3": "model-1.safetensors"}}))
     with pytest.raises(InputError, match=r"model-1\.safetensors has no tensor w3"):
         open_checkpoint(tmp_path)
+    index.write_text(json.dumps({"weight_map": where}))
+    save_file({"w1": random(), "w2": random()}, tmp_path / "model-1.safetensors")
+    with pytest.raises(InputError, match=r"model-1\.safetensors has a tensor w2 that model\.saf.* does not name there"):
+        open_checkpoint(tmp_path)
     index.write_text(json.dumps({"weight_map": where | {"w3": "model-3.safetensors"}}))
     with pytest.raises(InputError, match=r"lacks model-3\.safetensors, one of 1 missing of the 3 shards"):
         open_checkpoint(tmp_path)

@@ -105,7 +105,7 @@ def test_the_config(tmp_path):
         "num_attention_heads": 8,
         "num_key_value_heads": KV_HEADS,
         "head_dim": HEAD_DIM,
-        "max_position_embeddings": 128,
+        "max_position_embeddings": 512,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
         "rope_scaling": None,
@@ -118,6 +118,21 @@ def test_the_config(tmp_path):
         "pad_token_id": 2,
         "torch_dtype": "float32",
     }
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, None),
+        ({"eos_token_id": 2}, 2),
+        ({"eos_token_id": 2, "eot_token_id": 5, "eom_token_id": 6}, [2, 5, 6]),
+        ({"eos_token_id": 1, "eot_token_id": 1, "tokens": ["a", "</s>", "<|eot_id|>"]}, [1, 2]),
+    ],
+)
+def test_all_that_ends_a_text(tmp_path, changes, expected):
+    assert config_of(tmp_path, **{f"tokenizer.ggml.{k}": v for k, v in changes.items()})["eos_token_id"] == expected
+    checkpoint = open_checkpoint(tmp_path / "m.gguf")
+    assert checkpoint.stops == (() if expected is None else tuple(np.atleast_1d(expected)))
 
 
 def test_an_output_matrix_unties_the_head(tmp_path):
@@ -171,6 +186,26 @@ def test_rope_scaling_of_llama_3_is_found_from_its_factors(tmp_path):
 def test_metadata_that_is_not_read(tmp_path, changes, says):
     with pytest.raises(InputError, match=rf"m\.gguf.*{says}"):
         config_of(tmp_path, **changes)
+
+
+def test_two_rules_for_the_rope_are_not_combined(tmp_path):
+    more = {"rope_freqs.weight": llama3_factors(LLAMA3, 1e4, HEAD_DIM).astype(np.float32)}
+    linear = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0}
+    with pytest.raises(InputError, match=r"has rope_freqs\.weight and llama\.rope\.scaling\.type 'linear'"):
+        config_of(tmp_path, more_tensors=more, **linear)
+
+
+@pytest.mark.parametrize("moved", [-32, 32, -(10**6), 10**6])
+def test_tensors_follow_one_another_without_gaps(tmp_path, moved):
+    """As llama.cpp asks: an offset into the header, into the tensor before or beyond it reads other numbers."""
+    write_gguf(tmp_path / "m.gguf", llama_weights())
+    data = bytearray((tmp_path / "m.gguf").read_bytes())
+    at = data.index(b"output_norm.weight") + len("output_norm.weight") + 4 + 8 + 4
+    offset = int.from_bytes(data[at : at + 8], "little")
+    data[at : at + 8] = ((offset + moved) % 2**64).to_bytes(8, "little")
+    (tmp_path / "m.gguf").write_bytes(data)
+    with pytest.raises(InputError, match=r"output_norm\.weight starts at byte .*damaged"):
+        open_checkpoint(tmp_path / "m.gguf")
 
 
 def test_another_architecture(tmp_path):

@@ -1,6 +1,7 @@
 """awq_jax's own folders."""
 
 import json
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -14,6 +15,7 @@ from awq_jax import Recipe
 from awq_jax.formats import orbax
 from awq_jax.formats.checkpoint import open_checkpoint
 from awq_jax.formats.errors import InputError
+from awq_jax.formats.written import written_whole
 from awq_jax.spec import QuantSpec
 from awq_jax.tensor import Layout, QuantizedTensor, is_quantized, quantize, with_input_scale
 
@@ -138,6 +140,60 @@ def test_params_of_any_structure(tmp_path):
     wide = (dense[0], [Linear(weight(64, 9), weight(8)), dense[1][1]])
     with pytest.raises(InputError, match=r"1/0/kernel has shape \(64, 8\), yours \(64, 9\)\. Give as `like` those"):
         orbax.load_params(tmp_path / "small", wide)
+
+
+def digests(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_the_same_params_are_the_same_bytes(tmp_path):
+    recipe = Recipe(scale=lambda w, moments, spec: moments.mean_abs, clip=lambda *args: None)
+    for name in ("one", "two"):
+        with written_whole(tmp_path / name) as folder:
+            writer = orbax.Writer(folder, None, replace(recipe))
+            writer.write("outer", all_kinds())
+            writer.finish()
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+    assert " at 0x" not in (tmp_path / "one" / "awq_jax.json").read_text()
+
+
+@pytest.mark.parametrize(
+    "name", ["[ab]", "a]b[", "a\\b", "gs:", "a b", "*?{}%20", "-x", "new\nline", "ü", "\udcff", "x" * 255]
+)
+@pytest.mark.parametrize("below", [True, False])
+def test_any_path_can_be_read(tmp_path, name, below):
+    params = {"a": weight(3), "b": quantize(weight(32, 2), QuantSpec(4, 32))}
+    folder = tmp_path / name / "out" if below else tmp_path / "out" / name
+    folder.parent.mkdir()
+    orbax.save_params(folder, params)
+    assert_same(orbax.load_params(folder), params)
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [folder.parent.name]
+
+
+def test_any_key_can_be_read(tmp_path):
+    keys = ("a.b", "a\\b", "[x]", "..", ".", "a%2Eb", "ü", "\udcff", "a\0b", "x" * 300)
+    params = {key: np.float32([k]) for k, key in enumerate(keys)} | {"a": {"b": np.float32([99])}}
+    for names in (keys[:-1], keys):
+        kept = {key: params[key] for key in (*names, "a")}
+        orbax.save_params(tmp_path / "out", kept, overwrite=True)
+        assert_same(orbax.load_params(tmp_path / "out"), kept)
+
+
+def test_a_folder_that_cannot_be_read_back_never_comes_to_be(tmp_path, monkeypatch):
+    monkeypatch.setattr(orbax, "rebuilt", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        orbax.save_params(tmp_path / "out", {"a": weight(3), "b": weight(4)})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_save_params_replaces_only_what_it_wrote(tmp_path):
+    orbax.save_params(tmp_path / "out", {"a": weight(3)})
+    orbax.save_params(tmp_path / "out", {"b": weight(3)}, overwrite=True)
+    (tmp_path / "out" / "params" / "mine").write_text("")
+    with pytest.raises(FileExistsError, match="holds params/mine, which awq_jax did not write"):
+        orbax.save_params(tmp_path / "out", {"c": weight(3)}, overwrite=True)
+    assert set(orbax.load_params(tmp_path / "out")) == {"b"}
 
 
 def test_keys_with_slashes_need_their_structure(tmp_path):

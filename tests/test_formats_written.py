@@ -1,11 +1,18 @@
-"""Folders that appear whole or not at all."""
+"""Folders that appear whole or not at all, and that replace none but their like."""
 
 import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from awq_jax.formats.written import written_whole
+from awq_jax.formats import scratch, written
+from awq_jax.formats.errors import InputError
+from awq_jax.formats.written import MANIFEST, check_destination, written_whole
 
 
 def fill(out: Path, error: BaseException | None = None, meanwhile: Path | None = None, **options) -> None:
@@ -13,87 +20,307 @@ def fill(out: Path, error: BaseException | None = None, meanwhile: Path | None =
     with written_whole(out, **options) as scratch:
         (scratch / "a").write_text("1")
         if meanwhile is not None:
-            meanwhile.parent.mkdir()
+            meanwhile.parent.mkdir(exist_ok=True)
             meanwhile.write_text("2")
         if error is not None:
             raise error
 
 
+def earlier(out: Path) -> Path:
+    """An output that was written before."""
+    with written_whole(out) as scratch:
+        (scratch / "part").mkdir()
+        (scratch / "part" / "old").write_text("0")
+        (scratch / "config.json").write_text("{}")
+    return out
+
+
 def contents(folder: Path) -> dict[str, str]:
-    return {str(p.relative_to(folder)): p.read_text() for p in sorted(folder.rglob("*")) if p.is_file()}
+    """The files and what is in them, without the manifests."""
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MANIFEST]
+    return {str(p.relative_to(folder)): p.read_text() for p in files}
+
+
+NEW, OLD = {"out/a": "1"}, {"out/part/old": "0", "out/config.json": "{}"}
 
 
 def test_the_folder_appears_when_the_block_ends_and_nothing_else_stays(tmp_path):
     out = tmp_path / "models" / "out"
     with written_whole(out) as scratch:
         (scratch / "a").write_text("1")
-        assert not out.exists()
+        assert not out.parent.exists()
     assert contents(tmp_path) == {"models/out/a": "1"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["models"]
+
+
+def test_the_manifest_lists_the_files(tmp_path):
+    out = earlier(tmp_path / "out")
+    assert json.loads((out / MANIFEST).read_text())["files"] == ["config.json", "part/old"]
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
-@pytest.mark.parametrize("before", [{}, {"old": "0"}])
+@pytest.mark.parametrize("before", [False, True])
 def test_an_error_in_the_block_leaves_what_was_there(tmp_path, error, before):
-    out = tmp_path / "out"
+    out = tmp_path / "new" / "out"
     if before:
-        out.mkdir()
-        (out / "old").write_text("0")
+        earlier(out)
+    there = contents(tmp_path)
     with pytest.raises(type(error)):
         fill(out, error, overwrite=True)
-    assert contents(tmp_path) == {f"out/{name}": text for name, text in before.items()}
-    assert out.exists() == bool(before)
+    assert contents(tmp_path) == there
+    assert list(tmp_path.iterdir()) == ([out.parent] if before else [])
 
 
-def test_a_disk_that_fills_up_at_the_last_step_brings_the_old_folder_back(tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "old").write_text("0")
-    rename = Path.rename
+def test_the_folders_change_places_at_once(tmp_path, monkeypatch):
+    out = earlier(tmp_path / "out")
+    (tmp_path / "other").mkdir()
+    if not written.exchange(out, tmp_path / "other"):
+        pytest.skip("no renameat2 here")
+    assert written.exchange(out, tmp_path / "other")
+    (tmp_path / "other").rmdir()
+    monkeypatch.setattr(written, "move_all", lambda *args: pytest.fail("moved file by file"))
+    fill(out, overwrite=True)
+    assert contents(tmp_path) == NEW
 
-    def full_disk(self, target):
-        if self.name == "new":
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return rename(self, target)
 
-    monkeypatch.setattr(Path, "rename", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+class TestWithoutExchange:
+    """Where the system cannot exchange folders files are moved one by one, and back if anything fails."""
+
+    @pytest.fixture(autouse=True)
+    def without(self, monkeypatch):
+        monkeypatch.setattr(written, "exchange", lambda a, b: False)
+
+    @pytest.fixture
+    def out(self, tmp_path):
+        return earlier(tmp_path / "out")
+
+    def test_the_folder_is_replaced(self, tmp_path, out):
         fill(out, overwrite=True)
-    assert contents(tmp_path) == {"out/old": "0"}
+        assert contents(tmp_path) == NEW
+        assert sorted(p.name for p in out.iterdir()) == ["a", MANIFEST]
+        fill(out, overwrite=True)
+
+    @pytest.mark.parametrize("at", range(5))
+    def test_a_failure_at_any_move_brings_the_old_files_back(self, tmp_path, out, monkeypatch, at):
+        with monkeypatch.context() as patch:
+            fail_at(patch, at, OSError(errno.ENOSPC, "No space left on device"))
+            with pytest.raises(OSError, match="No space left"):
+                fill(out, overwrite=True)
+        assert contents(tmp_path) == OLD
+        assert list(tmp_path.iterdir()) == [out]
+        fill(out, overwrite=True)
+
+    @pytest.mark.parametrize("at", range(5))
+    def test_the_next_run_brings_them_back_after_a_kill(self, tmp_path, out, monkeypatch, at):
+        with monkeypatch.context() as patch:
+            fail_at(patch, at, KeyboardInterrupt())
+            for name in ("undo", "discard"):
+                patch.setattr(scratch, name, lambda folder: None)
+            with pytest.raises(KeyboardInterrupt):
+                fill(out, overwrite=True)
+        assert len(list(tmp_path.iterdir())) == 2
+        assert at == 0 or not (out / MANIFEST).exists()
+        with pytest.raises(FileExistsError, match="--overwrite"):
+            fill(out)
+        assert contents(tmp_path) == OLD
+        assert list(tmp_path.iterdir()) == [out]
 
 
-def test_a_folder_with_something_in_it_is_refused_before_the_block_runs(tmp_path):
-    (tmp_path / "old").write_text("0")
-    with pytest.raises(FileExistsError, match="--overwrite"), written_whole(tmp_path):
-        pytest.fail("the block ran")
-    assert contents(tmp_path) == {"old": "0"}
+def fail_at(patch, at, error):
+    """Raise `error` in the place of renaming number `at`."""
+    real, calls = Path.rename, []
+
+    def rename(self, target):
+        calls.append(1)
+        if len(calls) == at + 1:
+            raise error
+        return real(self, target)
+
+    patch.setattr(Path, "rename", rename)
 
 
-def test_an_empty_folder_is_filled(tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    fill(out)
-    assert contents(out) == {"a": "1"}
+class TestForeignFiles:
+    """What this project did not write is never deleted."""
+
+    @pytest.mark.parametrize("overwrite", [False, True])
+    def test_a_folder_without_a_manifest_is_refused_before_the_block_runs(self, tmp_path, overwrite):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "mine").write_text("0")
+        with pytest.raises(FileExistsError, match=f"holds mine, and no {MANIFEST}.*: move it away or choose another"):
+            fill(tmp_path / "out", overwrite=overwrite)
+        assert contents(tmp_path) == {"out/mine": "0"}
+
+    @pytest.mark.parametrize("name", ["mine", "part/mine", ".hidden", "link", "folder link"])
+    def test_a_foreign_file_is_named(self, tmp_path, name):
+        out = earlier(tmp_path / "out")
+        if "link" in name:
+            (out / name).symlink_to(tmp_path if "folder" in name else out / "config.json")
+        else:
+            (out / name).write_text("2")
+        with pytest.raises(FileExistsError, match=f"holds {name}, which awq_jax did not write: move it"):
+            fill(out, overwrite=True)
+        assert OLD.items() <= contents(tmp_path).items()
+
+    def test_an_output_of_ours_is_replaced_when_asked(self, tmp_path):
+        out = earlier(tmp_path / "out")
+        with pytest.raises(FileExistsError, match="is not empty: add --overwrite"):
+            fill(out)
+        with written_whole(out, overwrite=True) as scratch:
+            (scratch / "a").write_text("1")
+            assert contents(out) == {"part/old": "0", "config.json": "{}"}
+        assert contents(tmp_path) == NEW
+
+    def test_a_manifest_reaches_nothing_outside(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(written, "exchange", lambda a, b: False)
+        out = earlier(tmp_path / "out")
+        (tmp_path / "mine").write_text("0")
+        (out / MANIFEST).write_text(json.dumps({"files": ["../mine", "/", "..", "config.json", "part/old"]}))
+        fill(out, overwrite=True)
+        assert contents(tmp_path) == NEW | {"mine": "0"}
+
+    @pytest.mark.parametrize("manifest", ["", "[]", "{}", '{"files": 3}', '{"files": [[]]}', "\udcff"])
+    def test_a_damaged_manifest_is_none(self, tmp_path, manifest):
+        out = earlier(tmp_path / "out")
+        (out / MANIFEST).write_bytes(manifest.encode(errors="surrogateescape"))
+        with pytest.raises(FileExistsError, match="holds"):
+            fill(out, overwrite=True)
+        assert contents(tmp_path) == OLD
+
+    def test_an_empty_folder_is_filled(self, tmp_path):
+        out = tmp_path / "out"
+        out.mkdir()
+        fill(out)
+        assert contents(out) == {"a": "1"}
+
+    @pytest.mark.parametrize("before", [False, True])
+    def test_what_comes_meanwhile_is_not_replaced(self, tmp_path, before):
+        out = tmp_path / "out"
+        if before:
+            earlier(out)
+        with pytest.raises(FileExistsError, match="holds theirs"):
+            fill(out, meanwhile=out / "theirs", overwrite=True)
+        assert contents(tmp_path) == {"out/theirs": "2"} | (OLD if before else {})
+
+    @pytest.mark.parametrize("overwrite", [False, True])
+    def test_a_file_is_never_replaced(self, tmp_path, overwrite):
+        (tmp_path / "out").write_text("a file")
+        for out in (tmp_path / "out", tmp_path / "out" / "below"):
+            with pytest.raises(FileExistsError, match="out is a file"):
+                fill(out, overwrite=overwrite)
 
 
-def test_a_folder_filled_by_someone_else_meanwhile_is_not_replaced(tmp_path):
-    out = tmp_path / "out"
-    with pytest.raises(FileExistsError, match="--overwrite"):
-        fill(out, meanwhile=out / "theirs")
-    assert contents(tmp_path) == {"out/theirs": "2"}
+class TestAround:
+    """A destination that is or contains what the block reads, or where the user is, is refused always."""
+
+    @pytest.fixture(autouse=True)
+    def places(self, tmp_path, monkeypatch):
+        for name in ("work", "home", "models/dense", "elsewhere"):
+            (tmp_path / name).mkdir(parents=True)
+        (tmp_path / "models" / "dense.gguf").write_text("")
+        (tmp_path / "link").symlink_to(tmp_path / "models")
+        monkeypatch.chdir(tmp_path / "work")
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+    @pytest.mark.parametrize("name", ["dense", "dense.gguf"])
+    @pytest.mark.parametrize("out", ["models", "link", "", "work", "home", "/", "."])
+    def test_refused(self, tmp_path, name, out):
+        out = out if out == "." else tmp_path / out
+        with pytest.raises(InputError, match=r"is or contains .*: choose another folder"):
+            check_destination(out, overwrite=True, inputs=[tmp_path / "link" / name])
+
+    def test_the_model_itself(self, tmp_path):
+        for out in ("models/dense", "link/dense", "../models/dense"):
+            with pytest.raises(InputError, match="is or contains the input"):
+                check_destination(
+                    tmp_path / "work" / out if out[0] == "." else tmp_path / out, inputs=["~/../models/dense"]
+                )
+
+    @pytest.mark.parametrize("out", ["models/dense/new", "work/new", "home/new", "elsewhere"])
+    def test_allowed(self, tmp_path, out):
+        check_destination(tmp_path / out, inputs=[tmp_path / "models/dense", "org/model", "self"])
 
 
-def test_overwrite_replaces_the_folder_at_the_end_only(tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "old").write_text("0")
-    with written_whole(out, overwrite=True) as scratch:
-        (scratch / "a").write_text("1")
-        assert contents(out) == {"old": "0"}
-    assert contents(tmp_path) == {"out/a": "1"}
+class TestInPlace:
+    """Mount points, and folders in one that cannot be written."""
+
+    @pytest.fixture(params=["a mount", "a parent that is read-only"])
+    def out(self, request, tmp_path, monkeypatch):
+        out = tmp_path / "out"
+        out.mkdir()
+        monkeypatch.setattr(written, "exchange", lambda a, b: pytest.fail("exchanged"))
+        if request.param == "a mount":
+            monkeypatch.setattr(written, "is_mount", lambda folder: folder == out)
+        else:
+            monkeypatch.setattr(written, "writable", lambda folder: folder != tmp_path)
+        return out
+
+    def test_filled_and_filled_again(self, tmp_path, out):
+        earlier(out)
+        assert contents(tmp_path) == OLD
+        with written_whole(out, overwrite=True) as scratch:
+            assert scratch.is_relative_to(out)
+            (scratch / "a").write_text("1")
+        assert contents(tmp_path) == NEW
+
+    def test_foreign_files_stay(self, tmp_path, out):
+        (out / "mine").write_text("0")
+        with pytest.raises(FileExistsError, match="holds mine"):
+            fill(out, overwrite=True)
+        assert contents(tmp_path) == {"out/mine": "0"}
+
+    def test_what_belongs_to_the_file_system_is_no_file_of_anyone(self, out):
+        (out / "lost+found").mkdir()
+        fill(out)
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_file_is_never_replaced(tmp_path, overwrite):
-    (tmp_path / "out").write_text("a file")
-    with pytest.raises(FileExistsError, match="is a file"), written_whole(tmp_path / "out", overwrite=overwrite):
-        pytest.fail("the block ran")
+def test_folders_that_cannot_be_written_are_refused_before_the_block_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(written, "writable", lambda folder: False)
+    with pytest.raises(PermissionError, match="cannot be written: choose another"):
+        fill(tmp_path / "out")
+
+
+def test_mounts(tmp_path):
+    assert written.is_mount(Path("/"))
+    assert not written.is_mount(tmp_path)
+
+
+def test_a_real_mount(tmp_path):
+    """A folder mounted on itself, which os.path.ismount does not see."""
+    if shutil.which("unshare") is None:
+        pytest.skip("no unshare")
+    out = tmp_path / "o ut"
+    earlier(out)
+    program = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_formats_written import Path, fill
+fill(Path({str(out)!r}), overwrite=True)
+"""
+    script = 'mount --bind "$OUT" "$OUT" || exit 77; exec "$PYTHON" -c "$PROGRAM"'
+    names = os.environ | {"OUT": str(out), "PYTHON": sys.executable, "PROGRAM": program}
+    command = ["unshare", "--user", "--map-root-user", "--mount", "bash", "-c", script]
+    done = subprocess.run(command, env=names, capture_output=True, text=True, check=False)
+    if (done.returncode in (1, 77) and "unshare" in done.stderr) or done.returncode == 77:
+        pytest.skip("no namespace to mount in")
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path) == {"o ut/a": "1"}
+
+
+def test_modes(tmp_path):
+    out = earlier(tmp_path / "out")
+    before = os.umask(0o027)
+    try:
+        assert out.stat().st_mode & 0o777 != 0o700
+        out.chmod(0o700)
+        fill(out, overwrite=True)
+        fill(tmp_path / "fresh")
+    finally:
+        os.umask(before)
+    assert [p.stat().st_mode & 0o777 for p in (out, out / "a", tmp_path / "fresh")] == [0o700, 0o640, 0o750]
+
+
+def test_the_longest_name(tmp_path):
+    fill(tmp_path / ("x" * 255))
+    with pytest.raises(OSError, match="name too long"):
+        check_destination(tmp_path / ("x" * 256))
+    assert len(list(tmp_path.iterdir())) == 1

@@ -7,7 +7,7 @@ import pytest
 from compilations import compilations
 from flax.traverse_util import flatten_dict
 from jax.tree_util import tree_map_with_path
-from tiny import CHANGES, hf_config, random_params, random_tokens
+from tiny import CHANGES, LLAMA3, hf_config, random_params, random_tokens
 
 from awq_jax.models import for_config, llama
 from awq_jax.models.generate import generate
@@ -271,6 +271,11 @@ def test_generation_refuses(arguments, message):
         ({"hidden_size": None}, "lacks 'hidden_size'"),
         ({"num_key_value_heads": 3}, "4 heads do not divide by 3"),
         ({"head_dim": 15}, "head_dim=15"),
+        (
+            {"num_attention_heads": 5, "num_key_value_heads": 1},
+            "hidden_size=64 does not divide by num_attention_heads=5",
+        ),
+        ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "low_freq_factor=4.0 and high_freq_factor=4.0"),
     ],
 )
 def test_a_config_that_this_model_does_not_compute_is_refused(changes, message):
@@ -278,11 +283,53 @@ def test_a_config_that_this_model_does_not_compute_is_refused(changes, message):
         llama.Config.from_hf(hf_config(**changes))
 
 
+SIZES = [k for k in hf_config() if k.endswith("size") or k.startswith("num_")]
+ODD = {
+    **dict.fromkeys((*SIZES, "head_dim", "max_position_embeddings"), (0, -1, True, 64.0, "64", [64], 10**9)),
+    **dict.fromkeys(("rms_norm_eps", "rope_theta"), (0, -1e-5, "1e-5", True, float("nan"), float("inf"), 10**400, [1])),
+    **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias"), (0, 1, "true", 1.0, [True])),
+    **dict.fromkeys(("rope_scaling", "rope_parameters"), (0, False, "linear", [1])),
+}
+
+
+@pytest.mark.parametrize("key", ODD)
+def test_a_field_of_another_type_or_out_of_range_is_named(key):
+    for value in ODD[key]:
+        with pytest.raises(ValueError, match=rf"the config has {key}=.*: expected"):
+            llama.Config.from_hf(hf_config() | {key: value})
+    for field in LLAMA3.keys() - {"rope_type"} if key == "rope_scaling" else ():
+        with pytest.raises(ValueError, match=rf"the llama3 rope parameters has {field}='8': expected"):
+            llama.Config.from_hf(hf_config(rope_scaling=LLAMA3 | {field: "8"}))
+
+
+def test_null_stands_for_what_transformers_has_none_for():
+    null = dict.fromkeys(
+        ("num_key_value_heads", "head_dim", "max_position_embeddings", "rope_scaling", "rope_parameters")
+    )
+    config = llama.Config.from_hf(hf_config() | null)
+    assert (config.kv_heads, config.head_dim, config.positions, config.rope.kind) == (4, 16, None, "default")
+    for key in ("vocab_size", "rms_norm_eps", "rope_theta", "tie_word_embeddings"):
+        with pytest.raises(ValueError, match=key):
+            llama.Config.from_hf(hf_config() | {key: None})
+
+
+def test_positions_are_those_after_linear_scaling():
+    assert llama.Config.from_hf(hf_config()).positions == 512
+    assert llama.Config.from_hf(hf_config("linear rope")).positions == 2048
+    assert llama.Config.from_hf(hf_config("llama3 rope, v4 style")).positions == 512
+
+
 def test_a_config_may_leave_out_what_transformers_has_defaults_for():
     sizes = {k: v for k, v in hf_config().items() if k.endswith("size") or k.startswith("num_")}
     config = llama.Config.from_hf({**sizes, "num_key_value_heads": None, "head_dim": None})
     assert (config.kv_heads, config.head_dim, config.norm_eps, config.tied) == (4, 16, 1e-6, False)
     assert config.rope == llama.Rope(theta=10000.0)
+
+
+@pytest.mark.parametrize("found", ["LlamaForCausalLM", [1], {"a": 1}])
+def test_architectures_are_a_list_of_names(found):
+    with pytest.raises(ValueError, match="expected a list of names"):
+        for_config({"architectures": found})
 
 
 def test_an_architecture_is_found_by_its_name():

@@ -1,12 +1,15 @@
 """Moments against numpy, and as what they are for: the output error of any change of the weight."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from awq_jax.moments import Moments, block_size, of
+from awq_jax.moments import UNIT, Moments, block_size, of, unit
 
 
 def normal(*shape, seed=0):
@@ -25,6 +28,7 @@ def expected(x, size, weights=None):
 
 
 def check(found, wanted):
+    found = dataclasses.replace(found, gram=found.gram / UNIT**2)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         assert a.shape == b.shape
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
@@ -92,10 +96,34 @@ def test_means_are_per_token_and_zero_where_none_came():
 @pytest.mark.parametrize("lead", [(), (3,)])
 def test_scaled_moments_are_those_of_the_scaled_input(lead):
     x, factor = normal(*lead, 9, 40), np.exp(normal(*lead, 40, seed=1))
-    check(of(x, 16, len(lead)).scaled(factor), of(x * factor[..., None, :], 16, len(lead)))
+    wanted = of(x * factor[..., None, :], 16, len(lead))
+    check(of(x, 16, len(lead)).scaled(factor), dataclasses.replace(wanted, gram=wanted.gram / UNIT**2))
 
 
 def test_a_whole_gram_matrix_gives_the_error_of_any_change():
     x, change = normal(50, 12), normal(12, 4, seed=1)
     error = np.square(x @ change).mean(0)
     np.testing.assert_allclose(np.einsum("io,ij,jo->o", change, of(x, None).mean_gram[0], change), error, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("size", [1e-20, 1e-8, 1e8])
+def test_squares_are_held_whatever_the_size(size, dtype):
+    x = jnp.asarray(normal(50, 12) * np.float32(size), dtype)
+    exact = np.asarray(x, np.float64) / size
+    np.testing.assert_allclose(of(x, None).gram[0] / size / size, exact.T @ exact * UNIT**2, rtol=2e-3, atol=1e10)
+
+
+@given(a=st.floats(1e-37, 1e37))
+def test_dividing_by_the_unit_rounds_nothing(a):
+    found = float(unit(jnp.float32([0, -a])))
+    assert np.frexp(found)[0] == 0.5
+    assert 1 <= np.float32(a) / found < 2
+
+
+def test_a_size_that_some_input_has_is_the_largest_where_few_are_large():
+    x = normal(4000, 8)
+    few = np.where(np.arange(4000)[:, None] == 7, 9e4, x).astype(np.float32)
+    assert np.abs(x).max() / 4 < float(of(x, None).large) <= np.abs(x).max()
+    assert 8.5e4 < float(of(few, 4).large) <= 9e4
+    assert float(of(0 * x, None).large) == 0

@@ -321,3 +321,27 @@ def test_boxed_params_keep_their_boxes(mesh):
         awq.partition_specs(small, {"params": {"Dense_0": {"bias": P()}}}, mesh)
     with pytest.raises(ValueError, match="params/Dense_0/scale is a PartitionSpec without a param"):
         awq.partition_specs(small, {"params": {"Dense_0": {"bias": P(), "kernel": None, "scale": P()}}}, mesh)
+
+
+def test_params_are_loaded_onto_their_shards(mesh, tmp_path):
+    odd = MATRIX | {"bias": jnp.arange(8.0), "odd": normal(3, 40, 8)}
+    fn = lambda p, x: mlp(p, x) + (x[:, :40] @ p["odd"]).sum() + p["bias"].sum()
+    qparams, _ = awq.quantize(odd, awq.calibrate(fn, odd, [(inputs(16, WIDTH),)]), RECIPE)
+    awq.save_params(tmp_path / "small", qparams)
+    specs = SPECS | {"bias": P("model"), "odd": P("model", None)}
+    place = lambda w, spec: jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=NamedSharding(mesh, spec))
+    found = awq.load_params(tmp_path / "small", like=jax.tree.map(place, odd, specs))
+    assert found["up"].codes.sharding.spec == found["up"].scales.sharding.spec == P(None, "model")
+    assert found["down"].codes.sharding.spec == P("model", None)
+    assert {len(s.data) for s in found["bias"].addressable_shards} == {2}
+    assert found["odd"].codes.sharding.is_fully_replicated, "a shard of 40 rows would cut a group"
+    assert found["up"].codes.addressable_shards[0].data.size == found["up"].codes.size // 4
+    jax.tree.map(np.testing.assert_array_equal, found, jax.tree.map(lambda w: w, qparams))
+    again = awq.load_params(tmp_path / "small", like=found)
+    assert jax.tree.map(lambda w: w.sharding, again) == jax.tree.map(lambda w: w.sharding, found)
+    unplaced = awq.load_params(tmp_path / "small", like=odd)
+    assert isinstance(unplaced["bias"], np.ndarray)
+    x = inputs(16, WIDTH)
+    np.testing.assert_allclose(
+        jax.jit(awq.quantized(fn))(found, x), fn(awq.dequantize(qparams), x), rtol=1e-4, atol=1e-4
+    )

@@ -11,6 +11,7 @@ import zoo
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from loose import loose
 from zoo import WAYS, ZOO, short
 
 from awq_jax.paths import named_leaves
@@ -146,7 +147,7 @@ NO_SITES = {
 @pytest.mark.parametrize("name", NO_SITES)
 def test_these_are_no_sites(name):
     params = {"w": normal(6, 6), "v": normal(6, 6)}
-    assert not sites(NO_SITES[name], params, normal(5, 6)).sites
+    assert not sites(loose(NO_SITES[name]), params, normal(5, 6)).sites
 
 
 @pytest.mark.parametrize(
@@ -161,16 +162,16 @@ def test_these_are_no_sites(name):
     ],
 )
 def test_a_matrix_that_is_no_site_says_why(fn, why):
-    assert sites(fn, {"w": normal(6, 6), "v": normal(6, 6)}, normal(5, 6)).skipped == why
+    assert sites(loose(fn), {"w": normal(6, 6), "v": normal(6, 6)}, normal(5, 6)).skipped == why
 
 
 def test_biases_of_several_heads_are_no_matrices():
-    fn = lambda p, x: jnp.einsum("td,dhk->thk", x, p["w"]) + p["b"]
+    fn = lambda p, x: jnp.einsum("td,dhk->thk", x, p["w"]) + p["b"][None]
     assert sites(fn, {"w": normal(6, 2, 3), "b": normal(2, 3)}, normal(5, 6)).skipped == {}
 
 
 def test_a_stack_of_vectors_is_no_matrix():
-    fn = lambda p, x: lax.scan(lambda x, s: (x * s, None), x, p)[0]
+    fn = lambda p, x: lax.scan(lambda x, s: (x * s[None], None), x, p)[0]
     assert sites(fn, normal(3, 6), normal(5, 6)).skipped == {}
 
 
@@ -316,7 +317,7 @@ def test_two_params_of_one_name_are_refused():
 @pytest.mark.parametrize("dtype", ["int8", "complex64"])
 def test_what_is_no_floating_point_number_is_no_site(dtype):
     params = {"w": normal(6, 4), "other": np.ones((6, 4), dtype)}
-    found = sites(lambda p, x: x @ p["w"] + jnp.abs(x @ p["other"]), params, normal(5, 6))
+    found = sites(loose(lambda p, x: x @ p["w"] + jnp.abs(x @ p["other"])), params, normal(5, 6))
     assert list(found.sites) == ["w"]
     assert found.skipped == {"other": f"{dtype} weights"}
 
@@ -374,7 +375,7 @@ CONSTANTS = {
 
 @pytest.mark.parametrize("name", CONSTANTS)
 def test_constants_may_be(name):
-    assert list(sites(lambda w, x: CONSTANTS[name](x @ w), normal(6, 4), normal(5, 6)).sites) == [""]
+    assert list(sites(lambda w, x: loose(CONSTANTS[name])(x @ w), normal(6, 4), normal(5, 6)).sites) == [""]
 
 
 ROUTERS = {
@@ -389,7 +390,7 @@ ROUTERS = {
 def test_a_router_is_told_by_what_is_done_with_its_outputs(name):
     def fn(p, x):
         x = jnp.tanh(x @ p["w"])
-        return ROUTERS[name](x @ p["router"]), x @ p["v"]
+        return loose(ROUTERS[name])(x @ p["router"]), x @ p["v"]
 
     params = {"w": normal(6, 6), "router": normal(6, 3), "v": normal(6, 4)}
     kept = {site.name: site.kept for site in sites(fn, params, normal(5, 6)).sites.values()}

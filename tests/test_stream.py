@@ -84,3 +84,15 @@ def test_more_layers_compile_no_more():
     two, four = found
     assert two == four
     assert four["solve_sites"] == four["scale_of_fold"] == 4
+
+
+@pytest.mark.parametrize("loud", ["down_proj", "up_proj"])
+def test_the_largest_activation_is_told(loud):
+    """In the residual, or inside the block only: what gate and up make of each other before a quiet down."""
+    model, quiet = decoder(layers=1), {"up_proj": "down_proj"}.get(loud, "")
+    factor = {f"model.layers.0.mlp.{loud}.weight": 1e5, f"model.layers.0.mlp.{quiet}.weight": 1e-5}
+    loudly = dataclasses.replace(model, read=lambda name: model.read(name) * np.float32(factor.get(name, 1)))
+    unsolved = lambda name, params, calibration, recipe: (params, ())
+    before, after = (streamed(one, dtype=jnp.float32, solve=unsolved)[1].largest for one in (model, loudly))
+    assert 1 < before < 100
+    assert 1e4 < after < 1e7

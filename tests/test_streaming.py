@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tiny import hf_config, random_params, random_tokens
 from vocabularies import byte_level
 
+from awq_jax.formats.errors import InputError
 from awq_jax.formats.tokenizer import gguf_tokenizer
 from awq_jax.models.generate import Sampling, Speed, draw, generate, stream
 from awq_jax.models.llama import Config
@@ -115,3 +116,11 @@ def test_a_piece_comes_before_the_next_token_is_asked_for():
 
     next(pieces(tokenizer(), tokens()))
     assert len(asked) < len(tokenizer()("one two").input_ids)
+
+
+def test_logits_that_are_no_numbers_are_told_instead_of_a_token():
+    (tokens,) = random_tokens(CONFIG, 1, 5)
+    broken = PARAMS | {"norm": {"scale": PARAMS["norm"]["scale"].at[3].set(jnp.nan)}}
+    for how in ({}, WARM):
+        with pytest.raises(InputError, match="token 5: the model's logits are NaN or infinite"):
+            next(stream(CONFIG, broken, tokens, max_new_tokens=4, **how))

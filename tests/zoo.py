@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from loose import loose
 from quick import quick_jit
 
 WIDTH, HEADS, KV_HEADS, HEAD, MLP, EXPERTS, VOCAB, LAYERS = 32, 4, 2, 8, 48, 3, 40, 2
@@ -46,15 +47,18 @@ def short(name: str) -> str:
     return re.sub(r"^layers/(0/)?(attn/|mlp/)?|/w$", "", name)
 
 
+@loose
 def rms(x, scale):
     return x * lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-5) * scale
 
 
+@loose
 def layer_norm(x, scale, bias):
     x = x - x.mean(-1, keepdims=True)
     return x * lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-5) * scale + bias
 
 
+@loose
 def rope(x):
     """x (b, t, n, d) with the halves of each head turned by position."""
     t, d = x.shape[1], x.shape[-1]
@@ -64,6 +68,7 @@ def rope(x):
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], -1)
 
 
+@loose
 def attend(q, k, v):
     """q (b, t, n, d), k and v (b, t, kv, d), each shared by n / kv heads."""
     k, v = (jnp.repeat(a, q.shape[2] // a.shape[2], 2) for a in (k, v))
@@ -118,6 +123,7 @@ def decoder(
 ) -> Model:
     """embed, `block` for each of "layers", `head(params, hidden)`."""
 
+    @loose
     def fn(params, tokens):
         x = params["embed"][tokens]
         for p in params["layers"]:
@@ -131,6 +137,7 @@ def decoder(
 def scanned(block: Callable, head: Callable, unrolled: Model) -> Model:
     """`unrolled` with its layers stacked: a scan over rematerialized blocks."""
 
+    @loose
     def fn(params, tokens):
         step = jax.checkpoint(lambda x, p: (block(p, x), None))
         return head(params, lax.scan(step, params["embed"][tokens], params["layers"])[0])

@@ -84,8 +84,8 @@ def blame(window: int, logits: Float[Array, "b t v"], reference: Float[Array, "b
     odd = {whose: int((~jnp.isfinite(x)).sum()) for whose, x in sides.items()}
     told = [f"{n} of {logits.size} of {whose} logits" for whose, n in odd.items() if n]
     return (
-        f"window {window}: {' and '.join(told) or 'the scores'} are NaN or infinite. The weights are damaged, or too large "
-        "for the dtype that is computed in."
+        f"window {window}: {' and '.join(told) or 'the scores'} are NaN or infinite. The weights are damaged, or "
+        "too large for the dtype that is computed in."
     )
 
 

@@ -13,11 +13,11 @@ from typing import Any, Protocol
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float16, Int32, Shaped, UInt8
-from safetensors.numpy import save_file
 
 import awq_jax.kernels as kernels
 from awq_jax.formats.errors import InputError
-from awq_jax.formats.huggingface import Source, write_about, write_json
+from awq_jax.formats.huggingface import Source, write_about
+from awq_jax.formats.shard_writer import ShardWriter
 from awq_jax.spec import QuantSpec
 from awq_jax.tensor import QuantizedTensor, in_rows
 
@@ -25,7 +25,6 @@ BITS = 4
 PER_WORD = 8
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 REVERSE = (0, 4, 1, 5, 2, 6, 3, 7)
-INDEX = "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
 
@@ -159,7 +158,7 @@ def as_float16(name: str, w: Float[np.ndarray, "*shape"]) -> Float16[np.ndarray,
     """`w` in float16.
 
     Raises:
-      InputError: a value that float16 cannot hold.
+      InputError: a value that float16 cannot hold, or so small values that it would hold little of them.
     """
     if w.dtype == np.float16:
         return w
@@ -170,6 +169,13 @@ def as_float16(name: str, w: Float[np.ndarray, "*shape"]) -> Float16[np.ndarray,
         raise InputError(
             f"{name}: a value of {largest:g} does not fit float16, which AutoAWQ files use (up to 65504): write "
             "--format orbax."
+        )
+    wide = np.asarray(w, np.float32)
+    largest = float(np.abs(wide).max(initial=0))
+    if np.abs(half - wide).max(initial=0) > 2**-7 * largest:
+        raise InputError(
+            f"{name}: values of at most {largest:g} are too small for float16, which AutoAWQ files use (exact from "
+            "6e-5): write --format orbax."
         )
     return half
 
@@ -185,7 +191,7 @@ class OneWidth(Protocol):
 
 
 class Writer:
-    """Writes a model to a folder, one shard a call, so no more than a part of it is ever in memory.
+    """Writes a model to a folder, one part a call, so no more than a part of it is ever in memory.
 
     Example:
       >>> with written_whole("out") as folder:
@@ -198,17 +204,18 @@ class Writer:
       folder: exists and is empty.
       source: the dense model, usually a Checkpoint: its config.json, tokenizer and generation_config.json go along.
       recipe: bits and group size; a file has one of each for the whole model.
+      unconverted: names that stand in modules_to_not_convert beside those of the dense matrices.
     """
 
-    def __init__(self, folder: Path, source: Source, recipe: OneWidth) -> None:
+    def __init__(self, folder: Path, source: Source, recipe: OneWidth, unconverted: Sequence[str] = ()) -> None:
         self.folder, self.source = Path(folder), source
         self.spec = QuantSpec(recipe.bits, recipe.group_size)
-        self.shards: list[list[str]] = []
-        self.nbytes = 0
+        self.shards = ShardWriter(self.folder)
         self.dense: list[str] = []
+        self.unconverted = unconverted
 
     def write(self, part: str, tensors: Mapping[str, Shaped[Array, "*shape"] | QuantizedTensor]) -> None:
-        """Writes a shard.
+        """Writes a part, which stays in one file.
 
         Args:
           part: what it is, for the errors.
@@ -220,26 +227,18 @@ class Writer:
         arrays: dict[str, np.ndarray] = {}
         for name, tensor in tensors.items():
             arrays |= self._arrays(f"{part}: {name}", name, tensor)
-        self.shards.append(list(arrays))
-        self.nbytes += sum(a.nbytes for a in arrays.values())
-        # Readers refuse files whose metadata does not say "pt".
-        save_file(arrays, self._shard(len(self.shards)), metadata={"format": "pt"})
-        # safetensors lets nobody else read it, such as the account of a server.
-        self._shard(len(self.shards)).chmod(0o644)
+        self.shards.add(arrays)
 
-    def finish(self) -> None:
-        """Writes the index, config.json and what comes from the source; without them the folder is no model."""
-        count, files = len(self.shards), {}
-        for i, names in enumerate(self.shards, 1):
-            final = f"model-{i:05}-of-{count:05}.safetensors"
-            self._shard(i).rename(self.folder / final)
-            files |= dict.fromkeys(names, final)
-        write_json(self.folder / INDEX, {"metadata": {"total_size": self.nbytes}, "weight_map": files})
-        quantization = quantization_config(self.spec, self.dense)
-        write_about(self.folder, self.source, torch_dtype="float16", dtype="float16", quantization_config=quantization)
+    def finish(self, dtype: str = "float16") -> None:
+        """Writes the index, config.json and what comes from the source; without them the folder is no model.
 
-    def _shard(self, i: int) -> Path:
-        return self.folder / f"model-{i:05}.safetensors"
+        Args:
+          dtype: in which readers are to compute: "bfloat16" where activations are too large for float16. The tensors
+            are float16 in any case; readers convert them.
+        """
+        self.shards.finish()
+        quantization = quantization_config(self.spec, [*self.dense, *self.unconverted])
+        write_about(self.folder, self.source, torch_dtype=dtype, dtype=dtype, quantization_config=quantization)
 
     def _arrays(self, where: str, name: str, tensor: Any) -> dict[str, np.ndarray]:
         module = name.removesuffix(".weight")

@@ -89,7 +89,7 @@ def quantized_tensors(folder: Path, stored: Mapping[str, StoredTensor], spec: Qu
             raise InputError(f"{folder} has {module}.qweight but no {missing[0]}: download it again.")
         if f"{module}.weight" in tensors:
             raise InputError(
-                f"{folder} has {module} twice, as {module}.weight and quantized: remove the one that is not the model's."
+                f"{folder} has {module} twice, as {module}.weight and quantized: remove the one that is not its own."
             )
         qweight, qzeros, scales = (stored.get(module + part) for part in parts)
         tensors[f"{module}.weight"] = quantized_tensor(f"{folder}: {module}", qweight, qzeros, scales, spec)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Mapping
@@ -22,6 +21,7 @@ from awq_jax.formats import autoawq_folder, huggingface, orbax
 from awq_jax.formats.errors import InputError, reading
 from awq_jax.formats.files import inside, regular
 from awq_jax.formats.gguf import open_gguf
+from awq_jax.formats.scratch import scratch_folder
 from awq_jax.formats.shards import open_shards
 from awq_jax.formats.stored import StoredTensor
 from awq_jax.formats.text import unprinted
@@ -147,9 +147,9 @@ class Checkpoint:
     @cached_property
     def _made(self) -> Path:
         """A folder for files that the model lacks, there as long as this is."""
-        folder = Path(tempfile.mkdtemp(prefix="awq_jax_made_"))
-        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        return folder
+        block = scratch_folder(Path(tempfile.gettempdir()))
+        weakref.finalize(self, block.__exit__, None, None, None)
+        return block.__enter__()
 
     def _find(self, name: str) -> StoredTensor:
         if name in self.tensors:
@@ -195,8 +195,8 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
 def open_folder(folder: Path) -> Checkpoint:
     if adapters := [name for name in huggingface.ADAPTER_FILES if inside(folder, name)]:
         raise InputError(
-            f"{folder} holds a PEFT adapter ({adapters[0]}), which is not applied here: save what merge_and_unload() gives, "
-            "or give a folder without the adapter."
+            f"{folder} holds a PEFT adapter ({adapters[0]}), which is not applied here: save what "
+            "merge_and_unload() gives, or give a folder without the adapter."
         )
     config = huggingface.read_config(folder)
     load_tokenizer = lambda: huggingface.load_tokenizer(folder)

@@ -71,7 +71,7 @@ def read_header(file: Path) -> Header:
         for name, e in entries.items():
             if e.offset != end:
                 raise InputError(
-                    f"{file}: {name} starts at byte {e.offset}, where the tensors before it end the next would start at "
+                    f"{file}: {name} starts at byte {e.offset}, the tensors before it and their padding end at "
                     f"{end}: the file is damaged, {AGAIN}."
                 )
             end = aligned(e.offset + e.nbytes, alignment)

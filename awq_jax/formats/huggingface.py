@@ -58,7 +58,7 @@ def download(model: str) -> Path:
 
     try:
         found = snapshot_download(
-            model, allow_patterns=["*.safetensors", "*.json", *TOKENIZER_FILES], ignore_patterns=["*/*"]
+            model, allow_patterns=["*.safetensors", "*.json", "README.md", *TOKENIZER_FILES], ignore_patterns=["*/*"]
         )
     # Releases of huggingface_hub let the errors of three HTTP libraries through, without a common class.
     except Exception as e:
@@ -84,10 +84,20 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_about(folder: Path, source: Source, **changes: Any) -> None:
-    """Writes the companions of `source` and its config.json, with `changes`."""
+    """Writes the companions of `source`, and its config.json with `changes`."""
     for file in source.companions:
         shutil.copyfile(file, folder / file.name)
-    write_json(folder / "config.json", {**source.config, **changes})
+    write_json(folder / "config.json", {**with_older_rope(source.config), **changes})
+
+
+def with_older_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with rope_theta and rope_scaling beside rope_parameters, for readers of transformers 4."""
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, Mapping) or "rope_theta" not in rope or config.get("rope_scaling"):
+        return dict(config)
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    is_default = scaling.get("rope_type", "default") == "default"
+    return {**config, "rope_theta": rope["rope_theta"], "rope_scaling": None if is_default else scaling}
 
 
 def stops(where: Path, found: Mapping[str, Any]) -> list[int]:

@@ -6,10 +6,14 @@ params/<part>, one orbax checkpoint of plain arrays for each part, so that a mod
 
 from __future__ import annotations
 
+import re
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 import jax
 import numpy as np
@@ -19,14 +23,18 @@ from awq_jax.formats.errors import InputError, reading
 from awq_jax.formats.files import inside, read_json
 from awq_jax.formats.huggingface import Source, write_about, write_json
 from awq_jax.formats.leaves import check_leaves
+from awq_jax.formats.scratch import scratch_folder
 from awq_jax.formats.text import unprinted
-from awq_jax.formats.written import written_whole
+from awq_jax.formats.written import size_of, written_whole
 from awq_jax.paths import named_leaves
+from awq_jax.sharding import placed_like
 from awq_jax.tensor import QuantizedTensor, in_rows, is_quantized, static_fields, static_json
 
 METADATA = "awq_jax.json"
 PARAMS = "params"
 VERSION = 1
+NAME_MAX = 255
+"""Bytes of a file's name on all common file systems."""
 LEAVES = ("codes", "scales", "zeros", "input_scale")
 
 
@@ -48,11 +56,8 @@ class Writer:
     """
 
     def __init__(self, folder: Path, source: Source | None, recipe: Any = None) -> None:
-        import orbax.checkpoint as ocp
-
         self.folder, self.source, self.recipe = Path(folder).resolve(), source, recipe
-        self.checkpointer = ocp.PyTreeCheckpointer()
-        self.parts: list[str] = []
+        self.parts: dict[str, int] = {}
         self.tensors: dict[str, Any] = {}
 
     def write(self, part: str, params: Mapping[str, Any]) -> None:
@@ -62,16 +67,40 @@ class Writer:
           part: its name, "layers_0"; the key under which `load` gives it back.
           params: nested dict of arrays and QuantizedTensors; keys are strings without "/".
         """
-        self.checkpointer.save(self.folder / PARAMS / part, self._plain(part, params))
-        self.parts.append(part)
+        import orbax.checkpoint as ocp
+
+        plain = self._plain(part, params)
+        (self.folder / PARAMS / part).mkdir(parents=True)
+        # Without OCDBT, whose files have random names, and a Checkpointer, which adds the time of day, the same params
+        # are the same bytes. But then the name of a leaf is that of a folder.
+        longest = max((len(name.replace("/", ".")) for name in named_leaves(plain)), default=0)
+        with (
+            plainly_named(self.folder) as folder,
+            closing(ocp.PyTreeCheckpointHandler(use_ocdbt=longest > NAME_MAX)) as handler,
+        ):
+            # Typed as a path of etils, but any will do.
+            target: Any = folder / PARAMS / part
+            handler.save(target, args=ocp.args.PyTreeSave(plain))
+            handler.finalize(target)
+        self.parts[part] = sum(leaf.nbytes for leaf in jax.tree.leaves(plain))
 
     def finish(self) -> None:
-        """Writes awq_jax.json, config.json and what comes from the source; without them the folder is no model."""
-        self.checkpointer.close()
+        """Writes awq_jax.json, config.json and what comes from the source, and reads the smallest part back.
+
+        Raises:
+          InputError: what was written cannot be read.
+        """
         if self.source is not None:
             write_about(self.folder, self.source)
-        about = {"version": VERSION, "recipe": repr(self.recipe), "parts": self.parts, "tensors": self.tensors}
+        about = {
+            "version": VERSION,
+            "recipe": shown(self.recipe),
+            "parts": list(self.parts),
+            "tensors": self.tensors,
+        }
         write_json(self.folder / METADATA, about)
+        if self.parts:
+            load_part(self.folder, min(self.parts, key=lambda part: self.parts[part]), about)
 
     def _plain(self, path: str, node: Any) -> Any:
         if isinstance(node, QuantizedTensor):
@@ -80,7 +109,7 @@ class Writer:
             leaves = {name: getattr(node, name) for name in LEAVES}
             return {name: np.asarray(leaf) for name, leaf in leaves.items() if leaf is not None}
         if isinstance(node, Mapping):
-            return {key: self._plain(f"{path}/{key}", child) for key, child in node.items()}
+            return {quoted(key): self._plain(f"{path}/{key}", child) for key, child in node.items()}
         if not isinstance(node, np.ndarray | jax.Array):
             raise ValueError(f"{path} is a {type(node).__name__}: give nested dicts of arrays and QuantizedTensors.")
         return np.asarray(node)
@@ -91,10 +120,11 @@ def save_params(folder: str | Path, params: Any, *, overwrite: bool = False) -> 
 
     Args:
       params: any pytree of arrays and QuantizedTensors that is more than one leaf.
-      overwrite: replace a folder that holds something.
+      overwrite: replace a folder that this function wrote.
 
     Raises:
-      FileExistsError: the folder holds something.
+      FileExistsError: the folder holds something and `overwrite` is not set, or a file that no earlier call wrote.
+      InputError: it is or contains the working directory or the home folder; what was written cannot be read.
       ValueError: a leaf that is neither array nor QuantizedTensor, two of one path, one alone, or one that is the path
         of others; names its path.
     """
@@ -110,17 +140,21 @@ def save_params(folder: str | Path, params: Any, *, overwrite: bool = False) -> 
 
 
 def load_params(folder: str | Path, like: Any = None) -> Any:
-    """What `save_params` wrote; leaves are numpy arrays.
+    """What `save_params` wrote; leaves are numpy arrays where `like` does not place them.
 
     Args:
       like: params of the structure to give back, dense or not; their leaves may be shapes. Without, nested dicts: a
         list comes back as {"0": ..., "1": ...}, a box as what is in it, and a key with slashes as one dict for each.
+        Leaves with a NamedSharding (arrays, or jax.ShapeDtypeStructs of the dense params) place what is loaded: each
+        device gets its shard, of a QuantizedTensor too where its groups allow (see `partition_specs`).
 
     Raises:
       InputError: no such folder, one that a newer awq_jax wrote, or a damaged one; other params than in `like`.
 
     Example:
       >>> params, adapter = awq.load_params("folder", like=(params, adapter))
+      >>> shape = lambda a, spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec))
+      >>> params = awq.load_params("folder", like=jax.tree.map(shape, jax.eval_shape(init), specs))
     """
     found = load_part(folder, PARAMS)
     if like is None:
@@ -137,7 +171,8 @@ def load_params(folder: str | Path, like: Any = None) -> Any:
         raise InputError(
             f"{folder} holds other params: {', '.join(sorted(odd)[:4])}. Give as `like` those that were quantized."
         )
-    return jax.tree.unflatten(jax.tree.structure(like, is_leaf=is_quantized), [leaves[name] for name in wanted])
+    placed = [placed_like(leaves[name], leaf) for name, leaf in wanted.items()]
+    return jax.tree.unflatten(jax.tree.structure(like, is_leaf=is_quantized), placed)
 
 
 def is_own(folder: Path) -> bool:
@@ -147,7 +182,7 @@ def is_own(folder: Path) -> bool:
 
 def nbytes(folder: Path) -> int:
     """What the params take on disk."""
-    return sum(file.stat().st_size for file in (folder / PARAMS).rglob("*") if file.is_file())
+    return size_of(folder / PARAMS)
 
 
 def load(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -173,8 +208,8 @@ def load_part(folder: str | Path, part: str, metadata: Mapping[str, Any] | None 
         for file in where.rglob("*"):
             if not file.is_dir():
                 inside(folder, str(file.relative_to(folder)))
-        with unprinted():
-            found = restored(where)
+        with unprinted(), plainly_named(folder) as plain:
+            found = restored(plain / PARAMS / part)
         return rebuilt(part, found, about["tensors"])
 
 
@@ -220,5 +255,27 @@ def rebuilt(path: str, node: Any, tensors: Mapping[str, Any]) -> Any:
         check_leaves(path, w)
         return w
     if isinstance(node, Mapping):
-        return {key: rebuilt(f"{path}/{key}", child, tensors) for key, child in node.items()}
+        children = {unquote(key, errors="surrogatepass"): child for key, child in node.items()}
+        return {key: rebuilt(f"{path}/{key}", child, tensors) for key, child in children.items()}
     return node
+
+
+def quoted(key: str) -> str:
+    """A key without what means something in the path of a leaf, where keys are joined by dots; `unquote` undoes it."""
+    return quote(key, safe=" ", errors="surrogatepass").replace(".", "%2E")
+
+
+@contextmanager
+def plainly_named(folder: Path) -> Iterator[Path]:
+    """`folder`, through a link if its path has what tensorstore takes for a pattern, an escape or a scheme."""
+    if re.fullmatch(r"[\w ./-]*", str(folder)):
+        yield folder
+        return
+    with scratch_folder(Path(tempfile.gettempdir())) as scratch:
+        (scratch / "link").symlink_to(folder, target_is_directory=True)
+        yield scratch / "link"
+
+
+def shown(recipe: Any) -> str:
+    """The repr without the addresses of functions, which differ from run to run."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(recipe))

@@ -73,6 +73,11 @@ def open_indexed(index: Path) -> dict[str, StoredTensor]:
     for name, shard in where.items():
         if name not in opened[shard]:
             raise InputError(f"{folder / shard} has no tensor {name}, which {INDEX} places there: download both again.")
+    for shard, tensors in opened.items():
+        if unnamed := [name for name in tensors if where.get(name) != shard]:
+            raise InputError(
+                f"{folder / shard} has a tensor {unnamed[0]} that {INDEX} does not name there: download both again."
+            )
     return {name: opened[shard][name] for name, shard in where.items()}
 
 

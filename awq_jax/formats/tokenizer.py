@@ -101,8 +101,8 @@ def byte_level(metadata: Mapping[str, Any]) -> Tokenizer:
     pre = metadata.get("tokenizer.ggml.pre")
     if pre is None:
         raise InputError(
-            "The GGUF file does not say how text is split (tokenizer.ggml.pre), so its tokens would be wrong: add the "
-            "name, gguf-new-metadata --pre-tokenizer llama-bpe OLD NEW say, or convert the model with a newer llama.cpp."
+            "The GGUF file does not say how text is split (tokenizer.ggml.pre), so its tokens would be wrong: add "
+            "the name (gguf-new-metadata --pre-tokenizer llama-bpe OLD NEW, say), or convert it with a newer llama.cpp."
         )
     tokenizer = Tokenizer(
         BPE(

@@ -18,10 +18,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from awq_jax.formats.errors import InputError
 from awq_jax.machine import free_memory
 from awq_jax.models.inputs import check_length, check_tokens
 from awq_jax.models.llama import Cache, Config, Llama, init_cache
 from awq_jax.tensor import is_quantized
+
+NO_TOKEN = -1
+"""What is drawn from logits that are no numbers; `stream` refuses it."""
 
 ROUNDED = 64
 """`stream` makes prompts and caches a multiple of this long, so that texts of other lengths run the same programs."""
@@ -75,7 +79,7 @@ def generate(
       top_p: sample from the fewest tokens whose probabilities reach it.
       key: for sampling.
       eos: tokens that end a row. What follows in the row is `eos[0]`; once all rows have ended nothing is
-        computed any more.
+        computed any more. A row whose logits are NaN or infinite goes on with NO_TOKEN.
 
     On a CPU, where nothing multiplies codes or half floats faster than floats, matrices are made dense in the config's
     dtype once, before the first token, if half of the free memory holds them; else at every token.
@@ -119,6 +123,7 @@ def stream(
 
     Raises:
       ValueError: see `generate`; before the first token is asked for.
+      InputError: logits that are NaN or infinite; when their token is asked for.
     """
     t = jnp.shape(tokens)[0]
     check_tokens(config, tokens, "the prompt")
@@ -154,6 +159,11 @@ def _stream(
         if k == 0:
             speed.prompt, speed.prefill = t, -began + (began := time.perf_counter())
         speed.tokens, speed.decode = k + 1, time.perf_counter() - began if k else 0.0
+        if found == NO_TOKEN:
+            raise InputError(
+                f"token {t + k}: the model's logits are NaN or infinite. The weights are damaged, or too large for "
+                f"{jnp.dtype(config.dtype).name}."
+            )
         if found in eos:
             return
         yield found
@@ -257,7 +267,14 @@ def following(
 
 
 def draw(logits: Float[Array, "b v"], position: Any, how: Sampling | None) -> Int[Array, " b"]:
-    """The likeliest tokens, or random ones; `position` makes the draws of one key independent."""
+    """The likeliest tokens, or random ones; `position` makes the draws of one key independent.
+
+    NO_TOKEN where a logit is NaN or infinite.
+    """
+    return jnp.where(jnp.isfinite(logits).all(-1), _drawn(logits, position, how), NO_TOKEN)
+
+
+def _drawn(logits: Float[Array, "b v"], position: Any, how: Sampling | None) -> Int[Array, " b"]:
     if how is None:
         return logits.argmax(-1).astype(jnp.int32)
     key, logits = jax.random.fold_in(how.key, position), logits / how.temperature

@@ -36,6 +36,6 @@ def check_tokens(config: Any, tokens: Int[Array, "*b t"], what: str) -> None:
     ids = np.asarray(tokens)
     if (odd := ids[(ids < 0) | (ids >= config.vocab)]).size:
         raise InputError(
-            f"{what}: token {odd[0]} is none of the embedding's {config.vocab} rows. The tokenizer has more tokens than "
-            "the model: take the model's own, or resize the embedding (resize_token_embeddings in transformers)."
+            f"{what}: token {odd[0]} is none of the embedding's {config.vocab} rows. The tokenizer has more tokens "
+            "than the model: take the model's own, or resize the embedding (resize_token_embeddings in transformers)."
         )

@@ -204,7 +204,7 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         wide = x.astype(jnp.float32)
         normed = wide * lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
-        return (normed * scale).astype(x.dtype)
+        return (normed * jnp.expand_dims(scale.astype(jnp.float32), range(x.ndim - 1))).astype(x.dtype)
 
 
 class Embed(nn.Module):
@@ -353,6 +353,7 @@ def init_cache(config: Config, batch: int, length: int, dtype: Any = None) -> Ca
 def rotate(x: Float[Array, "*b t d"], angles: Float[Array, "t half"]) -> Float[Array, "*b t d"]:
     """Each pair (x[j], x[j + d/2]) turned by its angle, in float32 (RoFormer, arXiv 2104.09864)."""
     left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    angles = jnp.expand_dims(angles, range(x.ndim - 2))
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], -1).astype(x.dtype)
 
@@ -375,8 +376,8 @@ def attend(
 ) -> Float[Array, "b kv g t d"]:
     """`softmax(q k' / sqrt(d)) v`, scores and softmax in float32; row i attends to keys 0 .. position + i."""
     products = jnp.einsum("bkgtd,bksd->bkgts", q, k, preferred_element_type=jnp.float32)
-    seen = position + jnp.arange(q.shape[3])[:, None] >= jnp.arange(k.shape[2])
-    scores = jnp.where(seen, products * q.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
+    seen = position + jnp.arange(q.shape[3])[:, None] >= jnp.arange(k.shape[2])[None]
+    scores = jnp.where(seen[None, None, None], products * q.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
     weights = jnp.exp(scores - lax.stop_gradient(scores.max(-1, keepdims=True)))
     mixed = jnp.einsum("bkgts,bksd->bkgtd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
     return (mixed / weights.sum(-1, keepdims=True)).astype(q.dtype)
@@ -491,7 +492,7 @@ def _apply(module: nn.Module, params: Params, *args: Any, **rest: Any) -> Any:
 
 def _angles(config: Config, t: int, position: Any) -> Float[Array, "t half"]:
     positions = jnp.arange(t) + (0 if position is None else position)
-    return positions[:, None].astype(jnp.float32) * config.rope.frequencies(config.head_dim)
+    return positions[:, None].astype(jnp.float32) * config.rope.frequencies(config.head_dim)[None]
 
 
 def _layer(i: int) -> str:

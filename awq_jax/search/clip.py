@@ -33,7 +33,7 @@ class Clip:
 
     def __call__(self, w: Float[Array, "i o"], moments: Moments, spec: QuantSpec) -> Ranges:
         grouped, gram = group(w, spec), group_blocks(moments, spec)
-        low, high = group_ranges(w, spec)
+        low, high = (end[None] for end in group_ranges(w, spec))
         widest = jnp.maximum(-low, high)
 
         def best(candidates: Ranges) -> Ranges:
@@ -41,17 +41,18 @@ class Clip:
                 lambda c: group_error(round_trip(grouped, c[0], c[1], spec) - grouped, gram), candidates
             )
             pick = jnp.argmin(losses, 0)[None]
-            return tuple(jnp.take_along_axis(c, pick, 0)[0] for c in candidates)  # type: ignore[return-value]
+            return tuple(jnp.take_along_axis(c, pick, 0) for c in candidates)  # type: ignore[return-value]
 
         r = jnp.array(self.ratios, jnp.float32)[:, None, None]
         fixed = jnp.ones_like(r)
         if self.mirrored:
-            return best((jnp.maximum(low, -widest * r), jnp.minimum(high, widest * r)))
-        low, high = best((low * r, high * r))
-        if self.ends:
-            low, high = best((low * r, high * fixed))
-            low, high = best((low * fixed, high * r))
-        return low, high
+            low, high = best((jnp.maximum(low, -widest * r), jnp.minimum(high, widest * r)))
+        else:
+            low, high = best((low * r, high * r))
+            if self.ends:
+                low, high = best((low * r, high * fixed))
+                low, high = best((low * fixed, high * r))
+        return low[0], high[0]
 
 
 def no_clip(w: Float[Array, "i o"], moments: Moments, spec: QuantSpec) -> Ranges:

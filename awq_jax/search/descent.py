@@ -45,7 +45,7 @@ def descended_rows(
                 j, code, step, out = row
                 new = jnp.clip(jnp.round(code - slope[j] / (out[j] * step)), 0, spec.levels)
                 moved = (new - code) * step
-                return (slope + out[:, None] * moved, change.at[j].add(moved)), new
+                return (slope + out[:, None] * moved[None], change.at[j].add(moved)), new
 
             own = jax.lax.dynamic_slice(change, (start, 0), (CHUNK, o))
             (_, own), new = jax.lax.scan(one_row, (into @ change, own), (jnp.arange(CHUNK), codes, steps, inside.T))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from awq_jax.moments import Moments
-from awq_jax.search.grid import SMALLEST, normalised, scale_error, sizes, some_columns
+from awq_jax.search.grid import floored, normalised, scale_error, sizes, some_columns
 from awq_jax.spec import QuantSpec
 
 RATIO = (5**0.5 - 1) / 2
@@ -28,7 +28,7 @@ class Golden:
 
     def __call__(self, w: Float[Array, "i o"], moments: Moments, spec: QuantSpec) -> Float[Array, " i"]:
         w = some_columns(w, self.columns)
-        statistic = jnp.maximum(sizes(moments, "mean"), SMALLEST)
+        statistic = floored(sizes(moments, "mean"))
 
         scale = lambda r: normalised(statistic**r)
         error = lambda r: scale_error(w, scale(r), moments, spec)

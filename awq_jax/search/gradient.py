@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from awq_jax.compat import adam
 from awq_jax.moments import Moments
 from awq_jax.search.grid import Grid, scale_error, some_columns
 from awq_jax.search.loss import output_error
@@ -35,7 +36,7 @@ class Gradient:
     def __call__(self, w: Float[Array, "i o"], moments: Moments, spec: QuantSpec) -> Float[Array, " i"]:
         first = jnp.log(self.start(w, moments, spec))
         w = some_columns(w, self.columns)
-        optimizer = optax.adam(self.rate)
+        optimizer = adam(self.rate)
         value_and_grad = jax.value_and_grad(lambda log_s: smooth_error(w, jnp.exp(log_s), moments, spec))
 
         def step(state: tuple[Any, ...], _: None) -> tuple[tuple[Any, ...], None]:

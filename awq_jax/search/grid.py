@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from awq_jax.moments import Moments
+from awq_jax.moments import UNIT, Moments, unit
 from awq_jax.search.loss import group_blocks, group_error
 from awq_jax.spec import QuantSpec
 from awq_jax.tensor import group, group_ranges, round_trip
 
 SMALLEST = 1e-4
-"""Of the statistic and of s before it is normalised, as in llm-awq."""
+"""Of the statistic and of s before it is normalised, relative to their means; of statistics near 1, as in llm-awq."""
 
 
 @dataclass(frozen=True)
@@ -50,21 +50,26 @@ class Grid:
             "any": [(r, p) for r in self.ratios for p in self.ratios],
         }[self.duo]
         r, p = jnp.array(pairs, jnp.float32).T[..., None]
-        s = jnp.maximum(sizes(moments, self.statistic), SMALLEST) ** r / (relative_size(w, spec) ** p + 1e-4)
-        s = jnp.maximum(s, SMALLEST)
-        return normalised(s)
+        sized, relative = floored(sizes(moments, self.statistic)), relative_size(w, spec)
+        return normalised(floored(sized[None] ** r / (relative[None] ** p + 1e-4)))
+
+
+def floored(a: Float[Array, "*n i"]) -> Float[Array, "*n i"]:
+    """Dead channels as if they had a ten-thousandth of the mean; ones where all are dead."""
+    mean = a.mean(-1, keepdims=True)
+    return jnp.maximum(a, jnp.where(mean > 0, SMALLEST * mean, 1))
 
 
 def sizes(moments: Moments, statistic: Literal["mean", "rms"]) -> Float[Array, " i"]:
     """How large each input channel is."""
     if statistic == "mean":
         return moments.mean_abs
-    diagonal = jnp.einsum("nii->ni", moments.mean_gram).reshape(-1)[: moments.abs_sum.shape[-1]]
-    return jnp.sqrt(diagonal)
+    return jnp.sqrt(moments.diagonal / UNIT**2 / jnp.maximum(moments.count, 1))
 
 
 def normalised(s: Float[Array, "*n i"]) -> Float[Array, "*n i"]:
     """Scales whose largest times their smallest is 1 (llm-awq)."""
+    s = s / unit(s, -1)
     return s / jnp.sqrt(s.max(-1, keepdims=True) * s.min(-1, keepdims=True))
 
 
@@ -76,7 +81,8 @@ def some_columns(w: Float[Array, "i o"], most: int) -> Float[Array, "i some"]:
 def relative_size(w: Float[Array, "i o"], spec: QuantSpec) -> Float[Array, " i"]:
     """Mean over columns of |w| relative to the largest of its group (AutoAWQ's w_mean)."""
     grouped = jnp.abs(group(w, spec))
-    return (grouped / (grouped.max(1, keepdims=True) + 1e-6)).mean(-1).reshape(-1)[: w.shape[0]]
+    largest = grouped.max(1, keepdims=True)
+    return (grouped / jnp.where(largest > 0, largest, 1)).mean(-1).reshape(-1)[: w.shape[0]]
 
 
 def scale_error(w: Float[Array, "i o"], s: Float[Array, " i"], moments: Moments, spec: QuantSpec) -> Float[Array, ""]:

@@ -37,8 +37,8 @@ class Importance:
             steps, zeros = affine(low * r, high * r, spec)
             level = nearest(grouped, steps, zeros, spec) - zeros[:, None]
             curve = (importance * level**2).sum(1)
-            step = jnp.where(curve > 0, (importance * level * grouped).sum(1) / jnp.maximum(curve, 1e-30), steps)
-            step = jnp.clip(step, 0.8 * steps, 1.2 * steps)
+            step = jnp.where(curve > 0, (importance * level * grouped).sum(1) / jnp.where(curve > 0, curve, 1), steps)
+            step = jnp.where(low < high, jnp.clip(step, 0.8 * steps, 1.2 * steps), 0)
             error = (importance * (level * step[:, None] - grouped) ** 2).sum(1)
             return error, (-zeros * step, (spec.levels - zeros) * step)
 

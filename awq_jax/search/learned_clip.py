@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float
 
+from awq_jax.compat import adam
 from awq_jax.moments import Moments
 from awq_jax.search.clip import Clip, Ranges
 from awq_jax.search.gradient import straight_through
@@ -39,7 +39,7 @@ class LearnedClip:
             codes = straight_through(grouped / steps[:, None] + zeros[:, None], spec)
             return group_error((codes - zeros[:, None]) * steps[:, None] - grouped, gram)
 
-        optimizer = optax.adam(self.rate)
+        optimizer = adam(self.rate)
 
         def step(state: tuple[Any, ...], _: None) -> tuple[tuple[Any, ...], None]:
             ratios, optimizer_state, best, least = state

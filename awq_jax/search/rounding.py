@@ -12,7 +12,7 @@ from awq_jax.moments import Moments
 from awq_jax.search.descent import CHUNK, descended_rows
 from awq_jax.search.loss import blocks
 from awq_jax.spec import QuantSpec
-from awq_jax.tensor import affine, group, nearest, stored_step
+from awq_jax.tensor import affine, group, nearest, rounded_step
 
 Codes = tuple[Float[Array, "groups g o"], Float[Array, "groups o"], Float[Array, "groups o"]]
 
@@ -146,7 +146,7 @@ def shrunk(gram: Float[Array, "n b b"], shrink: float) -> Float[Array, "n b b"]:
     diagonal = jnp.einsum("nii->ni", gram)
     mean = diagonal.mean(-1, keepdims=True)
     diagonal = jnp.maximum(diagonal, jnp.where(mean > 0, 1e-3 * mean, 1.0))
-    eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)
+    eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)[None]
     return gram * (1 - eye) * (1 - shrink) + diagonal[..., None] * eye
 
 
@@ -162,7 +162,7 @@ def _round_rows(
     # G = U U' with U upper triangular: row j's error belongs into row k > j by U[j, k] / U[k, k]. The same codes as
     # from GPTQ's inverse (QuIP, arXiv 2307.13304, theorem 6), without the inverse.
     upper = jnp.linalg.cholesky(gram[::-1, ::-1])[::-1, ::-1]
-    into = jnp.triu(upper / jnp.diagonal(upper), 1).T
+    into = jnp.triu(upper / jnp.diagonal(upper)[None], 1).T
     chunks = lambda a: a.reshape(b // CHUNK, CHUNK, -1)
 
     def one_chunk(
@@ -178,7 +178,7 @@ def _round_rows(
             j, w, step, zero, out = row
             code = jnp.clip(jnp.round(targets[j] / step) + zero, 0, spec.levels)
             error = w - (code - zero) * step
-            return (targets + out[:, None] * error, errors.at[j].set(error)), code
+            return (targets + out[:, None] * error[None], errors.at[j].set(error)), code
 
         (_, found), codes = jax.lax.scan(
             one_row, (rows + into @ errors, jnp.zeros_like(rows)), (jnp.arange(CHUNK), rows, steps, zeros, inside)
@@ -209,8 +209,9 @@ def _refitted(
         level, before = levels[i], steps[i, 0]
         slope = (level * (rows @ error)).sum(0)
         curve = (level * (own @ level)).sum(0)
-        step = stored_step(jnp.clip(before - slope / jnp.maximum(curve, 1e-30), 0.8 * before, 1.2 * before))
-        moved = jax.lax.dynamic_slice(error, (i * g, 0), (g, o)) + level * (step - before)
+        move = slope / jnp.where(curve > 0, curve, 1)
+        step = rounded_step(jnp.clip(before - move, 0.8 * before, 1.2 * before))
+        moved = jax.lax.dynamic_slice(error, (i * g, 0), (g, o)) + level * (step - before)[None]
         return jax.lax.dynamic_update_slice(error, moved, (i * g, 0)), step
 
     error = (levels * steps).reshape(w.shape) - w

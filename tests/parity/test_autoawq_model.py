@@ -27,9 +27,7 @@ def unpacked(words):
 
 def dense_state(folder: Path):
     """The folder's tensors by the names and in the orientation of transformers' dense model, float32."""
-    stored = {}
-    for file in sorted(set(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"].values())):
-        stored |= load_file(folder / file)
+    stored = load_file(folder / "model.safetensors")
     state = {name: w.float() for name, w in stored.items() if name.endswith(".weight")}
     for name in [n for n in stored if n.endswith(".qweight")]:
         module = name.removesuffix(".qweight")

@@ -1,0 +1,144 @@
+"""The model card, README.md: where a quantized model comes from, how, how good it is, how to load it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+CARD = "README.md"
+HUB_CACHE = re.compile(r"models--(.+)--(.+)")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+TEMPLATE = """\
+---
+{header}
+---
+
+# {title}
+
+{base} quantized by [awq_jax](https://pypi.org/project/awq-jax/), activation-aware weight quantization (AWQ) in JAX.
+
+| | |
+|---|---|
+{figures}
+
+Error: the squared error of a site's output on the calibration text, relative to the output's square. Each site's is in
+`quantization_report.json`.
+
+Recipe:
+
+```
+{recipe}
+```
+
+## Load it
+
+Put the path of this folder, or the name of its repository, in the place of `FOLDER`.
+{load}"""
+NAMES = {"awq": "AWQ in 4 bits", "orbax": "AWQ in awq_jax's own format"}
+HERE = """
+awq_jax:
+
+```
+pip install awq-jax
+awq-jax generate FOLDER "Why is the sky blue?"
+```
+"""
+SERVERS = """
+transformers, with `pip install transformers gptqmodel accelerate`:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER", device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+```
+
+vLLM:
+
+```
+vllm serve FOLDER
+```
+
+SGLang:
+
+```
+python -m sglang.launch_server --model-path FOLDER
+```
+"""
+
+
+class Site(Protocol):
+    """What became of a param; a SiteReport."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def spec(self) -> Any: ...
+
+    @property
+    def error(self) -> float: ...
+
+
+def card(model: str | Path, format: str, recipe: str, sizes: Mapping[str, str], sites: Sequence[Site]) -> str:
+    """The text of README.md; of local paths it has the last component only.
+
+    Args:
+      model: what was quantized, as the user named it.
+      format: "awq" or "orbax".
+      recipe: as text.
+      sizes: further rows of the table.
+      sites: see SiteReport.
+    """
+    base, license = hub_id(model), license_of(Path(model).expanduser())
+    name = base or Path(model).expanduser().resolve().name
+    header = {
+        **({"base_model": base, "base_model_relation": "quantized"} if base else {}),
+        **({"license": license} if license else {}),
+        "library_name": "transformers" if format == "awq" else "awq_jax",
+        "pipeline_tag": "text-generation",
+        "tags": ["awq_jax", *(["awq", "4-bit"] if format == "awq" else [])],
+    }
+    made = [site for site in sites if site.spec is not None]
+    figures = dict(sizes)
+    if made:
+        worst = max(made, key=lambda site: site.error)
+        mean = sum(site.error for site in made) / len(made)
+        figures["sites quantized"] = str(len(made))
+        figures["error, mean and worst"] = f"{mean:.2%}, {worst.error:.2%} (`{worst.name}`)"
+    return TEMPLATE.format(
+        # A JSON value is a YAML value.
+        header="\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in header.items()),
+        title=f"{name}, {NAMES[format]}",
+        base=f"[{base}](https://huggingface.co/{base})" if base else name,
+        figures="\n".join(f"| {key} | {value} |" for key, value in figures.items()),
+        recipe=recipe,
+        load=(SERVERS if format == "awq" else "") + HERE,
+    )
+
+
+def hub_id(model: str | Path) -> str | None:
+    """The name on the Hugging Face hub of what the user named: itself, or from a folder of the hub's cache."""
+    path = Path(model).expanduser()
+    if not path.exists():
+        return str(model) if HUB_ID.fullmatch(str(model)) else None
+    found = [match for part in path.absolute().parts if (match := HUB_CACHE.fullmatch(part))]
+    return "/".join(found[-1].groups()) if found else None
+
+
+def license_of(path: Path) -> str | None:
+    """What the card beside the weights says, or a GGUF file's metadata."""
+    from huggingface_hub import metadata_load
+
+    from awq_jax.formats.gguf_header import read_header
+
+    try:
+        about = read_header(path).metadata if path.is_file() else metadata_load(path / CARD) or {}
+    # A card is prose: whatever is wrong with its header, only the license stays out.
+    except Exception:
+        return None
+    found = about.get("general.license" if path.is_file() else "license")
+    return found if isinstance(found, str) else None

@@ -1,0 +1,87 @@
+"""The `awq-jax` command; outside of the package, so that signals are settled before anything large is imported.
+
+SIGTERM, SIGINT and SIGHUP end the process at once, whatever it computes: a thread waits for them, since Python's own
+handlers wait for compiled programs. It removes the scratch folders first, so nothing is left.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+ENDINGS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
+ENDING = threading.Lock()
+"""Taken by who ends the process, the main thread or the watching one."""
+
+
+def main() -> None:
+    """Runs the command; exit codes of signals are the shell's, 128 and the number."""
+    # What is registered first runs last.
+    atexit.register(end_regularly)
+    end_at_signals()
+    from awq_jax.cli import main as run
+
+    run()
+
+
+def end_regularly() -> None:
+    """Waits if a signal is ending the process, else ignores signals: Python would die of them in its last moments."""
+    ENDING.acquire()
+    for number in ENDINGS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def end_at_signals() -> None:
+    """From now on the signals end the process, except those that it was started to ignore (nohup)."""
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+    threading.Thread(target=watch, args=(heard,), daemon=True).start()
+    signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    for number in ENDINGS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
+
+
+def watch(heard: int) -> None:
+    while (number := os.read(heard, 1)[0]) not in ENDINGS:
+        pass
+    ENDING.acquire()
+    try:
+        say_stopped()
+        end_children()
+        scratch = sys.modules.get("awq_jax.formats.scratch")
+        getattr(scratch, "discard_all", lambda: None)()
+    finally:
+        os._exit(128 + number)
+
+
+def say_stopped() -> None:
+    """The last line on the error stream: what the other threads still say goes nowhere."""
+    if sys.stderr is None:
+        return
+    errors = sys.stderr.fileno()
+    # A progress bar stands in the line, and hides the cursor.
+    os.write(errors, (b"\r\x1b[K\x1b[?25h" if os.isatty(errors) else b"") + b"awq-jax: stopped.\n")
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            os.dup2(nowhere, stream.fileno())
+
+
+def end_children() -> None:
+    """Kills the processes that this one started, where the system tells which (Linux)."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            # "pid (name) state parent ...", and a name may hold anything.
+            parent = (process / "stat").read_bytes().rpartition(b")")[2].split()[1]
+            if int(parent) == os.getpid():
+                os.kill(int(process.name), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

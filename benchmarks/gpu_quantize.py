@@ -1,0 +1,200 @@
+"""Step "quantize": Llama-3-8B's shape streamed and in memory; a real model's codes on GPU and CPU; distillation.
+
+The large shape has random weights, drawn layer by layer where they are needed, so that no disk is timed. The real model
+is the SmolLM2 that `awq-jax demo` keeps in the user's cache; without it those rows say so. Compilation is in all
+seconds.
+"""
+
+from __future__ import annotations
+
+import functools as ft
+import json
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from gpu_record import Record, Row
+from gpu_smoke import TOY, TWO_LAYERS
+from peers import parts
+
+import awq_jax as awq
+from awq_jax.cache import cache
+from awq_jax.calib import calibration_tokens
+from awq_jax.convert import quantize_checkpoint
+from awq_jax.demo import evaluation_text
+from awq_jax.evaluate import score, windows
+from awq_jax.formats.checkpoint import open_checkpoint
+from awq_jax.load import load
+from awq_jax.models import for_config
+from awq_jax.paths import named_leaves
+from awq_jax.presets import PRESETS
+from awq_jax.recipe import Recipe
+from awq_jax.refine import logits, together
+from awq_jax.spec import QuantSpec, Rule
+from awq_jax.stream import Decoder, stream
+from awq_jax.tensor import is_quantized, quantize
+
+
+def random_decoder(hf: dict[str, Any]) -> Decoder:
+    module = for_config(hf)
+    config = module.Config.from_hf(hf, jnp.bfloat16)
+    shapes = module.stored_shapes(config)
+    draw = jax.jit(
+        lambda seed, shape: jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16) / 50, static_argnums=1
+    )
+    return Decoder(module, config, lambda name: draw(np.uint32(zlib.crc32(name.encode())), shapes[name]))
+
+
+def random_tokens(vocab: int, number: int, length: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(vocab, size=(number // length, length), dtype=np.int32)
+
+
+def gigabytes(tree: Any) -> float:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) / 1e9
+
+
+def peak() -> Row:
+    used = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+    return Row("peak memory of the device since the step began", used / 1e9, "GB")
+
+
+def streamed(decoder: Decoder, tokens: np.ndarray, recipe: Recipe, record: Record) -> Iterator[Row]:
+    start, packed = time.perf_counter(), {}
+
+    def keep(part: str, params: Any) -> None:
+        packed[part] = jax.block_until_ready(params)
+        record.details.append({"part": part, "seconds": time.perf_counter() - start})
+        record.write()
+        if record.over():
+            raise TimeoutError(f"{part} was done after {time.perf_counter() - start:.0f} s, the step's time was over")
+
+    done = stream(decoder, tokens, recipe, keep)
+    seconds = time.perf_counter() - start
+    yield Row(f"streamed, {decoder.config.layers} layers, {tokens.size} tokens", seconds, "s", 60, most=True)
+    for stage, part in done.seconds.items():
+        yield Row(f"streamed: {stage}", part, "s")
+    yield Row("streamed: packed layers", gigabytes({k: v for k, v in packed.items() if k != "outer"}), "GB")
+    yield peak()
+
+
+def in_memory(decoder: Decoder, tokens: np.ndarray, recipe: Recipe) -> Iterator[Row]:
+    """`calibrate` and `quantize` of the whole function, its layers scanned."""
+    outer = jax.tree.map(jnp.asarray, decoder.module.outer_params(decoder.read, decoder.config))
+    params = {"outer": outer, "layers": together([decoder.layer(i) for i in decoder.layers])}
+    jax.block_until_ready(params)
+    recipe = replace(recipe, rules=(Rule("outer/", skip=True),))
+    batches = [(jnp.asarray(tokens[k : k + 4]),) for k in range(0, len(tokens), 4)]
+    start = time.perf_counter()
+    calibration = awq.calibrate(logits(decoder), params, batches)
+    jax.block_until_ready(calibration.moments)
+    middle = time.perf_counter()
+    jax.block_until_ready(awq.quantize(params, calibration, recipe)[0])
+    yield Row("in memory: calibrate", middle - start, "s")
+    yield Row("in memory: calibrate and quantize", time.perf_counter() - start, "s", 60, most=True)
+    yield peak()
+
+
+def on_cpu() -> Any:
+    on_one = jax.default_backend() == "cpu"
+    return nullcontext() if on_one else jax.default_device(jax.devices("cpu")[0])
+
+
+def ties() -> Iterator[Row]:
+    """Rounding to nearest on both: codes may differ where a weight lies between two of them."""
+    w = np.random.default_rng(0).standard_t(4, size=(1024, 512)).astype(np.float32)
+    q, s, z = parts(quantize(w, QuantSpec(4, 64)))
+    with on_cpu():
+        other, s_cpu, z_cpu = parts(quantize(w, QuantSpec(4, 64)))
+    spread = lambda a: np.repeat(a, 64, axis=0)
+    off = np.abs(np.abs(w / spread(s) + spread(z) - np.minimum(q, other)) - 0.5)
+    yield Row("rounded: steps and zeros that differ", int(((s != s_cpu) | (z != z_cpu)).sum()), "", 0, most=True)
+    yield Row("rounded: codes that differ", int((q != other).sum()), f"of {q.size}")
+    yield Row("rounded: codes that differ and are no ties", int(((q != other) & (off > 1e-3)).sum()), "", 0, most=True)
+
+
+def same_codes(model: Path, recipe: Recipe, layers: int, samples: int, length: int) -> Iterator[Row]:
+    """The whole search in float32 on both devices. A tie decided otherwise moves the codes rounded after it."""
+    checkpoint = open_checkpoint(model)
+    module = for_config(checkpoint.config)
+    config = replace(module.Config.from_hf(checkpoint.config), layers=layers)
+    tokens = calibration_tokens(None, checkpoint.tokenizer(), samples=samples, seq_len=length)
+
+    def run() -> tuple[dict[str, Any], Any]:
+        found: dict[str, Any] = {}
+        with jax.default_matmul_precision("highest"):
+            decoder = Decoder(module, config, checkpoint.read)
+            done = stream(decoder, tokens, recipe, found.__setitem__, dtype=jnp.float32)
+        return {name: w for name, w in named_leaves(found).items() if is_quantized(w)}, done.reports
+
+    start = time.perf_counter()
+    ours, reports = run()
+    yield Row(f"search on the GPU, {layers} layers, {tokens.size} tokens", time.perf_counter() - start, "s")
+    start = time.perf_counter()
+    with on_cpu():
+        theirs, reports_cpu = run()
+    yield Row("search on the CPU", time.perf_counter() - start, "s")
+    codes = [(parts(ours[name])[0], parts(theirs[name])[0]) for name in ours]
+    steps = [np.abs(a.astype(int) - b) for a, b in codes]
+    share = sum((d == 0).sum() for d in steps) / sum(d.size for d in steps)
+    errors = [abs(a.error - b.error) / b.error for a, b in zip(reports, reports_cpu, strict=True) if b.error]
+    yield Row("search: codes equal on GPU and CPU", float(share), "of all", 0.99)
+    yield Row("search: codes more than a step apart", float(sum((d > 1).sum() for d in steps)))
+    yield Row("search: sites' errors differ by at most", float(max(errors, default=0)), "", 0.01, most=True)
+
+
+def distilled(model: Path, recipe: Recipe, samples: int, length: int, passes: int) -> Iterator[Row]:
+    """KL on the packaged evaluation text before and after, and seconds."""
+    dense = load(model, jnp.float32)
+    texts = windows(evaluation_text(), dense.tokenizer, 8, length)
+    for n in (0, passes):
+        with tempfile.TemporaryDirectory() as scratch:
+            out = Path(scratch) / "out"
+            start = time.perf_counter()
+            options: Any = {"format": "orbax", "samples": samples, "seq_len": length, "distill": n}
+            done = quantize_checkpoint(model, out, recipe, **options)
+            yield Row(f"{n} passes of distillation: all", time.perf_counter() - start, "s")
+            if n:
+                yield Row(f"{n} passes of {samples * length} tokens", done.seconds["distillation"], "s")
+            with jax.default_matmul_precision("highest"):
+                kl = score(load(out, jnp.float32), texts, dense).kl
+            yield Row(f"{n} passes of distillation: KL", kl, "nats a token")
+
+
+def real_model(toy: bool, folder: str) -> Path:
+    if toy:
+        sys.path.append(str(Path(__file__).parents[1] / "tests"))
+        from checkpoints import tiny_folder
+
+        return tiny_folder(Path(folder) / "model")
+    if not (model := cache() / "smollm2-135m-instruct.gguf").exists():
+        raise FileNotFoundError(f"{model} is not here: see benchmarks/README.md")
+    return model
+
+
+def run(record: Record) -> None:
+    toy = record.toy
+    hf = TWO_LAYERS | TOY if toy else json.loads(Path(__file__).with_name("llama_3_8b.json").read_text())
+    number, length = (128, 32) if toy else (16384, 512)
+    decoder = random_decoder(hf)
+    tokens = random_tokens(decoder.config.vocab, number, length)
+    recipe = PRESETS["rtn" if toy else "default"]
+    narrow = replace(recipe, group_size=32 if toy else 64)
+    with tempfile.TemporaryDirectory() as folder:
+        real = ft.cache(lambda: real_model(toy, folder))
+        record.attempt("streamed", ft.partial(streamed, decoder, tokens, recipe, record))
+        record.attempt("ties", ties)
+        sizes = (1, 2, 32) if toy else (2, 16, 512)
+        record.attempt("codes on GPU and CPU", lambda: same_codes(real(), narrow, *sizes))
+        record.attempt("in memory", lambda: in_memory(decoder, tokens, recipe))
+        # Three passes of the packaged text's 87,000 tokens: 260,000 are seen.
+        sizes = (2, 32, 1) if toy else (170, 512, 3)
+        record.attempt("distillation", lambda: distilled(real(), narrow, *sizes))

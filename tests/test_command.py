@@ -1,0 +1,118 @@
+"""The process of the `awq-jax` command: what signals and closed pipes do to it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import awq_jax_command
+from awq_jax.formats import scratch
+
+ROOT = Path(awq_jax_command.__file__).parent
+STAND_IN = """
+import hashlib, importlib.util, subprocess, sys, time, types
+from pathlib import Path
+home, what = Path(sys.argv[1]), sys.argv[2]
+spec = importlib.util.spec_from_file_location("awq_jax.formats.scratch", sys.argv[3])
+scratch = importlib.util.module_from_spec(spec)
+sys.modules["awq_jax.formats.scratch"] = scratch
+spec.loader.exec_module(scratch)
+
+def run():
+    with scratch.scratch_folder(home) as folder:
+        (folder / "file").write_text("half")
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) if what == "child" else None
+        print(child.pid if child else "ready", flush=True)
+        if what == "compiled":  # minutes in C, where no handler of Python's runs
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+        if what == "writing":
+            for k in range(10**9):
+                (folder / str(k)).write_text("")
+        time.sleep(600)
+
+class Importing:
+    def find_spec(self, name, path, target=None):
+        if name == "awq_jax":
+            print("ready", flush=True)
+            time.sleep(600)
+
+if what == "imports":
+    sys.meta_path.insert(0, Importing())
+else:
+    sys.modules["awq_jax"] = types.ModuleType("awq_jax")
+    sys.modules["awq_jax.cli"] = types.SimpleNamespace(main=run)
+import awq_jax_command
+awq_jax_command.main()
+"""
+
+
+def started(home: Path, what: str, ignored: tuple[int, ...] = ()) -> tuple[subprocess.Popen, str]:
+    """The command with a stand-in for what it runs, and the first line that this prints."""
+
+    def dispositions() -> None:
+        for number in awq_jax_command.ENDINGS:
+            signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
+
+    process = subprocess.Popen(
+        [sys.executable, "-c", STAND_IN, str(home), what, scratch.__file__],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        preexec_fn=dispositions,
+    )
+    assert process.stdout is not None
+    return process, process.stdout.readline().strip()
+
+
+def is_dead(stat: Path) -> bool:
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)])
+@pytest.mark.parametrize("what", ["imports", "compiled", "writing", "child"])
+def test_a_signal_ends_it_at_once_and_leaves_nothing(tmp_path, name, code, what):
+    process, line = started(tmp_path, what)
+    process.send_signal(getattr(signal, name))
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (code, "", "awq-jax: stopped.\n")
+    assert list(tmp_path.iterdir()) == []
+    if what == "child":
+        end = time.monotonic() + 30
+        while not is_dead(Path(f"/proc/{line}/stat")):
+            assert time.monotonic() < end
+
+
+def test_what_it_was_started_to_ignore_it_ignores(tmp_path):
+    process, _ = started(tmp_path, "compiled", ignored=(signal.SIGHUP,))
+    process.send_signal(signal.SIGHUP)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.5)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_reader_that_goes_away(buffered):
+    read, write = os.pipe()
+    os.close(read)
+    names = os.environ | ({} if buffered else {"PYTHONUNBUFFERED": "1"})
+    command = [sys.executable, "-c", "from awq_jax_command import main; main()", "doctor"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=names, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_killed_while_it_quantizes(tmp_path):
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from kills import kills
+
+    assert sum(n for what, n in kills(tmp_path, 4, 0).items() if "whole" in what) == 4

@@ -1,0 +1,85 @@
+"""Scratch folders of processes that live, end and die."""
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+from awq_jax.formats import scratch
+from awq_jax.formats.scratch import discard_all, scratch_folder
+
+DIES = """
+import os, runpy, sys
+from pathlib import Path
+scratch_folder = runpy.run_path(sys.argv[3])["scratch_folder"]
+with scratch_folder(Path(sys.argv[1])) as folder:
+    (folder / "file").write_text("half")
+    print("ready", flush=True)
+    if sys.argv[2] == "dies":
+        os._exit(9)
+    sys.stdin.read()
+"""
+
+
+def started(home: Path, what: str) -> subprocess.Popen:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", DIES, str(home), what, scratch.__file__], **pipes)
+    assert process.stdout.readline() == b"ready\n"
+    return process
+
+
+def test_it_goes_when_the_block_ends(tmp_path):
+    with scratch_folder(tmp_path) as folder:
+        (folder / "file").write_text("1")
+        assert folder.stat().st_mode & 0o777 == 0o700
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_those_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
+    started(tmp_path, "dies").communicate()
+    living = started(tmp_path, "lives")
+    assert len(list(tmp_path.iterdir())) == 1
+    with scratch_folder(tmp_path):
+        assert len(list(tmp_path.iterdir())) == 2
+    living.communicate()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_of_another_machine_is_named(tmp_path, monkeypatch, caplog):
+    started(tmp_path, "dies").communicate()
+    monkeypatch.setattr(scratch.socket, "gethostname", lambda: "elsewhere")
+    with caplog.at_level(logging.WARNING), scratch_folder(tmp_path):
+        pass
+    assert "remove it if nothing runs there" in caplog.text
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_without_locks_all_stay(tmp_path, monkeypatch):
+    started(tmp_path, "dies").communicate()
+    monkeypatch.setattr(scratch, "fcntl", None)
+    with scratch_folder(tmp_path):
+        pass
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_empty_one_goes_under_its_maker_who_makes_another(tmp_path, monkeypatch):
+    real, calls = scratch.os.open, []
+
+    def taken(path, *args):
+        calls.append(path)
+        if len(calls) == 1:
+            Path(path).parent.rmdir()
+        return real(path, *args)
+
+    monkeypatch.setattr(scratch.os, "open", taken)
+    with scratch_folder(tmp_path) as folder:
+        assert folder.exists()
+    assert len(calls) == 2
+
+
+def test_all_of_this_process(tmp_path):
+    with scratch_folder(tmp_path / "."), scratch_folder(tmp_path):
+        assert len(list(tmp_path.iterdir())) == 2
+        discard_all()
+        scratch.SETTLING.release()
+        assert list(tmp_path.iterdir()) == []
