@@ -119,6 +119,7 @@ class Eval:
         from awq_jax.evaluate import score, windows
         from awq_jax.formats.files import read_text
         from awq_jax.load import load
+        from awq_jax.memory import check_memory
         from awq_jax.models.inputs import check_tokens
 
         text = read_text(self.text)
@@ -128,6 +129,7 @@ class Eval:
         tokens = windows(text, model.tokenizer, self.windows, self.length, str(self.text))
         for one in (model, reference or model):
             check_tokens(one.config, tokens, f"{self.text} in windows of --length {self.length}")
+        check_memory(f"A window of --length {self.length}", model.nbytes_of_logits(self.length), "give a smaller one")
         with bar() as progress:
             rows = {self.model: score(model, tokens, reference, lambda k, n: progress("window", k, n))}
             if reference is not None and self.dense is not None:

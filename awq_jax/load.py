@@ -20,6 +20,7 @@ from awq_jax.formats.checkpoint import Checkpoint, open_checkpoint
 from awq_jax.formats.errors import InputError
 from awq_jax.formats.text import encode
 from awq_jax.machine import fast_dtype
+from awq_jax.memory import matmul_bytes
 from awq_jax.models.generate import Speed, generate, stream
 from awq_jax.models.inputs import check_tokens
 from awq_jax.models.pieces import pieces
@@ -64,6 +65,12 @@ class Model:
     def logits(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t v"]:
         """Logits of every position, float32."""
         return self.head(self.hidden(tokens))
+
+    def nbytes_of_logits(self, tokens: int) -> int:
+        """About what `logits` of so many tokens takes in memory, beside the params: a layer, and the logits thrice."""
+        embed, block, head = steps(self.module, self.config)
+        hidden = jax.eval_shape(embed, self.outer, jax.ShapeDtypeStruct((1, tokens), jnp.int32))
+        return matmul_bytes(block, self.params["layers_0"], hidden) + 3 * matmul_bytes(head, self.outer, hidden)
 
     @property
     def outer(self) -> Any:

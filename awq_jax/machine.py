@@ -23,12 +23,27 @@ def fast_dtype() -> Any:
 
 
 def free_memory() -> int:
-    """Bytes that can still be taken without swapping; 0 where the system does not tell."""
+    """Bytes that can still be taken without swapping, in this container; 0 where that cannot be told."""
+    told = [n for n in (left_to_system(), left_to_container()) if n is not None]
+    return max(1, min(told)) if told else 0
+
+
+def left_to_system() -> int | None:
     try:
         found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
     except OSError:
-        return 0
-    return int(found[1]) * 1024 if found else 0
+        return None
+    return int(found[1]) * 1024 if found else None
+
+
+def left_to_container(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes that a container may still take, None where nothing bounds it; files that are cached give way."""
+    try:
+        most, taken = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
+        cached = re.search(r"^inactive_file (\d+)$", (folder / "memory.stat").read_text(), re.M)
+    except (OSError, ValueError):
+        return None
+    return most - taken + (int(cached[1]) if cached else 0)
 
 
 def dtype_for(backend: str, processor: str, capability: str = "") -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from awq_jax.machine import fast_dtype
+from awq_jax.memory import check_memory, matmul_bytes
 from awq_jax.moments import Moments
 from awq_jax.quantize import SiteReport, quantize
 from awq_jax.recipe import Recipe
@@ -91,6 +92,16 @@ def quantize_block(name: str, params: Any, calibration: Calibration, recipe: Rec
         raise ValueError(f"{name}/{e}") from e
 
 
+def refuse_too_large(model: Decoder, outer: Any, chunks: Sequence[Array]) -> None:
+    """Refuse, before any work, calibration sequences that memory does not hold."""
+    hidden = jax.eval_shape(partial(model.module.embed, model.config), outer, chunks[0])
+    t = chunks[0].shape[1]
+    states = sum(chunk.size for chunk in chunks) * hidden.dtype.itemsize * hidden.shape[-1]
+    needed = states + matmul_bytes(model.block, model.layer(0), hidden)
+    what = f"Calibration on {sum(map(len, chunks))} sequences of {t} tokens (samples, seq_len)"
+    check_memory(what, needed, "give shorter ones, or fewer")
+
+
 def stream(
     model: Decoder,
     tokens: Int[np.ndarray, "n t"],
@@ -113,6 +124,7 @@ def stream(
       progress: called with a stage, blocks done and blocks in all.
 
     Raises:
+      InputError: more or longer sequences than memory holds.
       ValueError: non-finite weights, or a fold that changed a block; both name the site.
     """
     clock = Clock()
@@ -121,6 +133,7 @@ def stream(
         outer = model.module.outer_params(model.read, model.config)
         rows = max(1, CHUNK // tokens.shape[1])
         chunks = [jnp.asarray(tokens[k : k + rows]) for k in range(0, len(tokens), rows)]
+        refuse_too_large(observed, outer, chunks)
         hidden = [model.module.embed(observed.config, outer, chunk) for chunk in chunks]
     with clock("write"):
         write("outer", outer)

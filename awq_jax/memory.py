@@ -1,0 +1,43 @@
+"""Whether a computation fits: asked before it starts, as a system that runs out kills the process without a word."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend import core
+
+from awq_jax.formats.errors import InputError
+from awq_jax.machine import free_memory
+
+
+def check_memory(what: str, needed: int, remedy: str) -> None:
+    """Passes if the machine has `needed` bytes, or if that cannot be told; accelerators say it themselves.
+
+    Raises:
+      InputError: it has not; starts with `what`.
+    """
+    free = free_memory() if jax.default_backend() == "cpu" else 0
+    if 0 < free < needed:
+        raise InputError(
+            f"{what} takes about {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free: {remedy}."
+        )
+
+
+def matmul_bytes(f: Callable[..., Any], *args: Any) -> int:
+    """What all matmuls of `f` give, in bytes: about what XLA takes beside arguments and results, within a third.
+
+    Args:
+      args: arrays, or jax.ShapeDtypeStructs.
+    """
+    return given_by_matmuls(jax.make_jaxpr(f)(*args).jaxpr)
+
+
+def given_by_matmuls(jaxpr: Any) -> int:
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            total += sum(v.aval.size * v.aval.dtype.itemsize for v in eqn.outvars)
+        total += sum(given_by_matmuls(getattr(sub, "jaxpr", sub)) for sub in core.jaxprs_in_params(eqn.params))
+    return total

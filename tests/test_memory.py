@@ -1,0 +1,45 @@
+"""What does not fit is refused before it starts."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+from checkpoints import tiny_folder
+from commands import run
+from tiny import hf_config, random_params
+
+from awq_jax import memory
+from awq_jax.models import llama
+
+
+def test_the_estimate_is_about_what_xla_takes():
+    config = llama.Config.from_hf(hf_config())
+    params, hidden = random_params(config)["layers_0"], jax.ShapeDtypeStruct((1, 2048, config.width), jnp.float32)
+    block = partial(llama.block, config)
+    taken = jax.jit(block).lower(params, hidden).compile().memory_analysis().temp_size_in_bytes
+    assert 0.6 < memory.matmul_bytes(block, params, hidden) / taken < 1.5
+
+
+@pytest.mark.parametrize(("free", "refused"), [(0, False), (99, True), (101, False)])
+def test_what_does_not_fit_is_refused_where_that_can_be_told(monkeypatch, free, refused):
+    monkeypatch.setattr(memory, "free_memory", lambda: free)
+    if refused:
+        with pytest.raises(ValueError, match=r"The work takes about 0\.0 GB of memory and 0\.0 GB are free: do less"):
+            memory.check_memory("The work", 100, "do less")
+    else:
+        memory.check_memory("The work", 100, "do less")
+
+
+def test_commands_refuse_what_memory_does_not_hold(tmp_path, monkeypatch):
+    model = tiny_folder(tmp_path / "m")
+    (tmp_path / "a.txt").write_text("some words " * 1000)
+    monkeypatch.setattr(memory, "free_memory", lambda: 1000)
+    done = run("quantize", model, tmp_path / "out", "--group-size", "32", "--samples", "2", "--seq-len", "64")
+    assert done.code == 2
+    assert "Calibration on 2 sequences of 64 tokens (samples, seq_len) takes about" in done.err
+    assert done.err.strip().endswith("GB are free: give shorter ones, or fewer.")
+    assert not (tmp_path / "out").exists()
+    done = run("eval", model, tmp_path / "a.txt", "--length", "64", "--windows", "1")
+    assert done.code == 2
+    assert "A window of --length 64 takes about" in done.err
