@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from awq_jax.moments import UNIT, Moments, unit
 from awq_jax.search.solve import Solution, find_scale, rounded_to_nearest, rounding_error, solve
 from awq_jax.spec import QuantSpec
-from awq_jax.tensor import Layout, QuantizedTensor, assemble, half_step, nearest
+from awq_jax.tensor import Layout, QuantizedTensor, assemble, group, half_step, nearest
 
 
 @ft.partial(jax.jit, static_argnames=("layouts", "n", "spec", "strategy"))
@@ -123,12 +123,17 @@ def solve_sites(
 def with_half_steps(
     found: Solution, w: Float[Array, "i o"], size: Float[Array, ""], moments: Moments, spec: QuantSpec
 ) -> Solution:
-    """What was found for `w * size`, with steps that float16 holds, and the codes nearest to what was found."""
+    """What was found for `w * size`, with steps that float16 holds.
+
+    Codes are those nearest to what was found, which keeps what error feedback did, or to the weights: by column the
+    better ones.
+    """
     steps = half_step(found.steps * size) / size
     rounded = (found.codes - found.zeros[:, None]) * found.steps[:, None]
-    codes = nearest(rounded, steps, found.zeros, spec)
-    error = rounding_error(w, codes, steps, found.zeros, moments)
-    return found._replace(codes=codes, steps=steps, error=error)
+    choices = [nearest(a, steps, found.zeros, spec) for a in (rounded, group(w, spec))]
+    kept, plain = (rounding_error(w, codes, steps, found.zeros, moments) for codes in choices)
+    codes = jnp.where(plain < kept, choices[1], choices[0])
+    return found._replace(codes=codes, steps=steps, error=jnp.minimum(plain, kept))
 
 
 def in_units(moments: Moments) -> Moments:
