@@ -125,15 +125,16 @@ def with_half_steps(
 ) -> Solution:
     """What was found for `w * size`, with steps that float16 holds.
 
-    Codes are those nearest to what was found, which keeps what error feedback did, or to the weights: by column the
-    better ones.
+    Codes are those nearest to what was found, which keeps what error feedback did; or to the weights, in columns where
+    a step moves and that is better.
     """
     steps = half_step(found.steps * size) / size
     rounded = (found.codes - found.zeros[:, None]) * found.steps[:, None]
     choices = [nearest(a, steps, found.zeros, spec) for a in (rounded, group(w, spec))]
     kept, plain = (rounding_error(w, codes, steps, found.zeros, moments) for codes in choices)
-    codes = jnp.where(plain < kept, choices[1], choices[0])
-    return found._replace(codes=codes, steps=steps, error=jnp.minimum(plain, kept))
+    better = (steps != found.steps).any(0) & (plain < kept)
+    codes, error = (jnp.where(better, b, a) for a, b in (choices, (kept, plain)))
+    return found._replace(codes=codes, steps=steps, error=error)
 
 
 def in_units(moments: Moments) -> Moments:
