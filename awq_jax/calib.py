@@ -13,9 +13,9 @@ import numpy as np
 from jaxtyping import Int
 
 from awq_jax.chats import Texts, as_texts, is_row
-from awq_jax.documents import SUFFIXES, names_in, read_rows
+from awq_jax.documents import SUFFIXES, read_rows
 from awq_jax.formats.errors import InputError, one_line
-from awq_jax.near import did_you_mean
+from awq_jax.near import did_you_mean, names_in
 
 SHORTEST = 256
 """Tokens below which statistics would mean nothing."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from awq_jax.formats.errors import InputError
-from awq_jax.near import did_you_mean
+from awq_jax.near import did_you_mean, names_in
 
 Row = tuple[str, Any]
 """Where it stands, "line 3", and the row: a text, or what JSON holds."""
@@ -65,14 +65,6 @@ def read_rows(file: Path, is_row: Callable[[Any], bool]) -> list[Row]:
     if suffix in JSON or STARTS_AS_JSON.match(text):
         return unwrapped(list(json_values(file, text)), is_row)
     return [("", text)]
-
-
-def names_in(folder: Path) -> list[str]:
-    """The names in a folder, none where it cannot be read."""
-    try:
-        return [path.name for path in folder.iterdir()]
-    except OSError:
-        return []
 
 
 def json_values(file: Path, text: str) -> Iterator[Row]:

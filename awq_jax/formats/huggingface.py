@@ -43,10 +43,10 @@ class Source(Protocol):
     def companions(self) -> Sequence[Path]: ...
 
 
-def download(model: str) -> Path:
+def download(model: str, hint: str = "") -> Path:
     """The folder of a model of the Hugging Face hub in the user's cache, fetched if it is not there yet.
 
-    Only safetensors, JSON and the tokenizer are fetched, and only from the top folder.
+    Only safetensors, JSON and the tokenizer are fetched, and only from the top folder. Errors add `hint` to the name.
 
     Raises:
       InputError: no such model, no connection, or no right to read it.
@@ -61,7 +61,7 @@ def download(model: str) -> Path:
     except Exception as e:
         reason = " ".join(str(e).split())
         raise InputError(
-            f"{model} is no folder or file here, and fetching it from the Hugging Face hub failed ({reason}): "
+            f"{model} is no folder or file here{hint}, and fetching it from the Hugging Face hub failed ({reason}): "
             "check the name and the connection, or give a local folder or a .gguf file."
         ) from e
     return Path(found)

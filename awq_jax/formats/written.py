@@ -46,6 +46,5 @@ def refuse_occupied(folder: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{folder} is a file: choose another folder. Nothing was written.")
     if not overwrite and folder.exists() and any(folder.iterdir()):
         raise FileExistsError(
-            f"{folder} is not empty: add --overwrite (overwrite=True) to replace it, or choose another folder. "
-            "Nothing was written."
+            f"{folder} is not empty: give overwrite=True to replace it, or choose another folder. Nothing was written."
         )
