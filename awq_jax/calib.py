@@ -96,7 +96,7 @@ def _of_source(
     name = source or "the packaged text"
     texts = Texts([packaged_text()], 0, ()) if source is None else read_texts(source, tokenizer, samples)
     tokens, total, estimated = cut(texts.texts, tokenizer, samples, seq_len, name)
-    others = len(texts.texts) - texts.chats
+    others = len(texts.texts) - texts.chats if source else 0
     return tokens, Read(name, texts.chats, others, total, tokens.size, texts.notes, estimated)
 
 

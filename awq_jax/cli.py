@@ -6,6 +6,8 @@ import os
 import shlex
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
@@ -191,7 +193,7 @@ class Generate:
 
 @dataclass(frozen=True)
 class Inspect:
-    """What is in a checkpoint: sites, bits, bytes, and each site's error where it was quantized here."""
+    """What is in a checkpoint: params by kind, bits a weight, bytes on disk, and errors where it was quantized here."""
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]
     """Any checkpoint, dense or quantized."""
@@ -293,10 +295,16 @@ def parsed(words: list[str]) -> Any:
     )
 
 
-def in_flags(message: str, command: Any) -> str:
-    """An error's message in the words of the command line."""
-    names = [field.name for field in fields(command)]
-    return as_flags(message, names, getattr(command, "spelled", {}), sys.argv[1:])
+@contextmanager
+def in_flags(command: Any) -> Iterator[None]:
+    """Puts errors of the block into the words of the command line."""
+    try:
+        yield
+    except (ValueError, OSError) as e:
+        if len(e.args) == 1 and isinstance(e.args[0], str):
+            names = [field.name for field in fields(command)]
+            e.args = (as_flags(e.args[0], names, getattr(command, "spelled", {}), sys.argv[1:]),)
+        raise
 
 
 def main() -> None:
@@ -310,9 +318,10 @@ def main() -> None:
     # So that scratch folders go as they do at Ctrl-C.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        command.run()
+        with in_flags(command):
+            command.run()
     except (ValueError, OSError) as e:
-        print("awq-jax:", in_flags(" ".join(str(e).split()), command), file=sys.stderr)
+        print("awq-jax:", " ".join(str(e).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("awq-jax: stopped.", file=sys.stderr)

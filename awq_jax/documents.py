@@ -47,6 +47,8 @@ def read_rows(file: Path, is_row: Callable[[Any], bool]) -> list[Row]:
     if not file.exists():
         near = did_you_mean(file.name, names_in(file.parent))
         raise InputError(f"{file}: there is no such file{near}: give {FORMATS}.")
+    if not file.is_file():
+        raise InputError(f"{file} is a pipe or a device: give {FORMATS}.")
     try:
         raw = file.read_bytes()
     except OSError as e:

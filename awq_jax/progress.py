@@ -61,8 +61,9 @@ def lines() -> Told:
 
     def progress(stage: str, done: int, total: int) -> None:
         nonlocal last
-        if (now := time.monotonic()) - last >= SECONDS:
+        if (now := time.monotonic()) - last >= SECONDS and (total, done) != (1, 1):
             last = now
-            print(f"{now - start:.0f} s: {stage} {done} of {total}", file=sys.stderr, flush=True)
+            steps = f" {done} of {total}" if total > 1 else ""
+            print(f"{now - start:.0f} s: {stage}{steps}", file=sys.stderr, flush=True)
 
     return progress

@@ -80,4 +80,6 @@ def quantized_tensor(
         steps = scales.read()
         return from_autoawq(qweight.read(), qzeros.read(), steps, spec.group_size, steps.dtype)
 
-    return StoredTensor((k, words * PER_WORD), qweight.nbytes + qzeros.nbytes + scales.nbytes, read, quantized=True)
+    nbytes = qweight.nbytes + qzeros.nbytes + scales.nbytes
+    stored_as = f"{spec.bits}-bit g{spec.group_size}"
+    return StoredTensor((k, words * PER_WORD), nbytes, read, quantized=True, stored_as=stored_as)

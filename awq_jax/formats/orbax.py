@@ -6,6 +6,7 @@ params/<part>, one orbax checkpoint of plain arrays for each part, so that a mod
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,37 @@ def load_part(folder: str | Path, part: str, metadata: Mapping[str, Any] | None 
     except (ValueError, OSError, KeyError, TypeError) as e:
         reason = " ".join(str(e).split())[:300]
         raise InputError(f"{folder / PARAMS / part} is damaged ({reason}): write or download it again.") from e
+
+
+def shapes(folder: Path) -> dict[str, Any]:
+    """Every param by its path, from headers alone: a jax.ShapeDtypeStruct, or a QuantizedTensor of them.
+
+    Raises:
+      InputError: see `load`.
+    """
+    import orbax.checkpoint as ocp
+
+    folder = Path(folder).resolve()
+    about = read_metadata(folder)
+    found: dict[str, Any] = {}
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            for part in about["parts"]:
+                tree = checkpointer.metadata(folder / PARAMS / part).item_metadata.tree
+                abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+                found |= {f"{part}/{name}": leaf for name, leaf in named_leaves(abstract).items()}
+        for name, static in about["tensors"].items():
+            leaves = {leaf: found.pop(f"{name}/{leaf}", None) for leaf in LEAVES}
+            found[name] = QuantizedTensor(**leaves, **static_fields(static))
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as e:
+        reason = " ".join(str(e).split())[:300]
+        raise InputError(f"{folder / PARAMS} is damaged ({reason}): write or download it again.") from e
+    return {name.removeprefix("outer/"): found[name] for name in sorted(found, key=place)}
+
+
+def place(name: str) -> list[Any]:
+    """By which names are sorted: numbers in them by their value."""
+    return [int(word) if word.isdigit() else word for word in re.split(r"(\d+)", name)]
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:

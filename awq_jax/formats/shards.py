@@ -122,7 +122,7 @@ def stored(file: Path, data: int, name: str, entry: dict[str, Any]) -> StoredTen
             f"{file}: {name} of shape {shape} in {entry['dtype']} takes {math.prod(shape) * dtype.itemsize} bytes, "
             f"the header gives it {end - begin}: the file is damaged, download it again."
         )
-    return StoredTensor(shape, end - begin, lambda: mapped(file, data + begin, shape, dtype))
+    return StoredTensor(shape, end - begin, lambda: mapped(file, data + begin, shape, dtype), stored_as=dtype.name)
 
 
 def mapped(file: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> Shaped[np.ndarray, "*shape"]:
