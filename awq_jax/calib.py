@@ -14,7 +14,8 @@ from jaxtyping import Int
 
 from awq_jax.chats import Texts, as_texts, is_row
 from awq_jax.documents import SUFFIXES, read_rows
-from awq_jax.formats.errors import InputError, one_line
+from awq_jax.formats.errors import InputError, one_line, reading
+from awq_jax.formats.text import encode
 from awq_jax.near import did_you_mean, names_in
 
 SHORTEST = 256
@@ -102,11 +103,12 @@ def _of_source(
 
 def read_texts(source: str, tokenizer: Any, samples: int) -> Texts:
     """The texts of a file or of a dataset of the hub."""
-    path = Path(source).expanduser()
-    if path.exists() or path.suffix.lower() in SUFFIXES or source.count("/") > 1:
-        return as_texts(read_rows(path, is_row), tokenizer, source)
-    rows = enumerate(islice(hub_rows(source), samples * 8), 1)
-    return as_texts(((f"row {k}", row) for k, row in rows), tokenizer, source)
+    with reading(f"{source} cannot be read as calibration text", "repair or replace it"):
+        path = Path(source).expanduser()
+        if path.exists() or path.suffix.lower() in SUFFIXES or source.count("/") > 1:
+            return as_texts(read_rows(path, is_row), tokenizer, source)
+        rows = enumerate(islice(hub_rows(source), samples * 8), 1)
+        return as_texts(((f"row {k}", row) for k, row in rows), tokenizer, source)
 
 
 def hub_rows(name: str) -> Iterator[Any]:
@@ -129,16 +131,14 @@ def cut(
     """Windows of `seq_len` tokens, evenly spaced over all texts set end to end; all tokens there are, and whether that
     is an estimate: of a long text only the windows become tokens."""
     text = "\n".join(texts)
-    # verbose=False: a text may be longer than the model's context, its windows are not.
-    encode = lambda piece: tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
     chars = 10 * seq_len
     if len(text) > 2 * samples * chars:
         starts = np.linspace(0, len(text) - chars, samples).astype(int)
-        pieces = [encode(text[a : a + chars]) for a in starts]
+        pieces = [encode(tokenizer, text[a : a + chars]) for a in starts]
         if all(len(piece) >= seq_len for piece in pieces):
             total = round(sum(map(len, pieces)) * len(text) / (chars * samples))
-            return np.array([piece[:seq_len] for piece in pieces], np.int32), total, True
-    tokens = np.array(encode(text), np.int32)
+            return np.array([piece[:seq_len] for piece in pieces]), total, True
+    tokens = encode(tokenizer, text)
     if len(tokens) < SHORTEST:
         raise InputError(
             f"{source} gives {len(tokens)} tokens, calibration needs {SHORTEST} or more: give a longer text, or leave "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import signal
@@ -18,6 +19,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from awq_jax.cache import keep_compiled_programs
+from awq_jax.ending import failed
 from awq_jax.flags import as_flags, one_of
 from awq_jax.near import did_you_mean
 from awq_jax.progress import bar
@@ -309,6 +311,10 @@ def in_flags(command: Any) -> Iterator[None]:
 
 def main() -> None:
     """Run the command; what the user can mend is one line on the error stream and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A name of bytes that are no text, or a terminal without UTF-8, must not cost the work that is done.
+            stream.reconfigure(errors="backslashreplace")
     command = parsed(sys.argv[1:])
     # transformers says otherwise that it misses torch, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -320,9 +326,11 @@ def main() -> None:
     try:
         with in_flags(command):
             command.run()
-    except (ValueError, OSError) as e:
-        print("awq-jax:", " ".join(str(e).split()), file=sys.stderr)
-        sys.exit(2)
+    except SystemExit:
+        raise
     except KeyboardInterrupt:
         print("awq-jax: stopped.", file=sys.stderr)
         sys.exit(130)
+    # A panic of a library in Rust is no Exception.
+    except BaseException as e:
+        sys.exit(failed(e))

@@ -171,8 +171,8 @@ def fitted(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]], format: Format
     group = next((g for g in GROUPS if all(i % g == 0 for i in widths)), None)
     if group is None and format == "awq":
         raise InputError(
-            f"No group size of {known} divides all widths ({all_}), as AutoAWQ files need: leave sites dense (skip=True in "
-            "a rule), or write format='orbax', which pads."
+            f"No group size of {known} divides all widths ({all_}), as AutoAWQ files need: leave sites dense "
+            "(skip=True in a rule), or write format='orbax', which pads."
         )
     if group is None:
         return replace(recipe, group_size=GROUPS[0]), f"Groups of {GROUPS[0]}, padded: none of {known} divides {all_}."

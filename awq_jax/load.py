@@ -18,6 +18,7 @@ from awq_jax.agreement import check_params, check_tensors
 from awq_jax.formats.chat import render
 from awq_jax.formats.checkpoint import Checkpoint, open_checkpoint
 from awq_jax.formats.errors import InputError
+from awq_jax.formats.text import encode
 from awq_jax.machine import fast_dtype
 from awq_jax.models.generate import Speed, generate, stream
 from awq_jax.models.inputs import check_tokens
@@ -113,7 +114,7 @@ class Model:
         tokens = stream(
             self.config,
             self.params,
-            np.asarray(self.tokenizer(text, add_special_tokens=not chat).input_ids, np.int32),
+            jnp.asarray(encode(self.tokenizer, text, special=not chat)),
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,

@@ -24,7 +24,7 @@ def bar() -> Iterator[Told]:
     """A function to call with a stage, steps done and steps in all; what it draws is gone with the block.
 
     Example:
-      >>> with bar() as progress:
+      >>> with awq.progress_bar() as progress:
       ...     awq.quantize_checkpoint("model", "out", progress=progress)
     """
     stderr = Console(stderr=True)
@@ -42,8 +42,7 @@ def bar() -> Iterator[Told]:
         TimeRemainingColumn(),
     )
     # What goes to a file is none of the terminal's business.
-    redirected = {"redirect_stdout": sys.stdout.isatty(), "redirect_stderr": sys.stderr.isatty()}
-    with Progress(*columns, console=stderr, transient=True, **redirected) as live:
+    with Progress(*columns, console=stderr, transient=True, redirect_stdout=sys.stdout.isatty()) as live:
         tasks: dict[str, Any] = {}
 
         def progress(stage: str, done: int, total: int) -> None:

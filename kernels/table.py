@@ -133,7 +133,7 @@ def remembered(device: str) -> tuple[tuple[Case, Tiling], ...]:
     found, wrong, here = [], 0, measured_with(device)
     try:
         lines = users_file().read_text().splitlines()
-    except (OSError, UnicodeDecodeError, RuntimeError):
+    except (OSError, ValueError):
         # No file yet, or no home to have one in.
         return ()
     for line in lines:

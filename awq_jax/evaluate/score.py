@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from awq_jax.distill import kl_of_logits
 from awq_jax.formats.errors import InputError
+from awq_jax.formats.text import encode
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,7 @@ def windows(text: str, tokenizer: Any, n: int, length: int, source: str = "the t
     """
     if n < 1 or length < 2:
         raise InputError(f"windows={n} length={length}: give 1 or more windows of 2 tokens or more.")
-    # verbose=False: the text may be longer than the model's context, its windows are not.
-    ids = tokenizer(text[: n * length * 10], add_special_tokens=False, verbose=False).input_ids
-    tokens = np.array(ids, np.int32)
+    tokens = encode(tokenizer, text[: n * length * 10])
     if len(tokens) < length:
         remedy = f"give length={len(tokens)}" if len(tokens) > 1 else "give a longer text"
         raise InputError(f"{source} has {len(tokens)} tokens, one window takes {length}: {remedy}.")

@@ -77,32 +77,39 @@ def to_autoawq(w: QuantizedTensor, name: str = "the weight") -> dict[str, np.nda
 
 def from_autoawq(
     qweight: Int32[np.ndarray, "k words"],
-    qzeros: Int32[np.ndarray, "groups words"],
-    scales: Float16[np.ndarray, "groups n"],
+    qzeros: Int32[np.ndarray, "groups words"] | None,
+    scales: Float[np.ndarray, "groups n"],
     group_size: int,
     dtype: Any,
 ) -> QuantizedTensor:
     """The weight [K, N] of AutoAWQ's three arrays, to the bit; its leaves are numpy arrays.
 
     Args:
+      qzeros: None for a symmetric weight, whose zero point is 8.
       group_size: as in config.json, -1 for one group a column.
       dtype: that the dense weight has.
 
     Raises:
       ValueError: a group size that QuantSpec does not know, or arrays that do not fit each other.
     """
-    spec = QuantSpec(BITS, group_size)
+    spec = QuantSpec(BITS, group_size, symmetric=qzeros is None)
+    for name, words in (("qweight", qweight), ("qzeros", qzeros)):
+        if words is not None and words.dtype != np.int32:
+            raise ValueError(f"{name} is {words.dtype}, not int32.")
+    if not jnp.issubdtype(scales.dtype, jnp.floating):
+        raise ValueError(f"scales are {scales.dtype}, not floating point.")
     k, n = qweight.shape[0], qweight.shape[1] * PER_WORD
     groups = k // spec.group(k)
-    if spec.padding(k) or scales.shape != (groups, n) or qzeros.shape != (groups, n // PER_WORD):
+    zeros_shape = (groups, n // PER_WORD) if qzeros is None else qzeros.shape
+    if spec.padding(k) or scales.shape != (groups, n) or zeros_shape != (groups, n // PER_WORD):
         raise ValueError(
-            f"qweight {qweight.shape}, qzeros {qzeros.shape} and scales {scales.shape} do not fit each other in groups "
+            f"qweight {qweight.shape}, qzeros {zeros_shape} and scales {scales.shape} do not fit each other in groups "
             f"of {group_size}: scales should be {(groups, n)}."
         )
     leaves: dict[str, Any] = {
         "codes": np.asarray(kernels.pack(jnp.asarray(unpack_gemm(qweight)), BITS)),
         "scales": np.asarray(scales),
-        "zeros": unpack_gemm(qzeros),
+        "zeros": None if qzeros is None else unpack_gemm(qzeros),
         "input_scale": None,
     }
     return QuantizedTensor(**leaves, spec=spec, dtype=np.dtype(dtype))

@@ -7,38 +7,70 @@ from pathlib import Path
 from typing import Any
 
 from awq_jax.formats.autoawq import BITS, PER_WORD, from_autoawq
-from awq_jax.formats.errors import InputError
-from awq_jax.formats.huggingface import read_json
+from awq_jax.formats.declared import declaration, foreign
+from awq_jax.formats.errors import InputError, reading
 from awq_jax.formats.stored import StoredTensor
 from awq_jax.spec import QuantSpec
 from awq_jax.tensor import QuantizedTensor
 
-OLD_CONFIG = "quant_config.json"
+LAYOUTS = ("version", "checkpoint_format", "format")
+"""Fields that name the layout; old files leave them out."""
+OTHERWISE = ("dynamic", "extra_config")
+"""Fields that give modules a width or group size of their own."""
 
 
 def read_spec(folder: Path, config: Mapping[str, Any]) -> QuantSpec | None:
     """How an AutoAWQ folder is quantized, None for a dense one; from config.json, or the file that old ones carry.
 
+    Symmetric if it has no zero points, which are 8 then.
+
     Raises:
-      InputError: the folder is quantized in another way.
+      InputError: the folder is quantized in another way, or a field cannot be.
     """
-    found = config.get("quantization_config")
-    if found is None and (folder / OLD_CONFIG).exists():
-        old = read_json(folder / OLD_CONFIG)
-        found = {"quant_method": "awq", "bits": old.get("w_bit"), "group_size": old.get("q_group_size"), **old}
-    if found is None:
+    declared = declaration(folder, config)
+    if declared is None:
         return None
-    method, bits = found.get("quant_method"), found.get("bits", BITS)
-    layout = str(found.get("version") or found.get("checkpoint_format") or found.get("format") or "gemm").lower()
-    if method != "awq" or bits != BITS or layout != "gemm":
-        raise InputError(
-            f"{folder} is quantized already, by {method!r} in {bits} bits and layout {layout!r}: of quantized models "
-            "only AutoAWQ's 4 bits gemm is read. Start from the dense model."
-        )
+    tool, found = declared
+    if tool != "awq":
+        raise foreign(folder, tool, found)
+    bits, group_size = (
+        number(folder, found, BITS, "bits", "w_bit"),
+        number(folder, found, 128, "group_size", "q_group_size"),
+    )
+    layouts = [str(found[key]).lower() for key in LAYOUTS if found.get(key) is not None]
+    if not layouts and found.get("backend") == "llm-awq":
+        layouts = ["llm-awq"]
+    if bits != BITS or set(layouts) - {"gemm"}:
+        raise foreign(folder, tool, found, f" and layout {', '.join(map(repr, layouts))}" if layouts else "")
+    for key in OTHERWISE:
+        if module := next(iter(changed(found.get(key))), None):
+            raise InputError(
+                f"{folder}: its quantization_config has {key} with settings of its own for {module!r}: modules that "
+                "differ are not read. Start from the dense model."
+            )
+    zero_point = found.get("zero_point", True)
+    if not isinstance(zero_point, bool):
+        raise InputError(f"{folder}: its quantization_config has zero_point={zero_point!r}: expected true or false.")
     try:
-        return QuantSpec(bits, found.get("group_size", 128))
-    except (ValueError, TypeError) as e:
+        return QuantSpec(bits, group_size, symmetric=not zero_point)
+    except ValueError as e:
         raise InputError(f"{folder}: its quantization_config is not read: {e}") from e
+
+
+def number(folder: Path, found: Mapping[str, Any], default: int, *names: str) -> int:
+    """The whole number that a field holds, under the first of its names that is there."""
+    name, value = next(((n, found[n]) for n in names if n in found), (names[0], default))
+    if type(value) is not int:
+        raise InputError(f"{folder}: its quantization_config has {name}={value!r}: expected a whole number.")
+    return value
+
+
+def changed(modules: Any) -> list[str]:
+    """The names or patterns of modules with other settings; those with "-:" before them or 16 bits are dense."""
+    if not isinstance(modules, dict):
+        return [] if modules is None else [str(modules)]
+    dense = lambda changes: isinstance(changes, dict) and changes.get("bits") in (16, 32)
+    return [name for name, changes in modules.items() if not (name.startswith("-:") or dense(changes))]
 
 
 def quantized_tensors(folder: Path, stored: Mapping[str, StoredTensor], spec: QuantSpec) -> dict[str, StoredTensor]:
@@ -52,34 +84,38 @@ def quantized_tensors(folder: Path, stored: Mapping[str, StoredTensor], spec: Qu
     theirs = {module + part for module in modules for part in parts}
     tensors = {name: tensor for name, tensor in stored.items() if name not in theirs}
     for module in modules:
-        if missing := [module + part for part in parts if module + part not in stored]:
+        needed = [part for part in parts if not (part == ".qzeros" and spec.symmetric)]
+        if missing := [module + part for part in needed if module + part not in stored]:
             raise InputError(f"{folder} has {module}.qweight but no {missing[0]}: download it again.")
         if f"{module}.weight" in tensors:
             raise InputError(
                 f"{folder} has {module} twice, as {module}.weight and quantized: remove the one that is not the model's."
             )
-        qweight, qzeros, scales = (stored[module + part] for part in parts)
+        qweight, qzeros, scales = (stored.get(module + part) for part in parts)
         tensors[f"{module}.weight"] = quantized_tensor(f"{folder}: {module}", qweight, qzeros, scales, spec)
     return tensors
 
 
 def quantized_tensor(
-    where: str, qweight: StoredTensor, qzeros: StoredTensor, scales: StoredTensor, spec: QuantSpec
+    where: str, qweight: StoredTensor, qzeros: StoredTensor | None, scales: StoredTensor, spec: QuantSpec
 ) -> StoredTensor:
-    """The three tensors of a linear as one."""
-    k, words = qweight.shape
-    groups = k // spec.group(k)
-    if spec.padding(k) or scales.shape != (groups, words * PER_WORD) or qzeros.shape != (groups, words):
+    """The tensors of a linear as one."""
+    parts = {"qweight": qweight, "scales": scales} | ({"qzeros": qzeros} if qzeros else {})
+    k, words = qweight.shape if len(qweight.shape) == 2 else (0, 0)
+    groups = k // spec.group(k) if k else 0
+    needed = {"qweight": (k, words), "scales": (groups, words * PER_WORD), "qzeros": (groups, words)}
+    if not groups or spec.padding(k) or any(part.shape != needed[name] for name, part in parts.items()):
         raise InputError(
-            f"{where}: qweight {qweight.shape}, qzeros {qzeros.shape} and scales {scales.shape} do not fit "
-            f"config.json's group_size={spec.group_size}, which needs qzeros {(groups, words)} and scales "
-            f"{(groups, words * PER_WORD)}: download config.json and weights again."
+            f"{where}: {', '.join(f'{name} {part.shape}' for name, part in parts.items())} do not fit config.json's "
+            f"group_size={spec.group_size}, which needs qzeros {needed['qzeros']} and scales {needed['scales']}: "
+            "download config.json and weights again."
         )
 
     def read() -> QuantizedTensor:
-        steps = scales.read()
-        return from_autoawq(qweight.read(), qzeros.read(), steps, spec.group_size, steps.dtype)
+        arrays: Any = {"qzeros": None} | {name: part.read() for name, part in parts.items()}
+        with reading(f"{where} cannot be read"):
+            return from_autoawq(**arrays, group_size=spec.group_size, dtype=arrays["scales"].dtype)
 
-    nbytes = qweight.nbytes + qzeros.nbytes + scales.nbytes
+    nbytes = sum(part.nbytes for part in parts.values())
     stored_as = f"{spec.bits}-bit g{spec.group_size}"
     return StoredTensor((k, words * PER_WORD), nbytes, read, quantized=True, stored_as=stored_as)

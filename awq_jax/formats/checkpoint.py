@@ -19,10 +19,12 @@ from jaxtyping import Shaped
 from numpy import ndarray
 
 from awq_jax.formats import autoawq_folder, huggingface, orbax
-from awq_jax.formats.errors import InputError
+from awq_jax.formats.errors import InputError, reading
+from awq_jax.formats.files import inside, regular
 from awq_jax.formats.gguf import open_gguf
 from awq_jax.formats.shards import open_shards
 from awq_jax.formats.stored import StoredTensor
+from awq_jax.formats.text import panics_unprinted
 from awq_jax.formats.tokenizer import gguf_tokenizer
 from awq_jax.near import did_you_mean, names_in
 from awq_jax.tensor import QuantizedTensor
@@ -69,7 +71,9 @@ class Checkpoint:
         Raises:
           InputError: there is no such parameter.
         """
-        return self._find(name).read()
+        found = self._find(name)
+        with reading(f"{self.path}: {name} cannot be read"):
+            return found.read()
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of what `read(name)` would give."""
@@ -86,12 +90,13 @@ class Checkpoint:
           InputError: a tensor is missing or damaged.
           ValueError: a tensor does not have the shape that the config asks for.
         """
-        if self.kind == "orbax":
-            parts, _ = orbax.load(self.path)
-            found = parts.pop("outer", {}) | parts
-        else:
-            found = module.load(self.read, config)
-        return jax.tree.map(jnp.asarray, found)
+        with reading(f"{self.path}: its params cannot be read"):
+            if self.kind == "orbax":
+                parts, _ = orbax.load(self.path)
+                found = parts.pop("outer", {}) | parts
+            else:
+                found = module.load(self.read, config)
+            return jax.tree.map(jnp.asarray, found)
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer, with the model's chat template if it has one.
@@ -99,7 +104,8 @@ class Checkpoint:
         Raises:
           InputError: there is none, or it cannot be read.
         """
-        return self.load_tokenizer()
+        with reading(f"{self.path}: its tokenizer cannot be read"), panics_unprinted():
+            return self.load_tokenizer()
 
     @cached_property
     def tokenizer_files(self) -> list[Path]:
@@ -117,7 +123,7 @@ class Checkpoint:
     @property
     def companions(self) -> list[Path]:
         """tokenizer_files and generation_config.json, made of what is known where there is none."""
-        return self.tokenizer_files + ([self._generation] if self._generation.exists() else [])
+        return self.tokenizer_files + ([self._generation] if self._generation else [])
 
     @property
     def stops(self) -> tuple[int, ...]:
@@ -126,15 +132,15 @@ class Checkpoint:
         Raises:
           InputError: something else than tokens stands there.
         """
-        generation = huggingface.read_json(self._generation) if self._generation.exists() else {}
-        found = (*huggingface.stops(self._generation, generation), *huggingface.stops(self.path, self.config))
-        return tuple(dict.fromkeys(found))
+        file = self._generation
+        found = huggingface.stops(file, huggingface.read_json(file)) if file else []
+        return tuple(dict.fromkeys((*found, *huggingface.stops(self.path, self.config))))
 
     @cached_property
-    def _generation(self) -> Path:
-        file = self.path / huggingface.GENERATION_CONFIG
+    def _generation(self) -> Path | None:
         known = {key: self.config[key] for key in huggingface.SPECIAL if self.config.get(key) is not None}
-        if not file.exists() and known:
+        file = None if self.kind == "gguf" else inside(self.path, huggingface.GENERATION_CONFIG)
+        if file is None and known:
             file = self._made / huggingface.GENERATION_CONFIG
             huggingface.write_json(file, known)
         return file
@@ -173,22 +179,23 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
       >>> checkpoint.read("model.norm.weight").shape
       (576,)
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return open_folder(path)
-    if path.is_file():
-        return open_file(path)
-    near = did_you_mean(path.name, names_in(path.parent))
-    if path.is_absolute() or path.suffix == ".gguf" or not HUB_ID.fullmatch(str(model)) or str(model)[0] == ".":
-        raise InputError(
-            f"{model} does not exist{near}: give a folder with config.json and safetensors, a .gguf file, or the name of "
-            "a model on the Hugging Face hub."
-        )
-    return open_folder(huggingface.download(str(model), near))
+    with reading(f"{model} cannot be read"):
+        path = Path(model).expanduser()
+        if path.is_dir():
+            return open_folder(path)
+        if path.exists():
+            return open_file(regular(path))
+        near = did_you_mean(path.name, names_in(path.parent))
+        if path.is_absolute() or path.suffix == ".gguf" or not HUB_ID.fullmatch(str(model)) or str(model)[0] == ".":
+            raise InputError(
+                f"{model} does not exist{near}: give a folder with config.json and safetensors, a .gguf file, or the "
+                "name of a model on the Hugging Face hub."
+            )
+        return open_folder(huggingface.download(str(model), near))
 
 
 def open_folder(folder: Path) -> Checkpoint:
-    if adapters := [name for name in huggingface.ADAPTER_FILES if (folder / name).exists()]:
+    if adapters := [name for name in huggingface.ADAPTER_FILES if inside(folder, name)]:
         raise InputError(
             f"{folder} holds a PEFT adapter ({adapters[0]}), which is not applied here: save what merge_and_unload() gives, "
             "or give a folder without the adapter."

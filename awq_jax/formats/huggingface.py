@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from awq_jax.formats.errors import InputError
+from awq_jax.formats.errors import InputError, one_line, reading
+from awq_jax.formats.files import LARGEST, inside, read_json, regular
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -59,38 +62,25 @@ def download(model: str, hint: str = "") -> Path:
         )
     # Releases of huggingface_hub let the errors of three HTTP libraries through, without a common class.
     except Exception as e:
-        reason = " ".join(str(e).split())
         raise InputError(
-            f"{model} is no folder or file here{hint}, and fetching it from the Hugging Face hub failed ({reason}): "
-            "check the name and the connection, or give a local folder or a .gguf file."
+            f"{model} is no folder or file here{hint}, and fetching it from the Hugging Face hub failed "
+            f"({one_line(e)}): check the name and the connection, or give a local folder or a .gguf file."
         ) from e
     return Path(found)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The content of a folder's config.json."""
-    file = folder / "config.json"
-    if not file.exists():
-        ggufs = sorted(folder.glob("*.gguf"))
-        hint = (
-            f"give the file {ggufs[0]} itself" if ggufs else "give the folder of a Hugging Face model, or a .gguf file"
-        )
-        raise InputError(f"{folder} has no config.json: {hint}.")
-    return read_json(file)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text("utf-8"))
-    except ValueError as e:
-        raise InputError(f"{file} is not JSON ({e}): download it again.") from e
-    if not isinstance(found, dict):
-        raise InputError(f"{file} holds a {type(found).__name__}, not an object: download it again.")
-    return found
+    if file := inside(folder, "config.json"):
+        return read_json(file)
+    ggufs = sorted(folder.glob("*.gguf"))
+    hint = f"give the file {ggufs[0]} itself" if ggufs else "give the folder of a Hugging Face model, or a .gguf file"
+    raise InputError(f"{folder} has no config.json: {hint}.")
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    # A lone surrogate, which UTF-8 does not have, stays the escape that it was.
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8", errors="backslashreplace")
 
 
 def write_about(folder: Path, source: Source, **changes: Any) -> None:
@@ -115,7 +105,8 @@ def stops(where: Path, found: Mapping[str, Any]) -> list[int]:
 
 def tokenizer_files(folder: Path) -> list[Path]:
     """The files of a folder that its tokenizer is made of."""
-    return [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
+    found = [inside(folder, name) for name in TOKENIZER_FILES]
+    return [regular(file, LARGEST) for file in found if file is not None]
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -126,12 +117,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """
     from transformers import AutoTokenizer
 
-    if not tokenizer_files(folder):
+    if not (files := tokenizer_files(folder)):
         raise InputError(f"{folder} holds no tokenizer: copy tokenizer.json and tokenizer_config.json into it.")
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (ValueError, OSError, ImportError, KeyError) as e:
-        reason = " ".join(str(e).split())
-        raise InputError(
-            f"{folder}: transformers cannot read the tokenizer ({reason}): copy a tokenizer.json of the model into it."
-        ) from e
+    with tempfile.TemporaryDirectory(prefix="awq_jax_") as scratch:
+        # All that transformers gets to see: it follows links, waits for pipes and stumbles over byte order marks.
+        for file in (*files, inside(folder, "config.json")):
+            if file is not None:
+                Path(scratch, file.name).write_bytes(file.read_bytes().removeprefix(codecs.BOM_UTF8))
+        with reading(f"{folder}: transformers cannot read the tokenizer", "copy a tokenizer.json of the model into it"):
+            return AutoTokenizer.from_pretrained(scratch, trust_remote_code=False, local_files_only=True)

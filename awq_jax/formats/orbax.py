@@ -15,8 +15,9 @@ import jax
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from awq_jax.formats.errors import InputError
-from awq_jax.formats.huggingface import Source, read_json, write_about, write_json
+from awq_jax.formats.errors import InputError, reading
+from awq_jax.formats.files import inside, read_json
+from awq_jax.formats.huggingface import Source, write_about, write_json
 from awq_jax.formats.leaves import check_leaves
 from awq_jax.formats.written import written_whole
 from awq_jax.paths import named_leaves
@@ -168,13 +169,14 @@ def load_part(folder: str | Path, part: str, metadata: Mapping[str, Any] | None 
     about = read_metadata(folder) if metadata is None else metadata
     if part not in about["parts"]:
         raise InputError(f"{folder} has no part {part!r}; it has {about['parts']}.")
-    try:
+    where = folder / PARAMS / part
+    with reading(f"{where} is damaged", "write or download it again"):
+        for file in where.rglob("*"):
+            if not file.is_dir():
+                inside(folder, str(file.relative_to(folder)))
         with ocp.PyTreeCheckpointer() as checkpointer:
-            found = checkpointer.restore(folder / PARAMS / part)
+            found = checkpointer.restore(where)
         return rebuilt(part, found, about["tensors"])
-    except (ValueError, OSError, KeyError, TypeError) as e:
-        reason = " ".join(str(e).split())[:300]
-        raise InputError(f"{folder / PARAMS / part} is damaged ({reason}): write or download it again.") from e
 
 
 def shapes(folder: Path) -> dict[str, Any]:
@@ -209,14 +211,23 @@ def place(name: str) -> list[Any]:
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
-    if not is_own(folder):
+    file = inside(folder, METADATA)
+    if file is None:
         raise InputError(f"{folder} has no {METADATA}: awq_jax did not write it, or writing it was cut short.")
-    about = read_json(folder / METADATA)
+    about = read_json(file)
     if about.get("version") != VERSION:
         raise InputError(
             f"{folder} has version {about.get('version')} of awq_jax's format, this awq_jax reads {VERSION}: upgrade."
         )
+    parts, tensors = about.get("parts"), about.get("tensors")
+    if not (isinstance(parts, list) and all(map(is_name, parts)) and isinstance(tensors, dict)):
+        raise InputError(f"{file} lacks its parts or tensors: write or download it again.")
     return about
+
+
+def is_name(part: Any) -> bool:
+    """Whether this names a folder, rather than a way to one."""
+    return isinstance(part, str) and Path(part).name == part
 
 
 def rebuilt(path: str, node: Any, tensors: Mapping[str, Any]) -> Any:

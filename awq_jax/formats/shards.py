@@ -1,21 +1,21 @@
 """Safetensors files, checked when they are opened and mapped one tensor at a time.
 
-An own reader of the 20-line format, because each mapping ends with its tensor (memory stays at one tensor), bfloat16
-arrives as ml_dtypes' and a damaged file is named with its remedy before any work starts.
+The library checks the header and says what is where. The data is mapped here, because each mapping ends with its tensor
+(memory stays at one tensor) and bfloat16 arrives as ml_dtypes'.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped
+from safetensors import safe_open
 
-from awq_jax.formats.errors import InputError
+from awq_jax.formats.errors import InputError, reading
+from awq_jax.formats.files import inside, read_json, regular
 from awq_jax.formats.stored import StoredTensor
 
 INDEX = "model.safetensors.index.json"
@@ -35,13 +35,13 @@ def open_shards(folder: Path) -> dict[str, StoredTensor]:
     Raises:
       InputError: no safetensors files, an index that does not fit the files, a damaged file.
     """
-    if (folder / SINGLE).exists():
-        return open_shard(folder / SINGLE)
-    if (folder / INDEX).exists():
-        return open_indexed(folder)
+    if file := inside(folder, SINGLE):
+        return open_shard(file)
+    if file := inside(folder, INDEX):
+        return open_indexed(file)
     files = sorted(folder.glob("*.safetensors"))
-    if len(files) == 1:
-        return open_shard(files[0])
+    if len(files) == 1 and (file := inside(folder, files[0].name)):
+        return open_shard(file)
     if files:
         raise InputError(
             f"{folder} holds {len(files)} safetensors files but no {INDEX} to say which belong to the model: "
@@ -57,20 +57,19 @@ def open_shards(folder: Path) -> dict[str, StoredTensor]:
     raise InputError(f"{folder} holds no safetensors file: give the folder of a Hugging Face model.")
 
 
-def open_indexed(folder: Path) -> dict[str, StoredTensor]:
-    """The tensors that the index names, each in the shard that the index says."""
-    try:
-        where: dict[str, str] = json.loads((folder / INDEX).read_text("utf-8"))["weight_map"]
-        shards = sorted(set(where.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise InputError(f"{folder / INDEX} is not an index of safetensors files ({e!r}): download it again.") from e
-    missing = [shard for shard in shards if not (folder / shard).exists()]
+def open_indexed(index: Path) -> dict[str, StoredTensor]:
+    """The tensors that an index names, each in the shard that the index says."""
+    folder, found = index.parent, read_json(index)
+    with reading(f"{index} is not an index of safetensors files"):
+        where = {str(name): str(shard) for name, shard in found["weight_map"].items()}
+    shards = {shard: inside(folder, shard) for shard in sorted(set(where.values()))}
+    missing = [shard for shard, file in shards.items() if file is None]
     if missing:
         raise InputError(
             f"{folder} lacks {missing[0]}, one of {len(missing)} missing of the {len(shards)} shards that {INDEX} "
             "names: finish the download."
         )
-    opened = {shard: open_shard(folder / shard) for shard in shards}
+    opened = {shard: open_shard(file) for shard, file in shards.items() if file is not None}
     for name, shard in where.items():
         if name not in opened[shard]:
             raise InputError(f"{folder / shard} has no tensor {name}, which {INDEX} places there: download both again.")
@@ -81,48 +80,32 @@ def open_shard(file: Path) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file; nothing but its header is read.
 
     Raises:
-      InputError: the file is cut short, is not safetensors, or holds a dtype that numpy has no room for.
+      InputError: what the safetensors library refuses, or a dtype that numpy has no room for.
     """
-    size = file.stat().st_size
-    with file.open("rb") as f:
+    with regular(file).open("rb") as f:
         start = f.read(8)
-        if start == b"version ":
-            raise InputError(f"{file} is a Git LFS pointer, not the weights: run `git lfs pull` in its folder.")
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or 8 + length > size:
+    if start == b"version ":
+        raise InputError(f"{file} is a Git LFS pointer, not the weights: run `git lfs pull` in its folder.")
+    with reading(f"{file} is cut short or no safetensors file"), safe_open(file, "np") as header:
+        parts = [(name, header.get_slice(name)) for name in header.offset_keys()]
+        entries = [(name, tuple(part.get_shape()), part.get_dtype()) for name, part in parts]
+    tensors, at = {}, 8 + int.from_bytes(start, "little")
+    # There are neither gaps nor overlaps.
+    for name, shape, kind in entries:
+        if kind not in DTYPES:
             raise InputError(
-                f"{file} has {size} bytes and its header would take {8 + length}: it is cut short or no safetensors "
-                "file. Download it again."
+                f"{file}: {name} is stored as {kind}, which is not supported: convert the model to bfloat16, float16 "
+                "or float32 first."
             )
-        try:
-            header: dict[str, Any] = json.loads(f.read(length))
-            header.pop("__metadata__", None)
-            tensors = {name: stored(file, 8 + length, name, entry) for name, entry in header.items()}
-            needed = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        except InputError:
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise InputError(f"{file} has no readable safetensors header ({e!r}): download it again.") from e
-    if needed > size:
-        raise InputError(f"{file} is cut short: {size} of its {needed} bytes are there. Download it again.")
+        tensors[name] = stored(file, at, shape, DTYPES[kind])
+        at += tensors[name].nbytes
     return tensors
 
 
-def stored(file: Path, data: int, name: str, entry: dict[str, Any]) -> StoredTensor:
-    """The tensor that one header entry describes, its data counted from byte `data` of the file."""
-    if entry["dtype"] not in DTYPES:
-        raise InputError(
-            f"{file}: {name} is stored as {entry['dtype']}, which is not supported: convert the model to bfloat16, "
-            "float16 or float32 first."
-        )
-    dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
-    begin, end = entry["data_offsets"]
-    if begin < 0 or end - begin != math.prod(shape) * dtype.itemsize:
-        raise InputError(
-            f"{file}: {name} of shape {shape} in {entry['dtype']} takes {math.prod(shape) * dtype.itemsize} bytes, "
-            f"the header gives it {end - begin}: the file is damaged, download it again."
-        )
-    return StoredTensor(shape, end - begin, lambda: mapped(file, data + begin, shape, dtype), stored_as=dtype.name)
+def stored(file: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> StoredTensor:
+    """The tensor that starts at byte `offset` of a file."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    return StoredTensor(shape, nbytes, lambda: mapped(file, offset, shape, dtype), stored_as=dtype.name)
 
 
 def mapped(file: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> Shaped[np.ndarray, "*shape"]:

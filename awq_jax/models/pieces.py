@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from awq_jax.formats.text import decode
+
 
 def pieces(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
     """The text of `tokens` without the white space around it, in pieces, each as soon as it is sure.
@@ -16,15 +18,11 @@ def pieces(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
     shown = ""
     for token in tokens:
         seen.append(token)
-        text = decoded(tokenizer, seen)
+        # What clean-up of spaces takes away, such as one before a comma, would have been shown already.
+        text = decode(tokenizer, seen).lstrip()
         sure = text.rstrip("\N{REPLACEMENT CHARACTER}").rstrip()
         if len(sure) > len(shown) and sure.startswith(shown):
             yield sure[len(shown) :]
             shown = sure
-    if rest := decoded(tokenizer, seen).rstrip()[len(shown) :]:
+    if rest := decode(tokenizer, seen).strip()[len(shown) :]:
         yield rest
-
-
-def decoded(tokenizer: Any, tokens: list[int]) -> str:
-    # What clean-up takes away, such as a space before a comma, would have been shown already.
-    return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False).lstrip()
