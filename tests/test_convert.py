@@ -200,7 +200,8 @@ def test_tokenizer_and_configs_go_along(made, dense, name):
 
 
 def test_the_same_input_gives_the_same_bytes_from_one_file_or_from_shards(root, dense):
-    sharded = tiny_folder(root / "sharded", shards=3)
+    # The model card names the folder.
+    sharded = tiny_folder(root / "sharded" / dense.name, shards=3)
     one, two, three = (
         awq.quantize_checkpoint(model, root / f"out-{k}", QUICK, **TEXT)
         for k, model in enumerate((dense, dense, sharded))
