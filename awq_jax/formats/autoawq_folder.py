@@ -91,7 +91,11 @@ def quantized_tensors(folder: Path, stored: Mapping[str, StoredTensor], spec: Qu
             raise InputError(
                 f"{folder} has {module} twice, as {module}.weight and quantized: remove the one that is not its own."
             )
-        qweight, qzeros, scales = (stored.get(module + part) for part in parts)
+        qweight, qzeros, scales = (
+            stored[f"{module}.qweight"],
+            stored.get(f"{module}.qzeros"),
+            stored[f"{module}.scales"],
+        )
         tensors[f"{module}.weight"] = quantized_tensor(f"{folder}: {module}", qweight, qzeros, scales, spec)
     return tensors
 
