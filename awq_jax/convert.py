@@ -31,7 +31,7 @@ from awq_jax.recipe import Recipe
 from awq_jax.refine import refine
 from awq_jax.report import size
 from awq_jax.stream import Clock, Decoder, Feed, stream
-from awq_jax.tensor import is_quantized
+from awq_jax.tensor import LARGEST_HALF, is_quantized
 from awq_jax.transform import Calibration
 
 Format = Literal["awq", "orbax"]
@@ -263,7 +263,7 @@ def computed_in(largest: float) -> tuple[str, tuple[str, ...]]:
     """The dtype in which a model with such activations is to be computed, float16 if it has room for twice as large
     ones; and what is to be said of it.
     """
-    if 2 * largest <= jnp.finfo(jnp.float16).max:
+    if 2 * largest <= LARGEST_HALF:
         return "float16", ()
     note = f"Activations reach {largest:.0f} on the calibration text, float16 ends at 65504"
     return "bfloat16", (f"{note}: config.json says bfloat16, do not run the model in float16.",)
@@ -278,7 +278,7 @@ def halved(params: Any) -> Any:
     def half(w: Any) -> Any:
         if is_quantized(w) or w.ndim < 2:
             return w
-        small = w.astype(jnp.float16)
+        small = jnp.asarray(w).astype(jnp.float16)
         fits = (jnp.abs(small.astype(w.dtype) - w).max(-1) <= jnp.finfo(jnp.float16).eps * jnp.abs(w).max(-1)).all()
         return small if fits else w
 
