@@ -44,7 +44,7 @@ class Quantize:
     """Text files, .jsonl of chats or texts, ids of datasets, `self` for what the model writes; the packaged text
     without it. Several share the samples."""
     samples: int | None = None
-    """Calibration sequences (32; fast 8)."""
+    """Calibration sequences; the preset says how many (32; fast 8)."""
     seq_len: int = 512
     """Tokens a calibration sequence."""
     skip: tuple[str, ...] = ()
