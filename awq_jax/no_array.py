@@ -41,4 +41,4 @@ class NoArray(NDArrayOperatorsMixin):
     __array_ufunc__ = __array__ = __float__ = __int__ = __bool__ = _refuse
     __getitem__ = __iter__ = __len__ = __contains__ = _refuse
     __getattr__ = _attribute
-    __ne__ = object.__ne__
+    __ne__: Any = object.__ne__
