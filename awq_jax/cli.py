@@ -52,7 +52,7 @@ class Quantize:
     """Text files, files of chats or texts (.json, .jsonl, .csv, .parquet), ids of datasets, `self` for what the model
     writes; the packaged text without it. Several share the samples."""
     samples: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: 32; fast 8)")] = None
-    """Calibration sequences."""
+    """Calibration sequences; the preset says how many."""
     seq_len: int = 512
     """Tokens a calibration sequence."""
     skip: tuple[str, ...] = ()

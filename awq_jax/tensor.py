@@ -149,7 +149,7 @@ class Layout:
     data_fields=["codes", "scales", "zeros", "input_scale"],
     meta_fields=[*STATIC],
 )
-@dataclass(frozen=True, repr=False, eq=False)
+@dataclass(frozen=True, repr=False)
 class QuantizedTensor(NoArray):
     """A weight of logical shape (*lead, i, o) in `spec.bits` bits: `w = input_scale[:, None] * (q - z) * s`.
 
