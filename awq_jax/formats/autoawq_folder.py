@@ -91,11 +91,7 @@ def quantized_tensors(folder: Path, stored: Mapping[str, StoredTensor], spec: Qu
             raise InputError(
                 f"{folder} has {module} twice, as {module}.weight and quantized: remove the one that is not its own."
             )
-        qweight, qzeros, scales = (
-            stored[f"{module}.qweight"],
-            stored.get(f"{module}.qzeros"),
-            stored[f"{module}.scales"],
-        )
+        qweight, qzeros, scales = stored[module + parts[0]], stored.get(module + parts[1]), stored[module + parts[2]]
         tensors[f"{module}.weight"] = quantized_tensor(f"{folder}: {module}", qweight, qzeros, scales, spec)
     return tensors
 
