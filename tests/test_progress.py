@@ -24,7 +24,7 @@ def _terminal(monkeypatch):
 
 
 def walk():
-    with progress.bar() as told:
+    with progress.progress_bar() as told:
         told("loading", 0, 1)
         told("loading", 1, 1)
         for k in range(5):
@@ -42,7 +42,7 @@ def test_a_terminal_sees_a_bar_that_goes_away(monkeypatch):
 def test_what_is_printed_meanwhile_goes_where_it_was_sent(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Stream(terminal=True))
     monkeypatch.setattr(sys, "stdout", out := io.StringIO())
-    with progress.bar() as told:
+    with progress.progress_bar() as told:
         told("block", 1, 2)
         print("a line")
     assert out.getvalue() == "a line\n"
