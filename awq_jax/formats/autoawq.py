@@ -175,7 +175,7 @@ def as_float16(name: str, w: Float[np.ndarray, "*shape"]) -> Float16[np.ndarray,
     if np.abs(half - wide).max(initial=0) > 2**-7 * largest:
         raise InputError(
             f"{name}: values of at most {largest:g} are too small for float16, which AutoAWQ files use (exact from "
-            "6e-5): write --format orbax."
+            "6e-5): write format='orbax'."
         )
     return half
 
