@@ -184,7 +184,9 @@ def test_folders(model, tmp_path, damage):
     assert_says(quantize_refused(tmp_path, model), says)
     if damage in (no_tokenizer, broken_tokenizer, cut_short, no_config, no_width):
         for command in (("inspect", model), ("generate", model, "hi")):
-            assert_says(refused(*command), says)
+            # What is in the weights is told without a tokenizer.
+            if command[0] != "inspect" or damage not in (no_tokenizer, broken_tokenizer):
+                assert_says(refused(*command), says)
 
 
 def assert_says(line, pattern):
@@ -288,7 +290,7 @@ def test_calibration_texts(model, tmp_path, name, content, says, no_work):
         (("--group-size", "128"), "attn/k/kernel: 64 input features .* 128, the group size.*use --group-size 64"),
         (("--samples", "0"), "--samples 0 --seq-len 128: give 1 or more"),
         (("--seq-len", "-5"), "--samples 4 --seq-len -5: give 1 or more"),
-        (("--seq-len", "513"), r"--seq-len 513 \(seq_len\): .* trained for 512 positions .*: give 512 or fewer"),
+        (("--seq-len", "513"), r"--seq-len 513: .* trained for 512 positions .*: give 512 or fewer"),
         (("--skip", "mlp/("), r"rule 'mlp/\(' is not a regular expression"),
     ],
 )
@@ -461,7 +463,7 @@ def test_a_disk_that_really_is_full(model, tmp_path, format):
         timeout=300,
         check=False,
     )
-    assert done.stdout.strip() == "code 2, left:"
+    assert beside_what_was_read(done.stdout).strip() == "code 2, left:"
     lines = done.stderr.splitlines()
     (ours,) = (line for line in lines if line.startswith("awq-jax: "))
     assert_says(ours, "out could not be written .*No space left on device.*: free space")
