@@ -17,6 +17,7 @@ from awq_jax.linen import QuantizedDense as QuantizedDense
 from awq_jax.load import Model as Model
 from awq_jax.load import load as load
 from awq_jax.presets import PRESETS as PRESETS
+from awq_jax.progress import progress_bar as progress_bar
 from awq_jax.quantize import SiteReport as SiteReport
 from awq_jax.quantize import quantize as quantize
 from awq_jax.recipe import Recipe as Recipe

@@ -13,10 +13,10 @@ import numpy as np
 from jaxtyping import Int
 
 from awq_jax.chats import Texts, as_texts, is_row
-from awq_jax.documents import SUFFIXES, names_in, read_rows
+from awq_jax.documents import SUFFIXES, read_rows
 from awq_jax.formats.errors import InputError, one_line, reading
 from awq_jax.formats.text import encode
-from awq_jax.near import did_you_mean
+from awq_jax.near import did_you_mean, names_in
 
 SHORTEST = 256
 """Tokens below which statistics would mean nothing."""
@@ -97,7 +97,7 @@ def _of_source(
     name = source or "the packaged text"
     texts = Texts([packaged_text()], 0, ()) if source is None else read_texts(source, tokenizer, samples)
     tokens, total, estimated = cut(texts.texts, tokenizer, samples, seq_len, name)
-    others = len(texts.texts) - texts.chats
+    others = len(texts.texts) - texts.chats if source else 0
     return tokens, Read(name, texts.chats, others, total, tokens.size, texts.notes, estimated)
 
 

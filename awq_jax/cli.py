@@ -6,27 +6,34 @@ import io
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Union
 
 import absl.logging
 import tyro
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tyro.conf import Positional, arg
 
 from awq_jax.cache import keep_compiled_programs
 from awq_jax.ending import failed
+from awq_jax.flags import as_flags, one_of
+from awq_jax.near import did_you_mean
+from awq_jax.progress import progress_bar
 from awq_jax.report import console, scores_table, sites_table, summary, tunings_table
 
 Preset = Literal["default", "fast", "rtn", "llm_awq", "autoawq", "llmcompressor"]
+Format = Literal["awq", "orbax"]
+Feed = Literal["dense", "quantized"]
 
 
 @dataclass(frozen=True)
 class Quantize:
     """Make a model 4 times smaller: calibrate, search, write."""
+
+    spelled: ClassVar = {"fold=False": "--format orbax", "skip=True in a rule": "--skip"}
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]
     """Hugging Face folder or hub id, or a GGUF file."""
@@ -34,18 +41,18 @@ class Quantize:
     """Folder to write."""
     bits: float = 4
     """Width of the codes, 2 to 8 (awq files hold 4). 3.5, say, gives every site a width of its own, 3.5 in the mean."""
-    group_size: int = 128
-    """Input channels that share a step; 64 or 32 where 128 does not divide the widths."""
-    format: Literal["awq", "orbax"] = "awq"
+    group_size: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: chosen)")] = None
+    """Input channels that share a step; without it the largest of 128, 64, 32 that divides all widths."""
+    format: Annotated[Format, one_of(Format)] = "awq"
     """awq: AutoAWQ safetensors for vLLM, SGLang, transformers. orbax: ours, a scale for each site."""
-    preset: Preset = "default"
+    preset: Annotated[Preset, one_of(Preset)] = "default"
     """How the numbers are chosen; fast takes a quarter of the text, smaller statistics and a coarser search;
     the last three do as others do."""
     calib: tuple[str, ...] = ()
-    """Text files, .jsonl of chats or texts, ids of datasets, `self` for what the model writes; the packaged text
-    without it. Several share the samples."""
-    samples: int | None = None
-    """Calibration sequences (32; fast 8)."""
+    """Text files, files of chats or texts (.json, .jsonl, .csv, .parquet), ids of datasets, `self` for what the model
+    writes; the packaged text without it. Several share the samples."""
+    samples: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: 32; fast 8)")] = None
+    """Calibration sequences; the preset says how many."""
     seq_len: int = 512
     """Tokens a calibration sequence."""
     skip: tuple[str, ...] = ()
@@ -53,7 +60,7 @@ class Quantize:
     of gate, up."""
     symmetric: bool = False
     """The zero point is the middle code."""
-    feed: Literal["dense", "quantized"] = "dense"
+    feed: Annotated[Feed, one_of(Feed)] = "dense"
     """What a block is calibrated on: the output of the dense blocks before it, or of the quantized ones."""
     distill: int = 0
     """Passes over the calibration text that train the steps against the dense model, after the search: closer, slower,
@@ -64,7 +71,7 @@ class Quantize:
     def run(self) -> None:
         from awq_jax.convert import quantize_checkpoint
 
-        with bar() as progress:
+        with progress_bar() as progress:
             done = quantize_checkpoint(
                 self.model,
                 self.out,
@@ -77,7 +84,9 @@ class Quantize:
                 average_bits=None if self.bits == int(self.bits) else self.bits,
                 distill=self.distill,
                 overwrite=self.overwrite,
+                fit_groups=self.group_size is None,
                 progress=progress,
+                told=say,
             )
         console().print(sites_table(done.sites), summary(done.before, done.half, done.after, done.seconds))
         for note in done.notes:
@@ -89,10 +98,11 @@ class Quantize:
         from awq_jax.presets import PRESETS
         from awq_jax.spec import Rule
 
+        preset = PRESETS[self.preset]
         return replace(
-            PRESETS[self.preset],
+            preset,
             bits=int(self.bits) if self.bits == int(self.bits) else 4,
-            group_size=self.group_size,
+            group_size=preset.group_size if self.group_size is None else self.group_size,
             symmetric=self.symmetric,
             rules=tuple(Rule(pattern, skip=True) for pattern in self.skip),
         )
@@ -105,7 +115,7 @@ class Eval:
     model: Annotated[Positional[str], arg(metavar="MODEL")]
     """Any checkpoint, dense or quantized."""
     text: Annotated[Positional[Path], arg(metavar="TEXT")]
-    """Text file; best one that calibration never saw."""
+    """A text, or a file of chats or texts; best one that calibration never saw."""
     dense: str | None = None
     """The model to compare with."""
     windows: int = 8
@@ -116,21 +126,25 @@ class Eval:
     def run(self) -> None:
         import jax.numpy as jnp
 
+        from awq_jax.chats import as_texts, is_row
+        from awq_jax.documents import read_rows
         from awq_jax.evaluate import score, windows
-        from awq_jax.formats.files import read_text
         from awq_jax.load import load
         from awq_jax.memory import check_memory
         from awq_jax.models.inputs import check_tokens
 
-        text = read_text(self.text)
+        rows = read_rows(self.text, is_row)
         # In one dtype everywhere, so that scores of two machines can be compared.
         model = load(self.model, jnp.float32)
         reference = load(self.dense, jnp.float32) if self.dense else None
+        text = "\n".join(as_texts(rows, model.tokenizer, str(self.text)).texts)
         tokens = windows(text, model.tokenizer, self.windows, self.length, str(self.text))
         for one in (model, reference or model):
-            check_tokens(one.config, tokens, f"{self.text} in windows of --length {self.length}")
-        check_memory(f"A window of --length {self.length}", model.nbytes_of_logits(self.length), "give a smaller one")
-        with bar() as progress:
+            check_tokens(one.config, tokens, f"{self.text} in windows of length={self.length}")
+        check_memory(f"A window of length={self.length}", model.nbytes_of_logits(self.length), "give a smaller one")
+        if len(tokens) < self.windows:
+            say(f"{self.text} fills {len(tokens)} of {self.windows} windows.")
+        with progress_bar() as progress:
             rows = {self.model: score(model, tokens, reference, lambda k, n: progress("window", k, n))}
             if reference is not None and self.dense is not None:
                 rows[self.dense] = score(reference, tokens)
@@ -149,21 +163,43 @@ class Generate:
     """The answer's tokens at most."""
     temperature: float = 0.0
     """0 takes the likeliest token."""
+    top_p: float = 1.0
+    """Draw from the fewest tokens whose probabilities reach this."""
+    seed: int = 0
+    """Of what is drawn: another one, another answer, where the temperature is above 0."""
     raw: bool = False
     """Continue the prompt as it is instead of answering it as a chat."""
 
     def run(self) -> None:
         from awq_jax.load import load
+        from awq_jax.models.generate import Speed
 
-        answer = load(self.model).generate(
-            self.prompt, max_new_tokens=self.max_new_tokens, temperature=self.temperature, chat=not self.raw
-        )
-        say(answer)
+        speed = Speed()
+        with progress_bar() as progress:
+            progress("loading", 0, 1)
+            answer = load(self.model).stream(
+                self.prompt,
+                max_new_tokens=self.max_new_tokens,
+                temperature=self.temperature,
+                top_p=self.top_p,
+                chat=not self.raw,
+                seed=self.seed,
+                speed=speed,
+            )
+            progress("loading", 1, 1)
+            progress("compiling, once", 0, 1)
+            begun = next(answer, "")
+        try:
+            for piece in chain([begun], answer):
+                print(piece, end="", flush=True)
+        finally:
+            print(flush=True)
+        print(speed, file=sys.stderr)
 
 
 @dataclass(frozen=True)
 class Inspect:
-    """What is in a checkpoint: sites, bits, bytes, and each site's error where it was quantized here."""
+    """What is in a checkpoint: params by kind, bits a weight, bytes on disk, and errors where it was quantized here."""
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]
     """Any checkpoint, dense or quantized."""
@@ -186,7 +222,7 @@ class Demo:
     def run(self) -> None:
         from awq_jax.demo import demo
 
-        with bar() as progress:
+        with progress_bar() as progress:
             result = demo(self.model, self.prompt, progress)
         console().print(*result)
 
@@ -214,7 +250,7 @@ class Tune:
         def steps(params: Any) -> list[Any]:
             return [replace(model, params=params).logits(jnp.zeros((m, 1), jnp.int32)) for m in self.rows]
 
-        with bar() as progress:
+        with progress_bar() as progress:
             found = tune(steps, model.params, limit=60 * self.minutes, progress=progress)
         console().print(tunings_table(found))
         say(f"Kept in {users_file()}; delete it to forget them.")
@@ -231,45 +267,50 @@ class Doctor:
             say(f"{finding.what}: {finding.found}" + (f" ({finding.advice})" if finding.advice else ""))
 
 
-Command = (
-    Annotated[Quantize, tyro.conf.subcommand("quantize")]
-    | Annotated[Eval, tyro.conf.subcommand("eval")]
-    | Annotated[Generate, tyro.conf.subcommand("generate")]
-    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
-    | Annotated[Demo, tyro.conf.subcommand("demo")]
-    | Annotated[Tune, tyro.conf.subcommand("tune")]
-    | Annotated[Doctor, tyro.conf.subcommand("doctor")]
-)
-
-
-@contextmanager
-def bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar with time left, on the terminal's error stream; `(stage, done, total)` moves it."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    from rich.console import Console
-
-    stderr = Console(stderr=True)
-    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as live:
-        tasks: dict[str, Any] = {}
-
-        def progress(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = live.add_task(stage, total=total)
-            live.update(tasks[stage], completed=done, total=total)
-
-        yield progress
+COMMANDS: dict[str, Any] = {
+    "quantize": Quantize,
+    "eval": Eval,
+    "generate": Generate,
+    "inspect": Inspect,
+    "demo": Demo,
+    "tune": Tune,
+    "doctor": Doctor,
+}
+Command: Any = Union[tuple(Annotated[command, tyro.conf.subcommand(name)] for name, command in COMMANDS.items())]  # noqa: UP007
 
 
 def say(text: str) -> None:
     """Text as it is, whatever the width of the terminal."""
     console().print(text, markup=False, soft_wrap=True)
+
+
+def parsed(words: list[str]) -> Any:
+    """The command that is asked for; --version, --help and what cannot be understood end the program."""
+    if words[:1] == ["--version"]:
+        from awq_jax import __version__
+
+        say(f"awq-jax {__version__}")
+        sys.exit(0)
+    if words and not words[0].startswith("-") and words[0] not in COMMANDS:
+        near = did_you_mean(words[0], COMMANDS)
+        print(f"awq-jax: there is no command {words[0]}{near}: give one of {', '.join(COMMANDS)}.", file=sys.stderr)
+        sys.exit(2)
+    description = "Activation-aware 4-bit weight quantization (AWQ) in JAX; --version tells which one this is."
+    return tyro.cli(
+        Command, prog="awq-jax", description=description, args=words, config=(tyro.conf.FlagCreatePairsOff,)
+    )
+
+
+@contextmanager
+def in_flags(command: Any) -> Iterator[None]:
+    """Puts errors of the block into the words of the command line."""
+    try:
+        yield
+    except (ValueError, OSError) as e:
+        if len(e.args) == 1 and isinstance(e.args[0], str):
+            names = [field.name for field in fields(command)]
+            e.args = (as_flags(e.args[0], names, getattr(command, "spelled", {}), sys.argv[1:]),)
+        raise
 
 
 def main() -> None:
@@ -278,15 +319,15 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             # A name of bytes that are no text, or a terminal without UTF-8, must not cost the work that is done.
             stream.reconfigure(errors="backslashreplace")
-    description = "Activation-aware 4-bit weight quantization (AWQ) in JAX."
-    command = tyro.cli(Command, prog="awq-jax", description=description)  # type: ignore[arg-type]
+    command = parsed(sys.argv[1:])
     # transformers says otherwise that it misses torch, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     # Orbax logs the traceback of an error before it raises it.
     absl.logging.set_verbosity(absl.logging.FATAL)
     keep_compiled_programs()
     try:
-        command.run()
+        with in_flags(command):
+            command.run()
         sys.stdout.flush()
     except SystemExit:
         raise

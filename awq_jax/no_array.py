@@ -35,9 +35,10 @@ def _attribute(self: Any, name: str) -> NoReturn:
 
 
 class NoArray(NDArrayOperatorsMixin):
-    """Operators, comparisons, indexing, truth, conversions and attributes of arrays raise an error with the remedy."""
+    """Operators, indexing, truth, conversions and attributes of arrays raise an error with the remedy."""
 
     __jax_array__ = property(_refuse_jax)
     __array_ufunc__ = __array__ = __float__ = __int__ = __bool__ = _refuse
     __getitem__ = __iter__ = __len__ = __contains__ = _refuse
     __getattr__ = _attribute
+    __ne__: Any = object.__ne__

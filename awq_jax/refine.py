@@ -40,6 +40,7 @@ def refine(
     observed = replace(model, config=replace(model.config, dtype=dtype))
     rows = max(1, min(BATCH // tokens.shape[1], len(tokens)))
     total = passes * (len(tokens) // rows)
+    progress("distillation step", 0, total)
     names = [f"layers_{i}" for i in model.layers]
     dense = {"outer": parts["outer"], "layers": together([model.layer(i) for i in model.layers])}
     small = {"outer": parts["outer"], "layers": together([parts[name] for name in names])}

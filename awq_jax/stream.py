@@ -23,6 +23,8 @@ from awq_jax.sites import sites
 from awq_jax.transform import Calibration, quantized, with_moments
 
 Feed = Literal["dense", "quantized"]
+COMPILING = "compiling, once"
+"""The stage in which the first block is."""
 CHUNK = 2048
 """Tokens that go through a block at once: enough to keep the matmuls busy, small beside a block's weights."""
 
@@ -59,6 +61,12 @@ class Clock:
     """Seconds by stage."""
 
     seconds: dict[str, float] = field(default_factory=dict)
+    start: float = field(default_factory=time.perf_counter)
+
+    def rest(self, stage: str) -> None:
+        """Count for `stage` what was counted for none since the clock was made."""
+        uncounted = time.perf_counter() - self.start - sum(self.seconds.values())
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + uncounted
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
@@ -111,6 +119,7 @@ def stream(
     feed: Feed = "dense",
     dtype: Any = None,
     solve: Callable[..., Any] = quantize_block,
+    clock: Clock | None = None,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Streamed:
     """Quantize every block of a decoder and hand each over as soon as it is done.
@@ -121,13 +130,14 @@ def stream(
       feed: whether a block is calibrated on what the dense blocks before it give, or the quantized ones.
       dtype: of the activations at calibration; None for the faster one of float32 and bfloat16 on this machine.
       solve: `(name, params, calibration, recipe) -> (params, reports)` of a block.
+      clock: goes on counting; None for a new one.
       progress: called with a stage, blocks done and blocks in all.
 
     Raises:
       InputError: more or longer sequences than memory holds.
       ValueError: non-finite weights, or a fold that changed a block; both name the site.
     """
-    clock = Clock()
+    clock = clock or Clock()
     observed = replace(model, config=replace(model.config, dtype=dtype or fast_dtype()))
     with clock("load"):
         outer = model.module.outer_params(model.read, model.config)
@@ -138,7 +148,9 @@ def stream(
     with clock("write"):
         write("outer", outer)
     del outer
-    traced = sites(model.block, model.layer(0), hidden[0])
+    progress(COMPILING, 0, 1)
+    with clock("trace"):
+        traced = sites(model.block, model.layer(0), hidden[0])
     observe = jax.jit(with_moments(observed.block, traced, block=recipe.gram_block))
     again = jax.jit(quantized(observed.block))
     reports: list[SiteReport] = []
@@ -162,5 +174,6 @@ def stream(
         with clock("write"):
             write(name, qparams)
         reports += [replace(r, name=f"{name}/{r.name}") for r in found]
+        progress(COMPILING, 1, 1)
         progress("block", layer + 1, len(model.layers))
     return Streamed(tuple(reports), clock.seconds, largest)

@@ -149,7 +149,7 @@ class Layout:
     data_fields=["codes", "scales", "zeros", "input_scale"],
     meta_fields=[*STATIC],
 )
-@dataclass(frozen=True, repr=False, eq=False)
+@dataclass(frozen=True, repr=False)
 class QuantizedTensor(NoArray):
     """A weight of logical shape (*lead, i, o) in `spec.bits` bits: `w = input_scale[:, None] * (q - z) * s`.
 
@@ -242,8 +242,10 @@ def rounded_step(step: Float[Array, "*g"]) -> Float[Array, "*g"]:
 
 
 def half_step(step: Float[Array, "*g"]) -> Float[Array, "*g"]:
-    """`step` as float16 holds it, subnormal numbers included; neither zero nor infinite."""
-    return jnp.clip(step, SMALLEST_HALF, LARGEST_HALF).astype(SCALE_DTYPE).astype(jnp.float32)
+    """`step` as float16 holds it; up to the next of its subnormal numbers, so that codes still reach all weights."""
+    subnormal = jnp.ceil(step / SMALLEST_HALF) * SMALLEST_HALF
+    kept = jnp.where(step < SMALLEST_NORMAL_HALF, subnormal, jnp.minimum(step, LARGEST_HALF))
+    return kept.astype(SCALE_DTYPE).astype(jnp.float32)
 
 
 def step_dtype(smallest: float, largest: float) -> Any:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import sys
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
-from awq_jax import cli
+from awq_jax import cli, progress
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ def run(*args: object) -> Done:
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(sys, "argv", ["awq-jax", *map(str, args)])
         patch.setenv("COLUMNS", "100")
+        # Lines for logs depend on how busy the machine is.
+        patch.setattr(progress, "SECONDS", math.inf)
         # It would stay on for the tests that count compilations.
         patch.setattr(cli, "keep_compiled_programs", lambda: None)
         try:

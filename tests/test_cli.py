@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from checkpoints import config, tensors, tiny_folder, tiny_gguf
 from commands import run
@@ -112,8 +113,10 @@ def test_quantize_to_orbax_with_more_options(dense, root):
         '{"bits": 3, "group_size": 32, "symmetric": true}'
     }
     shown = run("inspect", out)
-    assert shown.rows["attn/q/kernel"][1:3] == ["3-bit, g32", "2"]
-    assert shown.rows["mlp/up/kernel"][1:3] == ["float32", "2"]
+    assert shown.rows["attn/q"][:3] == ["64 x 64", "3-bit g32", "2"]
+    # 3 bits, a step of 16 for 32 of them, and an input scale of 32 for the 64 outputs.
+    assert shown.rows["attn/q"][4] == f"{3 + 16 / 32 + 32 / 64:.2f}"
+    assert shown.rows["mlp/up"][1:3] == ["float32", "2"]
 
 
 @pytest.mark.parametrize("preset", ["fast", "llm_awq"])
@@ -152,14 +155,14 @@ class TestArguments:
 
         def fake(model, out, recipe, **options):
             asked.update(model=model, out=out, recipe=recipe, **options)
-            return Converted(out, 4, 2, 1, (), {})
+            return Converted(out, 4, 2, 1, (), {}, recipe, ())
 
         monkeypatch.setattr("awq_jax.convert.quantize_checkpoint", fake)
         return asked
 
     def test_defaults(self, asked):
         assert run("quantize", "org/model", "out").code == 0
-        del asked["progress"]
+        del asked["progress"], asked["told"]
         assert asked == {
             "model": "org/model",
             "out": Path("out"),
@@ -172,12 +175,14 @@ class TestArguments:
             "average_bits": None,
             "distill": 0,
             "overwrite": False,
+            "fit_groups": True,
         }
 
     @pytest.mark.parametrize("name", awq.PRESETS)
     def test_every_preset_can_be_named(self, asked, name):
         assert run("quantize", "m", "out", "--preset", name, "--group-size", "64").code == 0
         assert asked["recipe"] == replace(awq.PRESETS[name], group_size=64)
+        assert not asked["fit_groups"]
 
     def test_fast_takes_a_quarter_of_the_samples_unless_told(self, asked):
         run("quantize", "m", "out", "--preset", "fast")
@@ -227,48 +232,67 @@ def test_eval_alone(small, text):
 def test_generate(small):
     out, _ = small
     model = awq.load(out)
-    done = run("generate", out, "hello", "--max-new-tokens", "8")
-    assert (done.code, done.err) == (0, "")
-    assert done.out == model.generate("hello", max_new_tokens=8) + "\n"
-    done = run("generate", out, "hello", "--max-new-tokens", "8", "--raw")
-    assert done.out == model.generate("hello", max_new_tokens=8, chat=False) + "\n"
-    done = run("generate", out, "hello", "--max-new-tokens", "8", "--temperature", "2")
-    assert done.out == model.generate("hello", max_new_tokens=8, temperature=2.0) + "\n"
+    for flags, options in (
+        ((), {}),
+        (("--raw",), {"chat": False}),
+        (("--temperature", "2", "--top-p", "0.9", "--seed", "3"), {"temperature": 2.0, "top_p": 0.9, "seed": 3}),
+    ):
+        done = run("generate", out, "hello", "--max-new-tokens", "8", *flags)
+        assert (done.code, done.out) == (0, model.generate("hello", max_new_tokens=8, **options) + "\n")
+        assert re.match(r"prompt: \d+ tokens, [\d.]+ tokens/s; answer: [1-8] tokens, [\d.]+ tokens/s", done.err)
+    assert model.generate("hello", temperature=2.0, seed=1) != model.generate("hello", temperature=2.0, seed=2)
 
 
 def test_an_answer_is_printed_letter_by_letter(small, monkeypatch):
-    answer = "[bold]no markup[/nor this] :smile: " + "and no line breaks " * 20
-    monkeypatch.setattr(awq.Model, "generate", lambda *args, **options: answer)
-    assert run("generate", small[0], "hello").out == answer + "\n"
+    answer = ["[bold]no markup[/nor this] :smile: ", *["and no line breaks "] * 20]
+    monkeypatch.setattr(awq.Model, "stream", lambda *args, **options: iter(answer))
+    assert run("generate", small[0], "hello").out == "".join(answer) + "\n"
 
 
-def test_inspect(small, dense, root):
+def test_an_answer_that_is_stopped_stays_as_far_as_it_came(small, monkeypatch):
+    def answer(*args, **options):
+        yield "so "
+        yield "far"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(awq.Model, "stream", answer)
+    done = run("generate", small[0], "hello")
+    assert (done.code, done.out, done.err) == (130, "so far\n", "awq-jax: stopped.\n")
+
+
+def test_inspect(small, dense, root, monkeypatch):
+    monkeypatch.setattr(np, "memmap", lambda *args: pytest.fail("more than headers is read"))
     out, _ = small
     shown = run("inspect", out)
     assert (shown.code, shown.err) == (0, "")
     report = {site["name"]: site["error"] for site in json.loads((out / "quantization_report.json").read_text())}
     up = [report[f"layers_{i}/mlp/up/kernel"] for i in (0, 1)]
-    # 64 x 128 codes of half a byte; a step of two bytes and a zero point of one for each 32 of them.
-    expected = ["64 x 128", "4-bit, g32", "2", f"{2 * 64 * 128 * (1 / 2 + 3 / 32) / 1000:.1f} kB"]
-    assert shown.rows["mlp/up/kernel"] == [*expected, f"{sum(up) / 2:.2%}", f"{max(up):.2%}"]
-    assert shown.rows["embed/embedding"] == ["320 x 64", "float16", "1", "41.0 kB", "", ""]
+    # 64 x 128 codes of half a byte; a step of two bytes and a zero point of half a byte for each 32 of them.
+    kept = 1 / 2 + 2.5 / 32
+    expected = ["64 x 128", "4-bit g32", "2", f"{2 * 64 * 128 * kept / 1000:.1f} kB", f"{8 * kept:.2f}"]
+    assert shown.rows["mlp/up"] == [*expected, f"{sum(up) / 2:.2%}", f"{max(up):.2%}"]
+    assert shown.rows["embed"] == ["320 x 64", "float16", "1", "41.0 kB", "16.00", "", ""]
     assert len(shown.rows) == 12
-    assert max(map(len, shown.out.splitlines())) <= 100
+    assert max(map(len, shown.out.splitlines())) <= 80
     plain = run("inspect", dense)
-    assert plain.rows["mlp/up/kernel"] == ["64 x 128", "float32", "2", "65.5 kB", "", ""]
-    assert "0.50 times smaller" in plain.out
-    assert run("inspect", tiny_gguf(root / "m.gguf")).rows["mlp/up/kernel"][:3] == ["256 x 512", "float32", "2"]
+    assert plain.rows["mlp/up"] == ["64 x 128", "float32", "2", "65.5 kB", "32.00"]
+    assert "32.00 bits a weight  0.50 times smaller" in plain.out
+    assert run("inspect", tiny_gguf(root / "m.gguf")).rows["mlp/up"][:3] == ["256 x 512", "Q8_0", "2"]
 
 
 @pytest.mark.parametrize(
     ("args", "says"),
     [
         ((), "quantize, eval, generate, inspect, demo"),
-        (("quantise",), "quantise"),
+        (("quantise",), "there is no command quantise (did you mean quantize?)"),
+        (("quantize", "model", "out", "--groupsize", "64"), "Perhaps you meant: --group-size"),
         (("quantize", "model"), "OUT"),
         (("quantize", "model", "out", "--bits", "four"), "--bits"),
-        (("quantize", "model", "out", "--preset", "slow"), "'fast'"),
-        (("quantize", "model", "out", "--format", "gptq"), "'awq', 'orbax'"),
+        (
+            ("quantize", "model", "out", "--preset", "fst"),
+            "none of default, fast, rtn, llm_awq, autoawq, llmcompressor (did you mean fast?)",
+        ),
+        (("quantize", "model", "out", "--format", "awg"), "--format: 'awg' is none of awq, orbax (did you mean awq?)"),
         (("quantize", "model", "out", "--wat"), "--wat"),
     ],
 )
@@ -276,3 +300,24 @@ def test_arguments_that_do_not_parse(args, says):
     done = run(*args)
     assert (done.code, done.out) == (2, "")
     assert says in " ".join(done.err.replace("│", " ").split())
+
+
+def test_version():
+    done = run("--version")
+    assert (done.code, done.out, done.err) == (0, f"awq-jax {awq.__version__}\n", "")
+
+
+def test_the_group_size_is_chosen_and_what_was_read_is_told(dense, root):
+    done = run("quantize", dense, root / "chosen", *FAST[2:], "--calib", chats(root))
+    first, second, *_ = done.out.splitlines()
+    assert first == "Groups of 64: the largest of 128, 64, 32 that divides 64, 128."
+    assert re.fullmatch(rf"{root}/chats.jsonl: 30 chats, [\d,]+ tokens, 512 used", second)
+    assert json.loads((root / "chosen" / "config.json").read_text())["quantization_config"]["group_size"] == 64
+
+
+def test_windows_that_a_text_does_not_fill_are_told(small, text, root):
+    done = run("eval", small[0], text, "--length", "256", "--windows", "9")
+    assert re.match(rf"{text} fills \d of 9 windows", done.out)
+    said = root / "said.jsonl"
+    said.write_text(json.dumps({"text": text.read_text()}))
+    assert run("eval", small[0], said, "--length", "256").rows[str(small[0])] == done.rows[str(small[0])]

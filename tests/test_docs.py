@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from loose import loose
 
 DOCS = Path(__file__).parents[1] / "docs"
 SNIPPETS = [
@@ -20,6 +21,8 @@ def test_there_are_snippets():
 @pytest.mark.parametrize("code", SNIPPETS)
 def test_snippet(code, capsys, tmp_path, monkeypatch, doors):
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "snippet", "exec"), {"__name__": "snippet"})
+    # optax takes a float to the power of an integer.
+    run = loose(exec) if "import optax" in code else exec
+    run(compile(code, "snippet", "exec"), {"__name__": "snippet"})
     assert "Traceback" not in capsys.readouterr().out
     assert (doors["kernel"] > 0) == bool(re.search(r"^y = |small\(|\.call\(", code, re.MULTILINE))

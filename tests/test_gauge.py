@@ -118,8 +118,8 @@ def test_consumers_are_multiplied_and_follow_the_order_of_their_inputs(name):
             where = np.full(site.layout.shape, -2)
             axes = [axis - site.stacked for axis in member.axes]
             where[...] = member.channels.reshape([n if k in axes else 1 for k, n in enumerate(where.shape)])
-            rows = site.layout.matrix(where)
-            assert (rows == np.reshape(channels, (-1, 1))).all(), site.name
+            rows = np.asarray(site.layout.matrix(where))
+            assert (rows == channels[:, None]).all(), site.name
 
 
 def fold_of(name, site):
@@ -284,6 +284,7 @@ STACKS = {"norm": 1 + normal(3, 8) / 4, "w": normal(3, 8, 8), "one": NORM, "v": 
 def layers(step):
     """`step(params, x, layer)` over stacked norm and w."""
 
+    @loose
     def fn(p, x):
         stacked = {"norm": p["norm"], "w": p["w"]}
         return lax.scan(lambda x, layer: (x + jnp.tanh(step(p, x, layer)), None), x, stacked)[0]

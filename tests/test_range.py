@@ -118,8 +118,10 @@ def test_steps_have_the_bits_that_float16_has(a):
     found = float(rounded_step(jnp.float32(a)))
     fraction, exponent = np.frexp(np.float32(a))
     assert found == np.ldexp(float(np.float16(fraction)), exponent)
-    nearest = np.clip(np.float32(a), 2.0**-24, 65504).astype(np.float16)
-    assert float(half_step(jnp.float32(a))) == float(nearest)
+    half = float(np.clip(np.float32(a), 2.0**-24, 65504).astype(np.float16))
+    if half < min(np.float32(a), 2.0**-14):
+        half += 2.0**-24
+    assert float(half_step(jnp.float32(a))) == half
 
 
 @pytest.mark.parametrize("name", HALF)
@@ -129,7 +131,7 @@ def test_without_input_scales_steps_are_subnormal_numbers_of_float16(name):
     for size in (1e-3, 1e-4, 1e-5):
         q, _, told = solved(w * np.float32(size), x, HALF[name])
         assert q.scales.dtype == np.float16
-        assert told.error < 1.3 * report.error
+        assert told.error < (1.2 if size > 1e-5 else 1.6) * report.error
         assert told.note == ""
         expected = x.astype(np.float64) @ np.asarray(q.dequantize(), np.float64)
         np.testing.assert_allclose(dot(jnp.asarray(x), q), expected, rtol=1e-3, atol=1e-4 * size)
@@ -171,8 +173,8 @@ def test_an_output_without_energy_that_has_an_error_is_lost():
 
 
 def test_the_change_of_tiny_outputs_is_relative_too():
-    y, exact = np.float32([[1.0, 2.0], [0.0, 0.0]]), np.float32([[1.0, 1.0], [0.0, 0.0]])
-    for size in np.float32([1.0, 1e-25, 1e25]):
+    y, exact = np.array([[[1, 2], [0, 0]], [[1, 1], [0, 0]]], np.float32)
+    for size in np.array([1, 1e-25, 1e25], np.float32):
         assert float(relative_error(y * size, exact * size)) == pytest.approx(0.25)
 
 

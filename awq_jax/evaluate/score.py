@@ -34,10 +34,10 @@ def windows(text: str, tokenizer: Any, n: int, length: int, source: str = "the t
       InputError: not even one window, or windows in which nothing is predicted.
     """
     if n < 1 or length < 2:
-        raise InputError(f"--windows {n} --length {length}: give 1 or more windows of 2 tokens or more.")
+        raise InputError(f"windows={n} length={length}: give 1 or more windows of 2 tokens or more.")
     tokens = encode(tokenizer, text[: n * length * 10])
     if len(tokens) < length:
-        remedy = f"give --length {len(tokens)}" if len(tokens) > 1 else "give a longer text"
+        remedy = f"give length={len(tokens)}" if len(tokens) > 1 else "give a longer text"
         raise InputError(f"{source} has {len(tokens)} tokens, one window takes {length}: {remedy}.")
     n = min(n, len(tokens) // length)
     return tokens[: n * length].reshape(n, length)

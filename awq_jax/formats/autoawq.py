@@ -120,7 +120,7 @@ def check_fits(name: str, in_features: int, out_features: int, spec: QuantSpec) 
     Raises:
       InputError: it cannot, and what to do.
     """
-    otherwise = "exclude the site with a rule, or write --format orbax, which holds anything"
+    otherwise = "leave the site dense (skip=True in a rule), or write format='orbax', which holds anything"
     if spec.bits != BITS:
         raise InputError(f"{name}: AutoAWQ files hold 4 bits, not {spec.bits}: use bits=4, or {otherwise}.")
     if spec.padding(in_features):
@@ -168,14 +168,14 @@ def as_float16(name: str, w: Float[np.ndarray, "*shape"]) -> Float16[np.ndarray,
         largest = float(np.abs(w.astype(np.float32)).max())
         raise InputError(
             f"{name}: a value of {largest:g} does not fit float16, which AutoAWQ files use (up to 65504): write "
-            "--format orbax."
+            "format='orbax'."
         )
     wide = np.asarray(w, np.float32)
     largest = float(np.abs(wide).max(initial=0))
     if np.abs(half - wide).max(initial=0) > 2**-7 * largest:
         raise InputError(
             f"{name}: values of at most {largest:g} are too small for float16, which AutoAWQ files use (exact from "
-            "6e-5): write --format orbax."
+            "6e-5): write format='orbax'."
         )
     return half
 
@@ -252,7 +252,7 @@ class Writer:
         if found != wanted:
             raise InputError(
                 f"{where}: (bits, group size) is {found} and {wanted} elsewhere, but an AutoAWQ file has one of each: "
-                "drop the rule that changes them, or write --format orbax."
+                "drop the rule that changes them, or write format='orbax'."
             )
         if module == HEAD:
             raise InputError(f"{where}: readers of AutoAWQ files expect a dense lm_head: exclude it with a rule.")

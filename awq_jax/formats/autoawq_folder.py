@@ -117,4 +117,5 @@ def quantized_tensor(
             return from_autoawq(**arrays, group_size=spec.group_size, dtype=arrays["scales"].dtype)
 
     nbytes = sum(part.nbytes for part in parts.values())
-    return StoredTensor((k, words * PER_WORD), nbytes, read, quantized=True)
+    stored_as = f"{spec.bits}-bit g{spec.group_size}"
+    return StoredTensor((k, words * PER_WORD), nbytes, read, quantized=True, stored_as=stored_as)

@@ -26,6 +26,7 @@ from awq_jax.formats.shards import open_shards
 from awq_jax.formats.stored import StoredTensor
 from awq_jax.formats.text import unprinted
 from awq_jax.formats.tokenizer import gguf_tokenizer
+from awq_jax.near import did_you_mean, names_in
 from awq_jax.tensor import QuantizedTensor
 
 if TYPE_CHECKING:
@@ -184,12 +185,13 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
             return open_folder(path)
         if path.exists():
             return open_file(regular(path))
+        near = did_you_mean(path.name, names_in(path.parent))
         if path.is_absolute() or path.suffix == ".gguf" or not HUB_ID.fullmatch(str(model)) or str(model)[0] == ".":
             raise InputError(
-                f"{model} does not exist: give a folder with config.json and safetensors, a .gguf file, or the name of "
-                "a model on the Hugging Face hub."
+                f"{model} does not exist{near}: give a folder with config.json and safetensors, a .gguf file, or the "
+                "name of a model on the Hugging Face hub."
             )
-        return open_folder(huggingface.download(str(model)))
+        return open_folder(huggingface.download(str(model), near))
 
 
 def open_folder(folder: Path) -> Checkpoint:

@@ -79,7 +79,9 @@ def open_gguf(file: Path) -> Gguf:
             raise InputError(
                 f"{file}: {name} has shape {entry.shape}, not {heads[kind]} heads of {config['head_dim']}."
             )
-        tensors[hf_name] = StoredTensor(entry.shape, entry.nbytes, reader(file, entry, heads.get(kind)))
+        tensors[hf_name] = StoredTensor(
+            entry.shape, entry.nbytes, reader(file, entry, heads.get(kind)), stored_as=entry.type.name
+        )
     return Gguf(config, tensors, header.metadata)
 
 

@@ -46,10 +46,10 @@ class Source(Protocol):
     def companions(self) -> Sequence[Path]: ...
 
 
-def download(model: str) -> Path:
+def download(model: str, hint: str = "") -> Path:
     """The folder of a model of the Hugging Face hub in the user's cache, fetched if it is not there yet.
 
-    Only safetensors, JSON and the tokenizer are fetched, and only from the top folder.
+    Only safetensors, JSON and the tokenizer are fetched, and only from the top folder. Errors add `hint` to the name.
 
     Raises:
       InputError: no such model, no connection, or no right to read it.
@@ -63,8 +63,8 @@ def download(model: str) -> Path:
     # Releases of huggingface_hub let the errors of three HTTP libraries through, without a common class.
     except Exception as e:
         raise InputError(
-            f"{model} is no folder or file here, and fetching it from the Hugging Face hub failed ({one_line(e)}): "
-            "check the name and the connection, or give a local folder or a .gguf file."
+            f"{model} is no folder or file here{hint}, and fetching it from the Hugging Face hub failed "
+            f"({one_line(e)}): check the name and the connection, or give a local folder or a .gguf file."
         ) from e
     return Path(found)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -12,7 +13,8 @@ from awq_jax.tensor import Layout, QuantizedTensor
 
 
 def check_leaves(name: str, w: QuantizedTensor) -> None:
-    """Passes if `w` is what quantizing could have made, its codes in rows; the leaves are numpy arrays.
+    """Passes if `w` is what quantizing could have made, its codes in rows; the leaves are numpy arrays, or
+    shapes.
 
     Raises:
       ValueError: shapes, types or values that do not fit; names the weight.
@@ -46,6 +48,8 @@ def check_values(name: str, value: Any, most: int | None) -> None:
     """Whole numbers up to `most`, or finite ones."""
     if value.dtype != np.uint8 if most is not None else not jnp.issubdtype(value.dtype, jnp.floating):
         raise ValueError(f"{name} are of {value.dtype}")
+    if isinstance(value, jax.ShapeDtypeStruct):
+        return
     if most is not None and value.max(initial=0) > most:
         raise ValueError(f"{name} go up to {value.max()}, beyond the last code, {most}")
     if not jnp.isfinite(value).all():

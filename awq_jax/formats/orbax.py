@@ -226,6 +226,36 @@ def restored(folder: Path) -> Any:
         raise
 
 
+def shapes(folder: Path) -> dict[str, Any]:
+    """Every param by its path, from headers alone: a jax.ShapeDtypeStruct, or a QuantizedTensor of them.
+
+    Raises:
+      InputError: see `load`.
+    """
+    import orbax.checkpoint as ocp
+
+    folder = Path(folder).resolve()
+    about = read_metadata(folder)
+    found: dict[str, Any] = {}
+    with (
+        reading(f"{folder / PARAMS} is damaged", "write or download it again"),
+        unprinted(),
+        plainly_named(folder) as plain,
+        ocp.PyTreeCheckpointer() as checkpointer,
+    ):
+        for part in about["parts"]:
+            tree = checkpointer.metadata(plain / PARAMS / part).item_metadata.tree
+            abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+            params = rebuilt(part, abstract, about["tensors"])
+            found |= {f"{part}/{name}": leaf for name, leaf in named_leaves(params).items()}
+    return {name.removeprefix("outer/"): found[name] for name in sorted(found, key=place)}
+
+
+def place(name: str) -> list[Any]:
+    """By which names are sorted: numbers in them by their value."""
+    return [int(word) if word.isdigit() else word for word in re.split(r"(\d+)", name)]
+
+
 def read_metadata(folder: Path) -> dict[str, Any]:
     file = inside(folder, METADATA)
     if file is None:

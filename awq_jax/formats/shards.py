@@ -109,7 +109,8 @@ def open_shard(file: Path) -> dict[str, StoredTensor]:
 
 def stored(file: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> StoredTensor:
     """The tensor that starts at byte `offset` of a file."""
-    return StoredTensor(shape, math.prod(shape) * dtype.itemsize, lambda: mapped(file, offset, shape, dtype))
+    nbytes = math.prod(shape) * dtype.itemsize
+    return StoredTensor(shape, nbytes, lambda: mapped(file, offset, shape, dtype), stored_as=dtype.name)
 
 
 def mapped(file: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> Shaped[np.ndarray, "*shape"]:

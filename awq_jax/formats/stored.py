@@ -14,6 +14,7 @@ class StoredTensor:
     Args:
       shape: of what `read` gives.
       nbytes: what it takes in the file.
+      stored_as: the type in the file: "bfloat16", "Q4_K", "4-bit g128".
       quantized: `read` gives a QuantizedTensor, [in, out] where an array would be [out, in].
       read: the tensor, mapped from the file or converted from it: a numpy array or a QuantizedTensor of them. Each
         call reads anew.
@@ -23,3 +24,4 @@ class StoredTensor:
     nbytes: int
     read: Callable[[], Any]
     quantized: bool = False
+    stored_as: str = ""

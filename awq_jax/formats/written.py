@@ -104,7 +104,7 @@ def refuse_occupied(out: Path, overwrite: bool, *, at: Path | None = None, scrat
         raise FileExistsError(f"{out} holds {foreign[0]}, {why}: move it away or choose another folder. {NOTHING}")
     if found and not overwrite:
         raise FileExistsError(
-            f"{out} is not empty: add --overwrite (overwrite=True) to replace it, or choose another folder. {NOTHING}"
+            f"{out} is not empty: give overwrite=True to replace it, or choose another folder. {NOTHING}"
         )
 
 

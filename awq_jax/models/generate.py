@@ -32,7 +32,7 @@ ROUNDED = 64
 
 
 class Sampling(NamedTuple):
-    """How a token is drawn: from the smallest set of tokens whose probabilities at `temperature` reach `top_p`, or all."""
+    """How a token is drawn: from the fewest tokens whose probabilities at `temperature` reach `top_p`, None for all."""
 
     key: Array
     temperature: Any
@@ -251,18 +251,18 @@ def first(
 
     What stands in the prompt from `end` on is not seen: the tokens that follow take its place in the cache.
     """
-    cache = init_cache(config, prompt.shape[0], length)
-    hidden, cache = Llama(config).apply({"params": params}, prompt, cache=cache, method="hidden")
+    run: Any = ft.partial(Llama(config).apply, {"params": params})
+    hidden, cache = run(prompt, cache=init_cache(config, prompt.shape[0], length), method="hidden")
     last = lax.dynamic_index_in_dim(hidden, end - 1, 1, keepdims=False)
-    return draw(Llama(config).apply({"params": params}, last, method="logits"), end, how), cache
+    return draw(run(last, method="logits"), end, how), cache
 
 
 def following(
     config: Config, params: Any, token: Int[Array, " b"], position: Any, cache: Cache, how: Sampling | None
 ) -> tuple[Int[Array, " b"], Cache]:
     """The token after `token`, which stands at `position`, and the cache with it."""
-    run: Any = Llama(config).apply
-    logits, cache = run({"params": params}, token[:, None], cache=cache, position=position)
+    run: Any = ft.partial(Llama(config).apply, {"params": params})
+    logits, cache = run(token[:, None], cache=cache, position=position)
     return draw(logits[:, 0], position + 1, how), cache
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Int
 
 from awq_jax.formats.errors import InputError
@@ -25,13 +25,13 @@ def check_length(config: Any, length: int, what: str) -> None:
         )
 
 
-def check_tokens(config: Any, tokens: Int[Array, "*b t"], what: str) -> None:
+def check_tokens(config: Any, tokens: Int[Array | np.ndarray, "*b t"], what: str) -> None:
     """Refuse no tokens, too many, and any without a row in the embedding; of traced ones only the number is known."""
     length = np.shape(tokens)[-1]
     if np.size(tokens) == 0:
         raise InputError(f"{what} gives no token: give a text that is not empty.")
     check_length(config, length, what)
-    if isinstance(tokens, jax.core.Tracer):
+    if isinstance(tokens, Tracer):
         return
     ids = np.asarray(tokens)
     if (odd := ids[(ids < 0) | (ids >= config.vocab)]).size:

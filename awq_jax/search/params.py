@@ -123,11 +123,17 @@ def solve_sites(
 def with_half_steps(
     found: Solution, w: Float[Array, "i o"], size: Float[Array, ""], moments: Moments, spec: QuantSpec
 ) -> Solution:
-    """What was found for `w * size`, with steps that float16 holds; the codes of a step that this moves are nearest."""
+    """What was found for `w * size`, with steps that float16 holds.
+
+    Codes are those nearest to what was found, which keeps what error feedback did; or to the weights, in columns where
+    a step moves and that is better.
+    """
     steps = half_step(found.steps * size) / size
-    moved = (steps != found.steps)[:, None]
-    codes = jnp.where(moved, nearest(group(w, spec), steps, found.zeros, spec), found.codes)
-    error = rounding_error(w, codes, steps, found.zeros, moments)
+    rounded = (found.codes - found.zeros[:, None]) * found.steps[:, None]
+    choices = [nearest(a, steps, found.zeros, spec) for a in (rounded, group(w, spec))]
+    kept, plain = (rounding_error(w, codes, steps, found.zeros, moments) for codes in choices)
+    better = (steps != found.steps).any(0) & (plain < kept)
+    codes, error = (jnp.where(better, b, a) for a, b in (choices, (kept, plain)))
     return found._replace(codes=codes, steps=steps, error=error)
 
 

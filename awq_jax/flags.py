@@ -1,0 +1,55 @@
+"""The command line's names for what the library calls by Python's: `group_size=64` is `--group-size 64` there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, get_args
+
+from tyro.constructors import PrimitiveConstructorSpec
+
+from awq_jax.near import did_you_mean
+
+
+def as_flags(message: str, arguments: Iterable[str], spelled: Mapping[str, str], given: Sequence[str] = ()) -> str:
+    """An error's message, which speaks of Python's arguments, in the command's words.
+
+    Args:
+      arguments: names that are flags of the command.
+      spelled: what else it says in other words.
+      given: what the user typed, left as it is where it is quoted: a folder may be called group_size=64.
+    """
+    typed = "|".join(sorted((re.escape(word) for word in given if "=" in word), key=len, reverse=True))
+    others = "|".join(map(re.escape, spelled))
+    value = r"True\b|'[^']*'|\"[^\"]*\"|"
+    names = "|".join(map(re.escape, arguments))
+    pattern = rf"(?P<typed>{typed or '(?!)'})|(?P<other>{others or '(?!)'})|\b(?P<name>{names})=(?P<value>{value})"
+
+    def spell(found: re.Match[str]) -> str:
+        if found["name"] is None:
+            return spelled.get(found[0], found[0])
+        flag = "--" + found["name"].replace("_", "-")
+        if found["value"] == "True":
+            return flag
+        return f"{flag} {shlex.quote(found['value'][1:-1]) if found['value'] else ''}"
+
+    return re.sub(pattern, spell, message)
+
+
+def one_of(choices: Any) -> PrimitiveConstructorSpec[str]:
+    """How a flag with a `Literal` of words is read: another word is told the nearest."""
+    known = get_args(choices)
+
+    def read(words: list[str]) -> str:
+        if words[0] not in known:
+            raise ValueError(f"'{words[0]}' is none of {', '.join(known)}{did_you_mean(words[0], known)}.")
+        return words[0]
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=f"{{{','.join(known)}}}",
+        instance_from_str=read,
+        is_instance=lambda value: value in known,
+        str_from_instance=lambda value: [value],
+    )
