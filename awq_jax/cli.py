@@ -13,12 +13,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Union
 
-import absl.logging
 import tyro
 from tyro.conf import Positional, arg
 
 from awq_jax.cache import keep_compiled_programs
-from awq_jax.ending import failed
+from awq_jax.ending import failed, silence_libraries
 from awq_jax.flags import as_flags, one_of
 from awq_jax.near import did_you_mean
 from awq_jax.progress import progress_bar
@@ -322,8 +321,7 @@ def main() -> None:
     command = parsed(sys.argv[1:])
     # transformers says otherwise that it misses torch, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    # Orbax logs the traceback of an error before it raises it.
-    absl.logging.set_verbosity(absl.logging.FATAL)
+    silence_libraries()
     keep_compiled_programs()
     try:
         with in_flags(command):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 
+import absl.logging
 import jax
 
 from awq_jax.formats.errors import one_line
@@ -37,6 +39,12 @@ def failed(e: BaseException) -> int:
         line, code = f"{what}. This is a fault of awq_jax: report what {TRACEBACK}=1 shows.", FAULT
     print("awq-jax:", line, file=sys.stderr)
     return code
+
+
+def silence_libraries() -> None:
+    """Let no library print the traceback of what it raises as well; the line of `failed` says it."""
+    absl.logging.set_verbosity(absl.logging.FATAL)  # orbax
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # what orbax does not wait for
 
 
 def out_of_memory(e: BaseException) -> bool:

@@ -88,6 +88,7 @@ def of(x: Float[Array, "*lead_and_tokens i"], block: int | None, lead: int = 0, 
     """
     i = x.shape[-1]
     block = block_size(i, block)
+    x = x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)
     x = x.reshape(*x.shape[:lead], -1, i)
     tokens = jnp.ones(x.shape[:-1], jnp.float32)
     if weights is not None:

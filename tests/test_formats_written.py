@@ -120,7 +120,7 @@ class TestWithoutExchange:
                 fill(out, overwrite=True)
         assert len(list(tmp_path.iterdir())) == 2
         assert at == 0 or not (out / MANIFEST).exists()
-        with pytest.raises(FileExistsError, match="--overwrite"):
+        with pytest.raises(FileExistsError, match="overwrite=True"):
             fill(out)
         assert contents(tmp_path) == OLD
         assert list(tmp_path.iterdir()) == [out]
