@@ -177,7 +177,7 @@ def test_turned_stacks_fold():
     """A norm (features, layers) and two matrices (in, layers, out)."""
 
     def fn(p, x):
-        layer = lambda x, p: (x + jnp.tanh(x * p["norm"] @ p["up"]) @ p["down"], None)
+        layer = lambda x, p: (x + jnp.tanh(x * p["norm"][None] @ p["up"]) @ p["down"], None)
         moved = {k: jnp.moveaxis(w, 1, 0) for k, w in p.items()}
         return lax.scan(layer, x, moved)[0]
 
@@ -244,8 +244,8 @@ def test_what_may_not_run_is_no_group_with_what_does(inside):
 
 def test_folds_through_branches_and_loops_leave_the_function_as_it_is():
     def fn(p, x):
-        y = lax.cond(x[0, 0] > 0, lambda x: x * p["norm"] @ p["w"], lambda x: x * p["norm"] @ p["v"], x)
-        inner = lambda c: (c[0] + 1, jnp.tanh(c[1] * p["scale"] @ p["u"]))
+        y = lax.cond(x[0, 0] > 0, lambda x: x * p["norm"][None] @ p["w"], lambda x: x * p["norm"][None] @ p["v"], x)
+        inner = lambda c: (c[0] + 1, jnp.tanh(c[1] * p["scale"][None] @ p["u"]))
         return lax.while_loop(lambda c: c[0] < 2, inner, (0, y))[1]
 
     params = TWO | {"u": V.T, "norm": 1 + normal(32) / 4, "scale": 1 + normal(32, seed=1) / 4}
@@ -303,7 +303,7 @@ def test_images_are_seen_pixel_by_pixel():
 
 def test_folds_through_a_convolution_leave_the_function_as_it_is():
     def fn(p, x):
-        y = jax.nn.relu(pointwise({"w": p["v"]}, x * p["norm"]))
+        y = jax.nn.relu(pointwise({"w": p["v"]}, x * p["norm"][None]))
         return channels_first({"w": p["w"]}, jnp.concatenate([y, y[:, :2]], 1))
 
     params = {"norm": 1 + normal(32) / 4, "v": normal(1, 1, 32, 32) / 6, "w": normal(8, 32, 1, 1) / 6}

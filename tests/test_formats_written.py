@@ -163,7 +163,7 @@ class TestForeignFiles:
 
     def test_an_output_of_ours_is_replaced_when_asked(self, tmp_path):
         out = earlier(tmp_path / "out")
-        with pytest.raises(FileExistsError, match="is not empty: add --overwrite"):
+        with pytest.raises(FileExistsError, match="is not empty: give overwrite=True"):
             fill(out)
         with written_whole(out, overwrite=True) as scratch:
             (scratch / "a").write_text("1")
