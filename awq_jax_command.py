@@ -15,18 +15,27 @@ from contextlib import suppress
 from pathlib import Path
 
 ENDINGS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
+ERRORS: list[int] = []
+"""The error stream as it was at the start, if there was one."""
 ENDING = threading.Lock()
 """Taken by who ends the process, the main thread or the watching one."""
 
 
 def main() -> None:
     """Runs the command; exit codes of signals are the shell's, 128 and the number."""
+    keep_error_stream()
     # What is registered first runs last.
     atexit.register(end_regularly)
     end_at_signals()
     from awq_jax.cli import main as run
 
     run()
+
+
+def keep_error_stream() -> None:
+    """A way to the error stream that stays while a library's words are held back from it."""
+    with suppress(OSError):
+        ERRORS.append(os.dup(2))
 
 
 def end_regularly() -> None:
@@ -62,15 +71,12 @@ def watch(heard: int) -> None:
 
 def say_stopped() -> None:
     """The last line on the error stream: what the other threads still say goes nowhere."""
-    if sys.stderr is None:
-        return
-    errors = sys.stderr.fileno()
-    # A progress bar stands in the line, and hides the cursor.
-    os.write(errors, (b"\r\x1b[K\x1b[?25h" if os.isatty(errors) else b"") + b"awq-jax: stopped.\n")
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            os.dup2(nowhere, stream.fileno())
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
+    for errors in ERRORS:
+        # A progress bar stands in the line, and hides the cursor.
+        os.write(errors, (b"\r\x1b[K\x1b[?25h" if os.isatty(errors) else b"") + b"awq-jax: stopped.\n")
 
 
 def end_children() -> None:

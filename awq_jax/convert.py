@@ -17,15 +17,15 @@ import numpy as np
 from awq_jax.bits import Group, Offer, allocate, check_average, quantized_alone, with_bits
 from awq_jax.calib import Read, calibration_tokens
 from awq_jax.distill import kl_of_logits
+from awq_jax.finite import require_finite_weights
 from awq_jax.formats import autoawq, orbax
 from awq_jax.formats.card import CARD, card
 from awq_jax.formats.checkpoint import Checkpoint, open_checkpoint
-from awq_jax.formats.errors import InputError
+from awq_jax.formats.errors import InputError, one_line
 from awq_jax.formats.written import check_destination, resolved, size_of, written_whole
 from awq_jax.fused import Fused, left_whole, skip_whole, widening
 from awq_jax.load import architecture, load
 from awq_jax.models.inputs import check_length, check_tokens
-from awq_jax.paths import named_leaves
 from awq_jax.quantize import SiteReport
 from awq_jax.recipe import Recipe
 from awq_jax.refine import refine
@@ -113,6 +113,8 @@ def quantize_checkpoint(
     progress("loading", 0, 1)
     fit_groups = fit_groups or recipe is None
     recipe = replace(recipe or Recipe(), fold=format == "awq", input_scales=format != "awq")
+    if samples is not None:
+        recipe = replace(recipe, samples=samples)
     if average_bits is not None:
         check_average(average_bits)
     if distill < 0:
@@ -141,8 +143,8 @@ def quantize_checkpoint(
         progress("calibration text", 0, 1)
         own = lambda samples, seq_len: load(model).sample(samples, seq_len)
         read: list[Read] = []
-        count = recipe.samples if samples is None else samples
-        tokens = calibration_tokens(calib, tokenizer, samples=count, seq_len=seq_len, own=own, told=read.append)
+        options = {"samples": recipe.samples, "seq_len": seq_len, "own": own, "told": read.append}
+        tokens = calibration_tokens(calib, tokenizer, **options)
         check_tokens(config, tokens, "the calibration text")
         for source in read:
             told(str(source))
@@ -176,7 +178,7 @@ def quantize_checkpoint(
         }
         if distill:
             sizes["distilled"] = f"{distill} passes over them; the errors are those before"
-        text = card(model, format, orbax.shown(recipe), sizes, done.reports)
+        text = card(checkpoint.path, format, orbax.shown(recipe), sizes, done.reports)
         (scratch / CARD).write_text(text, "utf-8")
     after = size_of(resolved(out))
     clock.rest("write")
@@ -253,7 +255,8 @@ def writer(
         named, finish = module.to_names, theirs.finish
 
     def write(part: str, params: Any) -> None:
-        refuse_non_finite(part, params)
+        # What stays dense is not seen by any search, which would refuse it.
+        require_finite_weights(params, "" if part == "outer" else f"{part}/")
         kept.write(part, named(part, params))
 
     return write, finish
@@ -265,7 +268,7 @@ def computed_in(largest: float) -> tuple[str, tuple[str, ...]]:
     """
     if 2 * largest <= LARGEST_HALF:
         return "float16", ()
-    note = f"Activations reach {largest:.0f} on the calibration text, float16 ends at 65504"
+    note = f"Activations reach {largest:.0f} on the calibration text, float16 ends at {LARGEST_HALF:.0f}"
     return "bfloat16", (f"{note}: config.json says bfloat16, do not run the model in float16.",)
 
 
@@ -285,16 +288,6 @@ def halved(params: Any) -> Any:
     return jax.tree.map(half, params, is_leaf=is_quantized)
 
 
-def refuse_non_finite(part: str, params: Any) -> None:
-    """What stays dense is not seen by any search, which would refuse it."""
-    for name, leaf in named_leaves(params).items():
-        if is_quantized(leaf) or not jnp.issubdtype(leaf.dtype, jnp.inexact):
-            continue
-        if bad := int((~jnp.isfinite(leaf)).sum()):
-            where = name if part == "outer" else f"{part}/{name}"
-            raise InputError(f"{where}: {bad} of {leaf.size} weights are NaN or infinite. Repair the model.")
-
-
 def named_failure(out: str | Path, f: Callable[..., None]) -> Callable[..., None]:
     """`f`, its errors as one that says where they happened: what a full disk raises depends on the library."""
 
@@ -304,7 +297,7 @@ def named_failure(out: str | Path, f: Callable[..., None]) -> Callable[..., None
         except InputError:
             raise
         except (OSError, ValueError) as e:
-            reason = " ".join(str(e).split())
+            reason = one_line(e, 2000)
             advice = ": free space or choose another disk" if "no space" in reason.lower() else ""
             raise OSError(f"{out} could not be written ({reason}){advice}.") from e
 

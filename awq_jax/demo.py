@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -77,7 +76,7 @@ def demo(
     """Quantize `model` (or SmolLM2) into a temporary folder; tables and answers for the terminal."""
     path = str(fetch_smollm2()) if model is None else model
     dense = load(path, jnp.float32)
-    with scratch_folder(Path(tempfile.gettempdir())) as scratch:
+    with scratch_folder() as scratch:
         out, nearest = scratch / "awq", scratch / "nearest"
         done = quantize_checkpoint(path, out, progress=progress)
         rtn = replace(PRESETS["rtn"], group_size=done.recipe.group_size)

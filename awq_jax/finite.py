@@ -10,20 +10,23 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
+from awq_jax.formats.errors import InputError
 from awq_jax.moments import Moments
 from awq_jax.paths import named_leaves
+from awq_jax.tensor import is_quantized
 
 Flags = dict[str, Bool[Array, ""]]
 
 
-def require_finite_weights(params: Any) -> None:
-    """Refuse params that are NaN or infinite; names the first."""
+def require_finite_weights(params: Any, prefix: str = "") -> None:
+    """Refuse dense params that are NaN or infinite; names the first, after `prefix`."""
     for name, leaf in named_leaves(params).items():
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+        if is_quantized(leaf) or not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             continue
         bad = ~np.isfinite(np.asarray(leaf, np.float32))
         if bad.any():
-            raise ValueError(f"{name}: {int(bad.sum())} of {bad.size} weights are NaN or infinite. Repair the model.")
+            found = f"{int(bad.sum())} of {bad.size} weights are NaN or infinite"
+            raise InputError(f"{prefix}{name}: {found}. Repair the model.")
 
 
 def finite(inputs: tuple[Any, ...], mask: Any, moments: Mapping[str, Moments]) -> tuple[Flags, Flags]:

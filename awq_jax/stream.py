@@ -100,13 +100,13 @@ def quantize_block(name: str, params: Any, calibration: Calibration, recipe: Rec
         raise ValueError(f"{name}/{e}") from e
 
 
-def refuse_too_large(model: Decoder, outer: Any, chunks: Sequence[Array]) -> None:
+def refuse_too_large(model: Decoder, outer: Any, layer: Any, chunks: Sequence[Array]) -> None:
     """Refuse, before any work, calibration sequences that memory does not hold."""
     hidden = jax.eval_shape(partial(model.module.embed, model.config), outer, chunks[0])
     t = chunks[0].shape[1]
     states = sum(chunk.size for chunk in chunks) * hidden.dtype.itemsize * hidden.shape[-1]
-    needed = states + matmul_bytes(model.block, model.layer(0), hidden)
-    what = f"Calibration on {sum(map(len, chunks))} sequences of {t} tokens (samples, seq_len)"
+    needed = states + matmul_bytes(model.block, layer, hidden)
+    what = f"Calibration on samples={sum(map(len, chunks))} sequences of seq_len={t} tokens"
     check_memory(what, needed, "give shorter ones, or fewer")
 
 
@@ -143,14 +143,16 @@ def stream(
         outer = model.module.outer_params(model.read, model.config)
         rows = max(1, CHUNK // tokens.shape[1])
         chunks = [jnp.asarray(tokens[k : k + rows]) for k in range(0, len(tokens), rows)]
-        refuse_too_large(observed, outer, chunks)
+        first = model.layer(0)
+        refuse_too_large(observed, outer, first, chunks)
         hidden = [model.module.embed(observed.config, outer, chunk) for chunk in chunks]
     with clock("write"):
         write("outer", outer)
     del outer
     progress(COMPILING, 0, 1)
     with clock("trace"):
-        traced = sites(model.block, model.layer(0), hidden[0])
+        traced = sites(model.block, first, hidden[0])
+    del first
     observe = jax.jit(with_moments(observed.block, traced, block=recipe.gram_block))
     again = jax.jit(quantized(observed.block))
     reports: list[SiteReport] = []

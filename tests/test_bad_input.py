@@ -288,7 +288,7 @@ def test_calibration_texts(model, tmp_path, name, content, says, no_work):
         (("--bits", "9"), "--bits 9: codes are 2 to 8 bits wide"),
         (("--group-size", "48"), "--group-size 48: use a multiple of 32"),
         (("--group-size", "128"), "attn/k/kernel: 64 input features .* 128, the group size.*use --group-size 64"),
-        (("--samples", "0"), "--samples 0 --seq-len 128: give 1 or more"),
+        (("--samples", "0"), "--samples 0: give 1 calibration sequence"),
         (("--seq-len", "-5"), "--samples 4 --seq-len -5: give 1 or more"),
         (("--seq-len", "513"), r"--seq-len 513: .* trained for 512 positions .*: give 512 or fewer"),
         (("--skip", "mlp/("), r"rule 'mlp/\(' is not a regular expression"),

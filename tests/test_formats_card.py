@@ -1,6 +1,7 @@
 """Model cards, and what else a written folder says of its model."""
 
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -21,8 +22,9 @@ def header_of(text):
 
 
 @pytest.mark.parametrize("format", ["awq", "orbax"])
-def test_a_model_of_the_hub(format):
-    header, text = header_of(card("org/some-model", format, "Recipe(bits=4)", {"size now": "3 MB"}, SITES))
+def test_a_model_of_the_hub(tmp_path, format):
+    snapshot = tmp_path / "models--org--some-model" / "snapshots" / "abc"
+    header, text = header_of(card(snapshot, format, "Recipe(bits=4)", {"size now": "3 MB"}, SITES))
     assert header["base_model"] == "org/some-model"
     assert ("awq" in header["tags"], "4-bit" in header["tags"]) == (format == "awq",) * 2
     assert "awq_jax" in header["tags"]
@@ -61,9 +63,13 @@ def test_a_gguf_tells_its_license(tmp_path):
 
 
 def test_names_of_the_hub(tmp_path):
-    snapshot = tmp_path / "models--org--some-model" / "snapshots" / "abc"
-    snapshot.mkdir(parents=True)
-    assert [hub_id(m) for m in (snapshot, "org/m", tmp_path, "m.gguf")] == ["org/some-model", "org/m", None, None]
+    snapshots = [tmp_path / name / "snapshots" / "abc" for name in ("models--org--some-model", "models--gpt2")]
+    assert [hub_id(path) for path in (*snapshots, tmp_path)] == ["org/some-model", "gpt2", None]
+
+
+def test_a_card_that_is_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "README.md")
+    assert license_of(tmp_path) is None
 
 
 def test_older_readers_find_the_rope():
@@ -73,13 +79,6 @@ def test_older_readers_find_the_rope():
     assert with_older_rope(scaled) == scaled | {"rope_theta": 5e5, "rope_scaling": LLAMA3}
     older = {"rope_theta": 5e5, "rope_scaling": LLAMA3}
     assert with_older_rope(older) == older
-
-
-@pytest.mark.parametrize(("ids", "expected"), [({}, None), ({"eos_token_id": [1, 2], "bos_token_id": 0}, True)])
-def test_generation_config(tmp_path, ids, expected):
-    write_about(tmp_path, Source({"model_type": "llama", "hidden_size": 4, **ids}))
-    file = tmp_path / "generation_config.json"
-    assert (json.loads(file.read_text()) if file.exists() else None) == (ids if expected else None)
 
 
 def test_the_source_s_own_generation_config_stays(tmp_path):

@@ -37,7 +37,7 @@ def test_commands_refuse_what_memory_does_not_hold(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda: 1000)
     done = run("quantize", model, tmp_path / "out", "--group-size", "32", "--samples", "2", "--seq-len", "64")
     assert done.code == 2
-    assert "Calibration on 2 sequences of 64 tokens (samples, seq_len) takes about" in done.err
+    assert "Calibration on --samples 2 sequences of --seq-len 64 tokens takes about" in done.err
     assert done.err.strip().endswith("GB are free: give shorter ones, or fewer.")
     assert not (tmp_path / "out").exists()
     done = run("eval", model, tmp_path / "a.txt", "--length", "64", "--windows", "1")

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 CARD = "README.md"
-HUB_CACHE = re.compile(r"models--(.+)--(.+)")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_CACHE = re.compile(r"models--(.+?)(?:--(.+))?")
 TEMPLATE = """\
 ---
 {header}
@@ -87,14 +86,14 @@ def card(model: str | Path, format: str, recipe: str, sizes: Mapping[str, str], 
     """The text of README.md; of local paths it has the last component only.
 
     Args:
-      model: what was quantized, as the user named it.
+      model: the folder or file of what was quantized; in the hub's cache it says the name.
       format: "awq" or "orbax".
       recipe: as text.
       sizes: further rows of the table.
       sites: see SiteReport.
     """
-    base, license = hub_id(model), license_of(Path(model).expanduser())
-    name = base or Path(model).expanduser().resolve().name
+    base, license = hub_id(model), license_of(model)
+    name = base or model.resolve().name
     header = {
         **({"base_model": base, "base_model_relation": "quantized"} if base else {}),
         **({"license": license} if license else {}),
@@ -120,23 +119,25 @@ def card(model: str | Path, format: str, recipe: str, sizes: Mapping[str, str], 
     )
 
 
-def hub_id(model: str | Path) -> str | None:
-    """The name on the Hugging Face hub of what the user named: itself, or from a folder of the hub's cache."""
-    path = Path(model).expanduser()
-    if not path.exists():
-        return str(model) if HUB_ID.fullmatch(str(model)) else None
+def hub_id(path: Path) -> str | None:
+    """The name on the Hugging Face hub of a folder in the hub's cache."""
     found = [match for part in path.absolute().parts if (match := HUB_CACHE.fullmatch(part))]
-    return "/".join(found[-1].groups()) if found else None
+    return "/".join(filter(None, found[-1].groups())) if found else None
 
 
 def license_of(path: Path) -> str | None:
     """What the card beside the weights says, or a GGUF file's metadata."""
     from huggingface_hub import metadata_load
 
+    from awq_jax.formats.files import LARGEST, inside, regular
     from awq_jax.formats.gguf_header import read_header
 
     try:
-        about = read_header(path).metadata if path.is_file() else metadata_load(path / CARD) or {}
+        if path.is_file():
+            about = read_header(path).metadata
+        else:
+            beside = inside(path, CARD)
+            about = metadata_load(regular(beside, LARGEST)) or {} if beside else {}
     # A card is prose: whatever is wrong with its header, only the license stays out.
     except Exception:
         return None

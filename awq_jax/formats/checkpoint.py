@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import tempfile
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -88,7 +87,6 @@ class Checkpoint:
 
         Raises:
           InputError: a tensor is missing or damaged.
-          ValueError: a tensor does not have the shape that the config asks for.
         """
         with reading(f"{self.path}: its params cannot be read"):
             if self.kind == "orbax":
@@ -148,7 +146,7 @@ class Checkpoint:
     @cached_property
     def _made(self) -> Path:
         """A folder for files that the model lacks, there as long as this is."""
-        block = scratch_folder(Path(tempfile.gettempdir()))
+        block = scratch_folder()
         weakref.finalize(self, block.__exit__, None, None, None)
         return block.__enter__()
 

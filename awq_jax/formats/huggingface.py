@@ -5,13 +5,13 @@ from __future__ import annotations
 import codecs
 import json
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from awq_jax.formats.errors import InputError, one_line, reading
 from awq_jax.formats.files import LARGEST, inside, read_json, regular
+from awq_jax.formats.scratch import scratch_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -129,10 +129,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
     if not (files := tokenizer_files(folder)):
         raise InputError(f"{folder} holds no tokenizer: copy tokenizer.json and tokenizer_config.json into it.")
-    with tempfile.TemporaryDirectory(prefix="awq_jax_") as scratch:
+    with scratch_folder() as scratch:
         # All that transformers gets to see: it follows links, waits for pipes and stumbles over byte order marks.
         for file in (*files, inside(folder, "config.json")):
             if file is not None:
-                Path(scratch, file.name).write_bytes(file.read_bytes().removeprefix(codecs.BOM_UTF8))
+                (scratch / file.name).write_bytes(file.read_bytes().removeprefix(codecs.BOM_UTF8))
         with reading(f"{folder}: transformers cannot read the tokenizer", "copy a tokenizer.json of the model into it"):
             return AutoTokenizer.from_pretrained(scratch, trust_remote_code=False, local_files_only=True)

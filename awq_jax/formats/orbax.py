@@ -7,7 +7,6 @@ params/<part>, one orbax checkpoint of plain arrays for each part, so that a mod
 from __future__ import annotations
 
 import re
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -301,7 +300,7 @@ def plainly_named(folder: Path) -> Iterator[Path]:
     if re.fullmatch(r"[\w ./-]*", str(folder)):
         yield folder
         return
-    with scratch_folder(Path(tempfile.gettempdir())) as scratch:
+    with scratch_folder() as scratch:
         (scratch / "link").symlink_to(folder, target_is_directory=True)
         yield scratch / "link"
 

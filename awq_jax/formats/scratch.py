@@ -13,6 +13,7 @@ import secrets
 import shutil
 import socket
 import stat
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -35,8 +36,11 @@ SETTLING = threading.RLock()
 
 
 @contextmanager
-def scratch_folder(home: Path) -> Iterator[Path]:
-    """A folder in `home`, gone when the block ends; those that dead processes left there go too."""
+def scratch_folder(home: Path | None = None) -> Iterator[Path]:
+    """A folder in `home`, or among the system's temporary ones, gone when the block ends; what dead processes left
+    there goes too.
+    """
+    home = home or Path(tempfile.gettempdir())
     remove_stale(home)
     with SETTLING:
         folder, lock = made(home)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from awq_jax.formats.errors import InputError
 from awq_jax.formats.exchange import exchange
+from awq_jax.formats.files import inside, read_json
 from awq_jax.formats.scratch import SETTLING, move_all, remove_stale, scratch_folder
 
 MANIFEST = "awq_jax_files.json"
@@ -120,7 +121,8 @@ def files_of(folder: Path) -> Iterator[str]:
 def manifest_of(folder: Path) -> set[str]:
     """What `written_whole` wrote there, the manifest too; nothing where there is no manifest."""
     try:
-        return {MANIFEST, *json.loads((folder / MANIFEST).read_text("utf-8"))["files"]}
+        file = inside(folder, MANIFEST)
+        return {MANIFEST, *read_json(file)["files"]} if file else set()
     except (OSError, ValueError, KeyError, TypeError):
         return set()
 
