@@ -282,7 +282,8 @@ def halved(params: Any) -> Any:
         if is_quantized(w) or w.ndim < 2:
             return w
         small = jnp.asarray(w).astype(jnp.float16)
-        fits = (jnp.abs(small.astype(w.dtype) - w).max(-1) <= jnp.finfo(jnp.float16).eps * jnp.abs(w).max(-1)).all()
+        eps = float(jnp.finfo(jnp.float16).eps)
+        fits = (jnp.abs(small.astype(w.dtype) - w).max(-1) <= eps * jnp.abs(w).max(-1)).all()
         return small if fits else w
 
     return jax.tree.map(half, params, is_leaf=is_quantized)

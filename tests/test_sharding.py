@@ -238,7 +238,7 @@ def test_tokens_that_every_device_sees_count_once(mesh, check_vma):
 
 def test_a_data_parallel_function_keeps_its_folds(mesh):
     def norm_and_mlp(params, x):
-        x = params["norm"] * x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True))
+        x = params["norm"][None] * x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True))
         return mlp(params, x)
 
     params = MATRIX | {"norm": jnp.ones(WIDTH)}
