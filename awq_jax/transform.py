@@ -170,12 +170,12 @@ def _moments_alone(
 
 
 def check_batch(k: int, batch: Any) -> None:
-    """Refuse batch number k unless it is a tuple of inputs that have rows."""
+    """Refuse batch number k unless it is a tuple of inputs of which none is empty."""
     if not isinstance(batch, tuple | list):
         raise ValueError(f"A batch is a tuple of inputs, found {type(batch).__name__}: give [(tokens,)], say.")
     for name, x in named_leaves(tuple(batch)).items():
-        if jnp.shape(x)[:1] == (0,):
-            raise ValueError(f"Batch {k + 1}: input {name} has shape {jnp.shape(x)}, no rows: leave the batch out.")
+        if 0 in jnp.shape(x):
+            raise ValueError(f"Batch {k + 1}: input {name} has shape {jnp.shape(x)}, no numbers: leave the batch out.")
 
 
 def _why_none(traced: Traced) -> str:
