@@ -19,7 +19,7 @@ from awq_jax.formats.checkpoint import open_checkpoint
 from awq_jax.load import Model, load
 from awq_jax.models import for_config
 from awq_jax.stream import Decoder, Streamed, stream
-from awq_jax.tensor import is_quantized
+from awq_jax.tensor import dequantize
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -54,8 +54,7 @@ def quantized_in_memory(checkpoint: Any, tokens: np.ndarray, recipe: Any, **opti
     parts: dict[str, Any] = {}
 
     def keep(part: str, params: Any) -> None:
-        dense = lambda w: w.dequantize() if is_quantized(w) else jnp.asarray(w)
-        parts[part] = jax.tree.map(dense, params, is_leaf=is_quantized)
+        parts[part] = jax.tree.map(jnp.asarray, dequantize(params))
 
     done = stream(Decoder(module, config, checkpoint.read), tokens, recipe, keep, **options)
     return parts.pop("outer") | parts, done

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU: numbers first right, then fast. See README.md beside this.
-#   benchmarks/gpu_all.sh [FOLDER_OF_WHEELS] [STEP[:SECONDS] ...]
-# Without network the folder holds this project and what the machine lacks: gpu_wheels.sh makes it. Results go to
-# benchmarks/results; if OUT names a folder, there too, with the table that tuning wrote.
+#   benchmarks/gpu_all.sh [FOLDER_OF_WHEELS] [STEP[:SECONDS] ...] [--results FOLDER]
+# Without network the first folder holds this project and what the machine lacks: gpu_wheels.sh makes it. Results go to
+# benchmarks/results or the folder named; the tilings that tuning finds, to table.json of the installed package.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONUNBUFFERED=1

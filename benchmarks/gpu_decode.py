@@ -36,14 +36,13 @@ NO_GRAPHS = {"xla_gpu_enable_command_buffer": ""}
 def loop(model: Model, batch: int, tokens: int) -> Any:
     """Greedy decoding of `tokens` tokens after one, lowered."""
     prompt = jnp.ones((batch, 1), jnp.int32)
-    options = {"max_new_tokens": tokens, "eos": (), "dense": False}
-    return _generate.lower(model.config, model.params, prompt, 0.0, None, **options)
+    return _generate.lower(model.config, model.params, prompt, None, max_new_tokens=tokens, eos=())
 
 
 def seconds_a_token(program: Any, model: Model, batch: int, tokens: int) -> float:
     """Of one turn."""
     start = time.perf_counter()
-    jax.block_until_ready(program(model.params, jnp.ones((batch, 1), jnp.int32), 0.0, None))
+    jax.block_until_ready(program(model.params, jnp.ones((batch, 1), jnp.int32), None))
     return (time.perf_counter() - start) / tokens
 
 
@@ -113,7 +112,7 @@ def prefilled(models: dict[str, Model], tokens: int) -> Iterator[Row]:
 def run(record: Record) -> None:
     toy = record.toy
     hf = TWO_LAYERS | TOY if toy else json.loads(Path(__file__).with_name("llama_3_8b.json").read_text())
-    tokens = 8 if toy else 128
+    tokens = 2 if toy else 128
     dense = random_model(hf)
     models = {"dense": dense, "quantized": rounded(dense, 64 if toy else 128)}
     record.add(Row("sizes", f"{dense.config.layers} layers, {dense.config.width} wide, {tokens} tokens decoded"))

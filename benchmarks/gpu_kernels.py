@@ -127,6 +127,6 @@ def run(record: Record) -> None:
     for name, why in left_out.items():
         record.add(Row(f"peer {name}", why=why))
     stages = [(LLAMA_8B, ROWS), (LLAMA_8B, BETWEEN), (LARGER, ROWS + BETWEEN)]
-    for shapes, rows in [(((128, 64),), (1, 64))] if record.toy else stages:
+    for shapes, rows in [(((128, 32),), (1, 64))] if record.toy else stages:
         for k, n in shapes:
             record.attempt(f"{k} x {n}", ft.partial(measured, k, n, rows, others, record))

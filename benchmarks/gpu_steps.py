@@ -3,7 +3,7 @@
   python benchmarks/gpu_steps.py [STEP[:SECONDS] ...] [--toy] [--results FOLDER]
 
 No step named means all but profile. A step that fails or is killed leaves what it had found, and the next one runs.
---toy runs tiny sizes on any machine. README.md beside this says in which order, and what each should show.
+--toy runs tiny sizes on any machine. README.md beside this says what each should show.
 """
 
 from __future__ import annotations
@@ -11,12 +11,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
-import shutil
 import subprocess
 import sys
 import time
 from contextlib import nullcontext
-from importlib.util import find_spec
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -45,19 +43,9 @@ def run_here(step: str, seconds: float, folder: Path, toy: bool) -> None:
     record.table()
 
 
-def bring(results: Path, since: float) -> None:
-    """What was written since then, and the table that tuning wrote, into the folder that OUT names."""
-    spec = find_spec("awq_jax.kernels")
-    tables = [Path(spec.origin).with_name("table.json")] if spec and spec.origin else []
-    if out := os.environ.get("OUT"):
-        for file in [*results.glob("*.json"), *tables]:
-            if file.stat().st_mtime > since:
-                shutil.copy(file, out)
-
-
 def run_all(steps: list[tuple[str, float]], folder: Path, toy: bool) -> list[str]:
     """Runs each step in a process of its own; a line for each that failed."""
-    failed, began = [], time.time()
+    failed = []
     for step, seconds in steps:
         print(f"== {step}, {seconds:.0f} s", flush=True)
         start = time.monotonic()
@@ -70,7 +58,6 @@ def run_all(steps: list[tuple[str, float]], folder: Path, toy: bool) -> list[str
             trouble = f"killed after {seconds + GRACE:.0f} s"
         print(f"== {step}: {trouble or 'done'}, {time.monotonic() - start:.0f} s", flush=True)
         failed += [f"{step}: {trouble}"] if trouble else []
-        bring(folder, began)
     return failed
 
 
@@ -85,7 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("steps", nargs="*", type=step, metavar="STEP[:SECONDS]", help=", ".join(STEPS))
     parser.add_argument("--toy", action="store_true", help="tiny sizes, any machine")
-    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of what is found")
     parser.add_argument("--here", action="store_true", help="in this process")
     options = parser.parse_args()
     steps = options.steps or [step(name) for name in STEPS if name != "profile"]

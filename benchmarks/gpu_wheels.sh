@@ -2,8 +2,8 @@
 # A folder of wheels for a GPU machine without network: this project, what it needs beyond PyTorch, JAX, flax, orbax and
 # transformers, and the peers of gpu_kernels.py.
 #   benchmarks/gpu_wheels.sh FOLDER
-# For Python 3.12 on x86-64 Linux; the machine has jax 0.11 and triton 3.6, which jax-triton 0.3.1 fits. This project's
-# wheel is made anew each time, the others are fetched once. PYTHON names the interpreter whose pip runs.
+# For Python 3.12 on x86-64 Linux with jax 0.11 and triton 3.6, which jax-triton 0.3.1 fits. This project's wheel is made
+# anew each time, the others are fetched once. PYTHON names the interpreter whose pip runs.
 set -euo pipefail
 folder=$(mkdir -p "$1" && cd "$1" && pwd)
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -38,5 +38,3 @@ compgen -G "$folder/gemlite-*.whl" >/dev/null ||
 rm -rf build
 
 du -ch "$folder"/*.whl
-megabytes=$(du -cm "$folder"/*.whl | tail -1 | cut -f1)
-((megabytes < 60)) || { echo "$megabytes MB are more than 60." >&2; exit 1; }

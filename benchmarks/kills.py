@@ -22,12 +22,14 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from awq_jax.formats.scratch import PREFIX
+from awq_jax.formats.written import MANIFEST
+
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL)
 QUICK = ("--group-size", "32", "--preset", "rtn", "--samples", "1", "--seq-len", "32", "--skip", "mlp", "attn/[qkv]")
 VARIANTS = {"asymmetric": [], "symmetric": ["--symmetric"]}
-MANIFEST = "awq_jax_files.json"
 
 
 def start(model: Path, out: Path, variant: str, *more: str) -> subprocess.Popen:
@@ -58,7 +60,7 @@ def content(folder: Path) -> str:
 
 def wait_for_the_end(process: subprocess.Popen, home: Path) -> None:
     """Until all is written but not yet in its place."""
-    while process.poll() is None and not list(home.glob(f".awq_jax-*/new/{MANIFEST}")):
+    while process.poll() is None and not list(home.glob(f"{PREFIX}*/new/{MANIFEST}")):
         time.sleep(0.0005)
 
 

@@ -41,7 +41,7 @@ from awq_jax.search import (
     to_nearest,
 )
 from awq_jax.stream import Decoder, stream
-from awq_jax.tensor import is_quantized
+from awq_jax.tensor import dequantize, is_quantized
 from awq_jax.transform import Calibration
 
 KINDS = {"W4 g64": (4, 64), "W4 g128": (4, 128), "W3 g128": (3, 128), "W3 g64": (3, 64)}
@@ -134,8 +134,8 @@ def main(a: Arguments) -> None:
             seconds = time.perf_counter() - start
             leaves = jax.tree.leaves(parts, is_leaf=is_quantized)
             mb = sum(w.nbytes for w in leaves if is_quantized(w)) / 1e6
-            whole = jax.tree.map(lambda w: w.dequantize() if is_quantized(w) else w, parts, is_leaf=is_quantized)
-            model = with_params(dense, dense.outer | {f"layers_{i}": p for i, p in enumerate(whole)})
+            layers = {f"layers_{i}": p for i, p in enumerate(dequantize(parts))}
+            model = with_params(dense, dense.outer | layers)
             scores = {text: score(model, ids, reference) for text, ids in texts.items()}
             entry = {text: {"kl": s.kl, "perplexity": s.perplexity, "top1": s.top1} for text, s in scores.items()}
             result.append({"kind": kind, "strategy": name, "seconds": seconds, "mb": mb, "scores": entry})

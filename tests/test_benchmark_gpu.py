@@ -44,14 +44,7 @@ def test_smoke(benchmarks, tmp_path, capsys):
     (mosaic,) = troubles(rows).items()
     assert mosaic[0].startswith("mosaic")
     assert "interpret" in mosaic[1]
-    assert {what.split("-")[0] for what, unit in rows if unit == "of the bound"} == {
-        "triton",
-        "xla",
-        "direct",
-        "shared",
-        "scanned",
-        "ragged",
-    }
+    assert {what.split("-")[0] for what, unit in rows if unit == "of the bound"} == {"triton"}
     assert all(row["verdict"] == "met" for row in rows.values() if row["goal"] is not None)
     assert min(json.loads((tmp_path / "toy.json").read_text())["ceilings"].values()) > 0
     assert "smoke: toy" in capsys.readouterr().out
@@ -62,7 +55,8 @@ def test_check_tells_a_sanitizer_that_finds_something(benchmarks, tmp_path, monk
     program(tmp_path, "compute-sanitizer", 'echo "ERROR SUMMARY: 1 error of $2"; [ $2 = memcheck ] || exit 9')
     rows, part = toy(benchmarks, "check", tmp_path)
     assert rows["cases within their bound", ""]["found"] == "6 of 7"
-    assert len(part["details"]) == 6
+    ways = {detail["case"].split("-")[0] for detail in part["details"]}
+    assert ways == {"triton", "xla", "direct", "shared", "scanned", "ragged"}
     assert rows["compute-sanitizer memcheck, 0 cases", ""]["found"] == "ERROR SUMMARY: 1 error of memcheck"
     assert "exit code 9: ERROR SUMMARY" in troubles(rows)["compute-sanitizer racecheck"]
 
@@ -71,17 +65,17 @@ def test_kernels(benchmarks, tmp_path):
     rows, part = toy(benchmarks, "kernels", tmp_path)
     told = troubles(rows)
     assert set(told) == {f"peer {name}" for name in ("torch int4pack", "gemlite", "humming", "tokamax")} | {
-        "128 x 64, 64 rows, mosaic"
+        "128 x 32, 64 rows, mosaic"
     }
     assert {(d["m"], d["name"]) for d in part["details"]} == {
         (m, name) for m in (1, 64) for name in ("xla bf16", "xla dequantize", "int4_matmul", "triton")
     }
     assert all(d["us"] > 0 and d["floor_us"] > 0 and d["noise"] >= 0 for d in part["details"])
     goals = {key: row["goal"] for key, row in rows.items() if row["goal"] is not None}
-    assert goals == {("128 x 64, 1 rows", "of the bandwidth"): 0.85, ("128 x 64, 1 rows", "x bf16"): 3.3}
+    assert goals == {("128 x 32, 1 rows", "of the bandwidth"): 0.85, ("128 x 32, 1 rows", "x bf16"): 3.3}
     benchmarks("kernels_plot").draw("toy", part["details"], tmp_path / "toy.svg")
     drawn = (tmp_path / "toy.svg").read_text()
-    assert all(f"<!-- {text} -->" in drawn for text in ("128 x 64", "xla dequantize", "the machine's ceilings"))
+    assert all(f"<!-- {text} -->" in drawn for text in ("128 x 32", "xla dequantize", "the machine's ceilings"))
 
 
 @pytest.mark.parametrize(
@@ -158,18 +152,16 @@ def test_profile_reads_what_ncu_counts_of_the_last_launch(benchmarks, tmp_path, 
     assert "no kernel: no permission" in troubles(rows)["1 4096 14336 triton"]
 
 
-def test_a_step_whose_time_is_over_or_that_fails_leaves_what_it_had(tmp_path):
-    (tmp_path / "out").mkdir()
-    environment = os.environ | {"OUT": str(tmp_path / "out"), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+def test_a_step_whose_time_is_over_says_so_beside_what_was_found_before(tmp_path):
     program(tmp_path, "ncu", "exit 1")
-    (tmp_path / "other.json").write_text("written before")
-    os.utime(tmp_path / "other.json", (0, 0))
-    command = [sys.executable, BENCHMARKS / "gpu_steps.py", "profile:0", "profile", "--toy", "--results", tmp_path]
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    (tmp_path / "toy.json").write_text('{"smoke": "before"}')
+    command = [sys.executable, BENCHMARKS / "gpu_steps.py", "profile:0", "--toy", "--results", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    assert "not reached: the step's time was over" in done.stdout
-    assert done.stdout.count("== profile: done") == 2
-    assert "ncu listed no kernel" in json.loads((tmp_path / "out/toy.json").read_text())["profile"]["rows"][0]["why"]
-    assert {file.name for file in (tmp_path / "out").iterdir()} == {"toy.json"}
+    assert "== profile: done" in done.stdout
+    found = json.loads((tmp_path / "toy.json").read_text())
+    assert found["smoke"] == "before"
+    assert [row["why"] for row in found["profile"]["rows"]] == ["not reached: the step's time was over"]
 
 
 def test_a_step_that_dies_or_hangs_costs_itself_alone(benchmarks, tmp_path, monkeypatch):
