@@ -36,7 +36,7 @@ def program(multiply: Callable[..., Any], rounds: int) -> Callable[..., Any]:
             # Else XLA makes a weight dense once for all rounds.
             return [multiply(*lax.optimization_barrier((x, w))) for w in weights], None
 
-        xs = x * (1 + jnp.arange(rounds, dtype=x.dtype)[:, None, None] / rounds)
+        xs = x[None] * (1 + jnp.arange(rounds, dtype=x.dtype)[:, None, None] / rounds)
         ys = [jnp.zeros((len(x), weights[0].shape[-1]), x.dtype)] * len(weights)
         return lax.scan(one, ys, xs)[0]
 
