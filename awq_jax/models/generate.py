@@ -167,7 +167,8 @@ def _stream(
         if found in eos:
             return
         yield found
-        token = new
+        if k + 1 < most:
+            token = new
 
 
 def sampling(
@@ -183,7 +184,9 @@ def sampling(
     if temperature > 0 and key is None:
         raise ValueError(f"temperature={temperature} samples and needs a key: pass key=jax.random.key(seed).")
     # The last token is not read again.
-    check_length(config, t + max_new_tokens - 1, f"max_new_tokens={max_new_tokens} after a prompt of {t}")
+    what = f"max_new_tokens={max_new_tokens} after a prompt of {t}"
+    fits = (config.positions or 0) - t + 1
+    check_length(config, t + max_new_tokens - 1, what, f"give max_new_tokens={fits} or fewer, or a shorter prompt")
     return Sampling(key, temperature, top_p if top_p < 1 else None) if key is not None and temperature > 0 else None
 
 
@@ -277,7 +280,10 @@ def draw(logits: Float[Array, "b v"], position: Any, how: Sampling | None) -> In
 def _drawn(logits: Float[Array, "b v"], position: Any, how: Sampling | None) -> Int[Array, " b"]:
     if how is None:
         return logits.argmax(-1).astype(jnp.int32)
-    key, logits = jax.random.fold_in(how.key, position), logits / how.temperature
+    key = jax.random.fold_in(how.key, position)
+    # The likeliest stays at 0, so that a temperature near 0 takes the others to -inf and leaves it finite.
+    logits -= logits.max(-1, keepdims=True)
+    logits /= jnp.maximum(how.temperature, jnp.finfo(logits.dtype).tiny)
     if how.top_p is None:
         return jax.random.categorical(key, logits).astype(jnp.int32)
     ranks = jnp.argsort(logits, descending=True)
