@@ -15,6 +15,8 @@ from vocabularies import byte_level
 
 from awq_jax.formats.errors import InputError
 from awq_jax.formats.tokenizer import gguf_tokenizer
+from awq_jax.load import Model
+from awq_jax.models import llama
 from awq_jax.models.generate import Sampling, Speed, draw, generate, stream
 from awq_jax.models.llama import Config
 from awq_jax.models.pieces import pieces
@@ -139,3 +141,11 @@ def test_logits_that_are_no_numbers_are_told_instead_of_a_token():
     for how in ({}, WARM):
         with pytest.raises(InputError, match="token 5: the model's logits are NaN or infinite"):
             next(stream(CONFIG, broken, tokens, max_new_tokens=4, **how))
+    with pytest.raises(InputError, match="calib='self': the model's logits are NaN or infinite"):
+        Model(llama, CONFIG, broken, tokenizer()).sample(2, 3)
+
+
+@pytest.mark.parametrize("seed", [2**63, -(2**63) - 1, 10**30])
+def test_a_seed_of_more_than_64_bits_is_refused(seed):
+    with pytest.raises(InputError, match=f"seed={seed}: give a number of 64 bits"):
+        Model(llama, CONFIG, PARAMS, tokenizer()).stream("a", seed=seed)
