@@ -23,6 +23,7 @@ ENDING = threading.Lock()
 
 def main() -> None:
     """Runs the command; exit codes of signals are the shell's, 128 and the number."""
+    open_closed_streams()
     keep_error_stream()
     # What is registered first runs last.
     atexit.register(end_regularly)
@@ -30,6 +31,15 @@ def main() -> None:
     from awq_jax.cli import main as run
 
     run()
+
+
+def open_closed_streams() -> None:
+    """Nothing to read, nowhere to write: where the shell closed a stream, the next file opened would take its place."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115
+            os.set_inheritable(stream.fileno(), True)
+            setattr(sys, name, stream)
 
 
 def keep_error_stream() -> None:

@@ -97,6 +97,8 @@ class Quantize:
         from awq_jax.presets import PRESETS
         from awq_jax.spec import Rule
 
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"bits={self.bits:g}: codes are 2 to 8 bits wide.")
         preset = PRESETS[self.preset]
         return replace(
             preset,

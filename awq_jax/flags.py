@@ -19,20 +19,26 @@ def as_flags(message: str, arguments: Iterable[str], spelled: Mapping[str, str],
       arguments: names that are flags of the command.
       spelled: what else it says in other words.
       given: what the user typed, left as it is where it is quoted: a folder may be called group_size=64.
+
+    So is a field of a file: `config.json's group_size=64`.
     """
     typed = "|".join(sorted((re.escape(word) for word in given if "=" in word), key=len, reverse=True))
     others = "|".join(map(re.escape, spelled))
     value = r"True\b|'[^']*'|\"[^\"]*\"|"
     names = "|".join(map(re.escape, arguments))
-    pattern = rf"(?P<typed>{typed or '(?!)'})|(?P<other>{others or '(?!)'})|\b(?P<name>{names})=(?P<value>{value})"
+    pattern = (
+        rf"(?P<typed>{typed or '(?!)'})|(?P<other>{others or '(?!)'})|"
+        rf"(?<!'s )\b(?P<name>{names})=(?P<value>{value})(?P<ends>(?!\S))?"
+    )
 
     def spell(found: re.Match[str]) -> str:
         if found["name"] is None:
             return spelled.get(found[0], found[0])
         flag = "--" + found["name"].replace("_", "-")
-        if found["value"] == "True":
+        value = found["value"]
+        if value == "True" or (not value and found["ends"] is not None):
             return flag
-        return f"{flag} {shlex.quote(found['value'][1:-1]) if found['value'] else ''}"
+        return f"{flag} {shlex.quote(value[1:-1]) if value else ''}"
 
     return re.sub(pattern, spell, message)
 

@@ -20,8 +20,8 @@ from awq_jax.formats.checkpoint import Checkpoint, open_checkpoint
 from awq_jax.formats.errors import InputError
 from awq_jax.formats.text import encode
 from awq_jax.machine import fast_dtype
-from awq_jax.memory import matmul_bytes
-from awq_jax.models.generate import Speed, generate, stream
+from awq_jax.memory import check_memory, matmul_bytes
+from awq_jax.models.generate import NO_TOKEN, Speed, generate, nbytes, no_numbers, stream
 from awq_jax.models.inputs import check_tokens
 from awq_jax.models.pieces import pieces
 from awq_jax.tensor import prepare
@@ -109,6 +109,7 @@ class Model:
           >>> for piece in model.stream("Why is the sky blue?"):
           ...     print(piece, end="", flush=True)
         """
+        key = key_of(seed)
         chat = chat and bool(self.tokenizer.chat_template)
         text = prompt
         if chat:
@@ -125,7 +126,7 @@ class Model:
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
-            key=jax.random.key(seed),
+            key=key,
             eos=self.eos,
             speed=speed,
         )
@@ -137,6 +138,8 @@ class Model:
         start = next((i for i in ids if i is not None), None)
         if start is None:
             raise InputError("calib='self': the tokenizer names no first token (bos or eos): give a text instead.")
+        what = f"calib='self' with samples={samples} sequences of seq_len={seq_len} tokens"
+        check_memory(what, nbytes(self.config, self.params, samples, 1, seq_len), "give shorter ones, or fewer")
         first = np.full((samples, 1), start, np.int32)
         out = generate(
             self.config,
@@ -144,15 +147,25 @@ class Model:
             jnp.asarray(first),
             max_new_tokens=seq_len,
             temperature=1.0,
-            key=jax.random.key(seed),
+            key=key_of(seed),
         )
-        return np.asarray(out)[:, 1:]
+        tokens = np.asarray(out)[:, 1:]
+        if (tokens == NO_TOKEN).any():
+            raise no_numbers(self.config, "calib='self'")
+        return tokens
 
     @property
     def eos(self) -> tuple[int, ...]:
         """All tokens that end a text."""
         own = self.tokenizer.eos_token_id
         return tuple(dict.fromkeys(self.stops if own is None else (int(own), *self.stops)))
+
+
+def key_of(seed: int) -> Array:
+    """The key of a seed, which jax takes as 64 bits."""
+    if not -(2**63) <= seed < 2**63:
+        raise InputError(f"seed={seed}: give a number of 64 bits, -2**63 to 2**63 - 1.")
+    return jax.random.key(seed)
 
 
 @cache

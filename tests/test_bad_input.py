@@ -286,6 +286,8 @@ def test_calibration_texts(model, tmp_path, name, content, says, no_work):
             "layers_0/attn/k/kernel: AutoAWQ files hold 4 bits, not 3: .*--bits 4, .*--skip.*write --format orbax",
         ),
         (("--bits", "9"), "--bits 9: codes are 2 to 8 bits wide"),
+        (("--bits", "inf"), "--bits inf: codes are 2 to 8 bits wide"),
+        (("--bits", "nan"), "--bits nan: codes are 2 to 8 bits wide"),
         (("--group-size", "48"), "--group-size 48: use a multiple of 32"),
         (("--group-size", "128"), "attn/k/kernel: 64 input features .* 128, the group size.*use --group-size 64"),
         (("--samples", "0"), "--samples 0: give 1 calibration sequence"),

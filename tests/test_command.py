@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import awq_jax_command
-from awq_jax.formats import scratch
+from awq_jax.formats import scratch, text
 
 ROOT = Path(awq_jax_command.__file__).parent
 STAND_IN = """
@@ -109,6 +109,40 @@ def test_a_reader_that_goes_away(buffered):
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=names, check=False)
     os.close(write)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+WITHOUT_STREAMS = """
+import os, sys, types
+from pathlib import Path
+
+def run():
+    print("out")
+    print("err", file=sys.stderr)
+    sys.stdout.flush()
+    os.write(2, b"what a library says")
+    with open(sys.argv[1], "w") as file:
+        file.write(str([file.fileno() > 2, sys.stdin.read(), *map(os.get_inheritable, range(3))]))
+
+sys.modules["awq_jax"] = types.ModuleType("awq_jax")
+sys.modules["awq_jax.cli"] = types.SimpleNamespace(main=run)
+import awq_jax_command
+awq_jax_command.main()
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a POSIX shell")
+@pytest.mark.parametrize("closed", ["<&- >&- 2>&-", "</dev/null >&-", "</dev/null 2>&-"])
+def test_closed_streams_lead_nowhere_and_no_file_takes_their_place(tmp_path, closed):
+    command = [sys.executable, "-c", WITHOUT_STREAMS, str(tmp_path / "file")]
+    done = subprocess.run(["sh", "-c", f'exec "$0" "$@" {closed}', *command], cwd=ROOT, timeout=60, check=False)
+    assert done.returncode == 0
+    assert (tmp_path / "file").read_text() == "[True, '', True, True, True]"
+
+
+def test_a_tokenizer_runs_without_an_error_stream(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    with text.unprinted():
+        pass
 
 
 def test_killed_while_it_quantizes(tmp_path):

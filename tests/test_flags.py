@@ -17,6 +17,8 @@ SPELLED = {"fold=False": "--format orbax", "skip=True in a rule": "--skip"}
         ("give overwrite=True to", "give --overwrite to"),
         ("leave it dense (skip=True in a rule)", "leave it dense (--skip)"),
         ("Quantize with fold=False, and", "Quantize with --format orbax, and"),
+        ("leave calib= out, or calib=", "leave --calib out, or --calib"),
+        ("do not fit config.json's group_size=128", "do not fit config.json's group_size=128"),
         ("other=3 my_bits=3", "other=3 my_bits=3"),
         ("/data/bits=4/x is bits=4/x at bits=5", "/data/bits=4/x is bits=4/x at --bits 5"),
     ],

@@ -5,12 +5,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import pytest
-from checkpoints import tiny_folder
+from checkpoints import tiny_folder, tokenizer
 from commands import run
 from tiny import hf_config, random_params
 
 from awq_jax import memory
+from awq_jax.load import Model
 from awq_jax.models import llama
+from awq_jax.models.generate import generate, nbytes, stream
 
 
 def test_the_estimate_is_about_what_xla_takes():
@@ -29,6 +31,20 @@ def test_what_does_not_fit_is_refused_where_that_can_be_told(monkeypatch, free, 
             memory.check_memory("The work", 100, "do less")
     else:
         memory.check_memory("The work", 100, "do less")
+
+
+def test_a_cache_that_does_not_fit_is_refused_before_the_first_token(monkeypatch):
+    config = llama.Config.from_hf(hf_config(max_position_embeddings=10**7))
+    params, tokens = random_params(config), jnp.zeros((1, 5), jnp.int32)
+    a_position = config.layers * 2 * config.kv_heads * config.head_dim * 4
+    assert 1 < nbytes(config, params, 1, 5, 10**6) / (10**6 * a_position) < 1.2
+    monkeypatch.setattr(memory, "free_memory", lambda: 10**8)
+    with pytest.raises(ValueError, match=r"max_new_tokens=1000000 after a prompt of 5 takes about .* give fewer"):
+        stream(config, params, tokens[0], max_new_tokens=10**6)
+    with pytest.raises(ValueError, match="max_new_tokens=1000000 after 1 prompts of 5 takes about"):
+        generate(config, params, tokens, max_new_tokens=10**6)
+    with pytest.raises(ValueError, match=r"calib='self' with samples=100000 sequences of seq_len=512 tokens takes"):
+        Model(llama, config, params, tokenizer()).sample(100_000, 512)
 
 
 def test_commands_refuse_what_memory_does_not_hold(tmp_path, monkeypatch):

@@ -15,6 +15,8 @@ from vocabularies import byte_level
 
 from awq_jax.formats.errors import InputError
 from awq_jax.formats.tokenizer import gguf_tokenizer
+from awq_jax.load import Model
+from awq_jax.models import llama
 from awq_jax.models.generate import Sampling, Speed, draw, generate, stream
 from awq_jax.models.llama import Config
 from awq_jax.models.pieces import pieces
@@ -39,6 +41,12 @@ def test_a_stream_is_what_generate_gives_and_compiles_nothing_on_the_way(how):
     assert (compiled["first"], compiled["following"]) == (1, 1)
 
 
+def test_one_token_is_a_stream_too():
+    tokens = random_tokens(CONFIG, 1, 5)
+    whole = np.asarray(generate(CONFIG, PARAMS, tokens, max_new_tokens=1))[0, 5:].tolist()
+    assert list(stream(CONFIG, PARAMS, tokens[0], max_new_tokens=1)) == whole
+
+
 def test_a_stop_token_ends_a_stream_and_is_not_among_it():
     (tokens,) = random_tokens(CONFIG, 1, 5)
     free = list(stream(CONFIG, PARAMS, tokens, max_new_tokens=8))
@@ -54,7 +62,7 @@ def test_a_stop_token_ends_a_stream_and_is_not_among_it():
     ("options", "says"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens=0: give 1"),
-        ({"max_new_tokens": 97}, "max_new_tokens=97 after a prompt of 5: 101 tokens, .* 100 positions"),
+        ({"max_new_tokens": 97}, "max_new_tokens=97 after a prompt of 5: 101 tokens, .* give max_new_tokens=96 or"),
         ({"max_new_tokens": 1, "top_p": 0.0}, r"top_p=0.0: give a probability"),
         ({"max_new_tokens": 1, "top_p": 1.1}, "top_p=1.1"),
         ({"max_new_tokens": 1, "temperature": float("nan")}, "temperature=nan"),
@@ -83,6 +91,15 @@ def test_top_p_draws_from_the_fewest_tokens_that_reach_it(seed, p, temperature):
 
 
 DRAW = jax.jit(lambda logits, key, temperature, p: draw(jnp.tile(logits, (2000, 1)), 0, Sampling(key, temperature, p)))
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-45, 1e-300])
+@pytest.mark.parametrize("p", [None, 0.9])
+def test_a_temperature_near_0_takes_the_likeliest_token(temperature, p):
+    logits = jnp.asarray([[-3.0, 90.0, 89.0, 5.0]])
+    drawn = jax.jit(draw)(logits, 0, Sampling(jax.random.key(0), temperature, p))
+    assert drawn.tolist() == [1]
+
 
 TOKENIZERS = {"byte level": tokenizer, "GGUF": lambda: gguf_tokenizer(byte_level())}
 
@@ -124,3 +141,11 @@ def test_logits_that_are_no_numbers_are_told_instead_of_a_token():
     for how in ({}, WARM):
         with pytest.raises(InputError, match="token 5: the model's logits are NaN or infinite"):
             next(stream(CONFIG, broken, tokens, max_new_tokens=4, **how))
+    with pytest.raises(InputError, match="calib='self': the model's logits are NaN or infinite"):
+        Model(llama, CONFIG, broken, tokenizer()).sample(2, 3)
+
+
+@pytest.mark.parametrize("seed", [2**63, -(2**63) - 1, 10**30])
+def test_a_seed_of_more_than_64_bits_is_refused(seed):
+    with pytest.raises(InputError, match=f"seed={seed}: give a number of 64 bits"):
+        Model(llama, CONFIG, PARAMS, tokenizer()).stream("a", seed=seed)

@@ -44,7 +44,7 @@ def unprinted() -> Iterator[None]:
 
     What was written comes out afterwards, unless the block raised.
     """
-    sys.stderr.flush()
+    flush()
     try:
         terminal = os.dup(2)
     except OSError:
@@ -58,9 +58,15 @@ def unprinted() -> Iterator[None]:
             os.ftruncate(kept.fileno(), 0)
             raise
         finally:
-            sys.stderr.flush()
+            flush()
             os.dup2(terminal, 2)
             os.close(terminal)
             kept.seek(0)
             with os.fdopen(os.dup(2), "wb") as stream:
                 stream.write(kept.read())
+
+
+def flush() -> None:
+    """Lets out what Python still keeps for the error stream, which a process without a terminal may lack."""
+    if sys.stderr is not None:
+        sys.stderr.flush()

@@ -10,7 +10,7 @@ import functools as ft
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from awq_jax.formats.errors import InputError
 from awq_jax.machine import free_memory
+from awq_jax.memory import check_memory, matmul_bytes
 from awq_jax.models.inputs import check_length, check_tokens
 from awq_jax.models.llama import Cache, Config, Llama, init_cache
 from awq_jax.tensor import is_quantized
@@ -94,11 +95,15 @@ def generate(
     if jnp.ndim(tokens) != 2 or jnp.shape(tokens)[1] < 1:
         raise ValueError(f"tokens have shape {jnp.shape(tokens)}: give [batch, length], length 1 or more.")
     check_tokens(config, tokens, "tokens")
+    b, t = jnp.shape(tokens)
+    how = sampling(config, t, max_new_tokens, temperature, key, top_p)
+    what = f"max_new_tokens={max_new_tokens} after {b} prompts of {t}"
+    check_memory(what, nbytes(config, params, b, t, max_new_tokens), "give fewer, or shorter prompts")
     return _generate(
         config,
         made_dense(config, params),
         jnp.asarray(tokens, jnp.int32),
-        sampling(config, jnp.shape(tokens)[1], max_new_tokens, temperature, key, top_p),
+        how,
         max_new_tokens=max_new_tokens,
         eos=(int(eos),) if isinstance(eos, int) else tuple(map(int, eos)),
     )
@@ -128,6 +133,8 @@ def stream(
     t = jnp.shape(tokens)[0]
     check_tokens(config, tokens, "the prompt")
     how = sampling(config, t, max_new_tokens, temperature, key, top_p)
+    what = f"max_new_tokens={max_new_tokens} after a prompt of {t}"
+    check_memory(what, nbytes(config, params, 1, t, max_new_tokens), "give fewer, or a shorter prompt")
     return _stream(config, params, tokens, how, max_new_tokens, frozenset(eos), speed or Speed())
 
 
@@ -160,14 +167,12 @@ def _stream(
             speed.prompt, speed.prefill = t, -began + (began := time.perf_counter())
         speed.tokens, speed.decode = k + 1, time.perf_counter() - began if k else 0.0
         if found == NO_TOKEN:
-            raise InputError(
-                f"token {t + k}: the model's logits are NaN or infinite. The weights are damaged, or too large for "
-                f"{jnp.dtype(config.dtype).name}."
-            )
+            raise no_numbers(config, f"token {t + k}")
         if found in eos:
             return
         yield found
-        token = new
+        if k + 1 < most:
+            token = new
 
 
 def sampling(
@@ -183,8 +188,27 @@ def sampling(
     if temperature > 0 and key is None:
         raise ValueError(f"temperature={temperature} samples and needs a key: pass key=jax.random.key(seed).")
     # The last token is not read again.
-    check_length(config, t + max_new_tokens - 1, f"max_new_tokens={max_new_tokens} after a prompt of {t}")
+    what = f"max_new_tokens={max_new_tokens} after a prompt of {t}"
+    fits = (config.positions or 0) - t + 1
+    check_length(config, t + max_new_tokens - 1, what, f"give max_new_tokens={fits} or fewer, or a shorter prompt")
     return Sampling(key, temperature, top_p if top_p < 1 else None) if key is not None and temperature > 0 else None
+
+
+def no_numbers(config: Config, where: str) -> InputError:
+    """The error for a NO_TOKEN."""
+    return InputError(
+        f"{where}: the model's logits are NaN or infinite. The weights are damaged, or too large for "
+        f"{jnp.dtype(config.dtype).name}."
+    )
+
+
+def nbytes(config: Config, params: Any, batch: int, t: int, max_new_tokens: int) -> int:
+    """About what `generate` takes beside the params: the cache, and what `first` computes in a layer and the head."""
+    length = t + max_new_tokens - 1
+    cache = jax.eval_shape(ft.partial(init_cache, config, batch, length))
+    prompt = jax.ShapeDtypeStruct((batch, t), jnp.int32)
+    one = ft.partial(first, replace(config, layers=1), end=t, how=None, length=length)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)) + matmul_bytes(one, params, prompt)
 
 
 def made_dense(config: Config, params: Any) -> Any:
@@ -277,7 +301,10 @@ def draw(logits: Float[Array, "b v"], position: Any, how: Sampling | None) -> In
 def _drawn(logits: Float[Array, "b v"], position: Any, how: Sampling | None) -> Int[Array, " b"]:
     if how is None:
         return logits.argmax(-1).astype(jnp.int32)
-    key, logits = jax.random.fold_in(how.key, position), logits / how.temperature
+    key = jax.random.fold_in(how.key, position)
+    # The likeliest stays at 0, so that a temperature near 0 takes the others to -inf and leaves it finite.
+    logits -= logits.max(-1, keepdims=True)
+    logits /= jnp.maximum(how.temperature, jnp.finfo(logits.dtype).tiny)
     if how.top_p is None:
         return jax.random.categorical(key, logits).astype(jnp.int32)
     ranks = jnp.argsort(logits, descending=True)

@@ -11,17 +11,18 @@ from jaxtyping import Array, Int
 from awq_jax.formats.errors import InputError
 
 
-def check_length(config: Any, length: int, what: str) -> None:
+def check_length(config: Any, length: int, what: str, remedy: str | None = None) -> None:
     """Refuse more positions than the model was trained for.
 
     Args:
       config: of awq_jax.models.
       what: what has the length; starts the message.
+      remedy: ends it; None for as many as there are positions.
     """
     if config.positions is not None and length > config.positions:
         raise InputError(
             f"{what}: {length} tokens, and the model was trained for {config.positions} positions "
-            f"(max_position_embeddings): give {config.positions} or fewer."
+            f"(max_position_embeddings): {remedy or f'give {config.positions} or fewer'}."
         )
 
 
