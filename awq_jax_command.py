@@ -70,11 +70,12 @@ def watch(heard: int) -> None:
     while (number := os.read(heard, 1)[0]) not in ENDINGS:
         pass
     ENDING.acquire()
+    scratch = sys.modules.get("awq_jax.formats.scratch")
     try:
-        say_stopped()
-        end_children()
-        scratch = sys.modules.get("awq_jax.formats.scratch")
-        getattr(scratch, "discard_all", lambda: None)()
+        for step in (say_stopped, end_children, getattr(scratch, "discard_all", lambda: None)):
+            # The terminal may be gone, or the reader of the error stream: what is to be removed goes all the same.
+            with suppress(Exception):
+                step()
     finally:
         os._exit(128 + number)
 

@@ -137,7 +137,7 @@ def quantize_checkpoint(
     check_length(config, seq_len, f"seq_len={seq_len}")
     half = sum(2 * math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
     with written_whole(out, overwrite=overwrite, inputs=inputs) as scratch:
-        tokenizer = checkpoint.tokenizer()
+        tokenizer, _ = checkpoint.tokenizer(), checkpoint.companions  # Raises where one of them is unsound.
         clock.rest("load")
         progress("loading", 1, 1)
         progress("calibration text", 0, 1)

@@ -50,7 +50,9 @@ awq_jax_command.main()
 """
 
 
-def started(home: Path, what: str, ignored: tuple[int, ...] = ()) -> tuple[subprocess.Popen, str]:
+def started(
+    home: Path, what: str, ignored: tuple[int, ...] = (), stderr: int = subprocess.PIPE
+) -> tuple[subprocess.Popen, str]:
     """The command with a stand-in for what it runs, and the first line that this prints."""
 
     def dispositions() -> None:
@@ -60,7 +62,7 @@ def started(home: Path, what: str, ignored: tuple[int, ...] = ()) -> tuple[subpr
     process = subprocess.Popen(
         [sys.executable, "-c", STAND_IN, str(home), what, scratch.__file__],
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=stderr,
         text=True,
         cwd=ROOT,
         preexec_fn=dispositions,
@@ -88,6 +90,18 @@ def test_a_signal_ends_it_at_once_and_leaves_nothing(tmp_path, name, code, what)
         end = time.monotonic() + 30
         while not is_dead(Path(f"/proc/{line}/stat")):
             assert time.monotonic() < end
+
+
+@pytest.mark.parametrize("make", [os.pipe, os.openpty])
+def test_it_leaves_nothing_though_nobody_hears_that_it_stopped(tmp_path, make):
+    heard, told = make()
+    process, _ = started(tmp_path, "compiled", stderr=told)
+    os.close(told)
+    os.close(heard)
+    process.send_signal(signal.SIGHUP)
+    process.communicate(timeout=60)
+    assert process.returncode == 129
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_it_was_started_to_ignore_it_ignores(tmp_path):

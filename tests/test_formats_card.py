@@ -49,6 +49,12 @@ def test_a_local_folder_shows_no_more_than_its_name(tmp_path):
     assert "secret" not in text
 
 
+def test_a_folder_whose_name_is_no_text(tmp_path):
+    text = card(tmp_path / "m\udcff", "orbax", "", {}, [])
+    assert "# m\\udcff, AWQ" in text
+    assert text.encode("utf-8")
+
+
 @pytest.mark.parametrize(
     "text", ["", "no header", "---\nlicense: [\n---\n", "---\nlicense: [a]\n---\n", "---\n- a\n---\n"]
 )
@@ -79,6 +85,13 @@ def test_older_readers_find_the_rope():
     assert with_older_rope(scaled) == scaled | {"rope_theta": 5e5, "rope_scaling": LLAMA3}
     older = {"rope_theta": 5e5, "rope_scaling": LLAMA3}
     assert with_older_rope(older) == older
+
+
+def test_what_goes_along_has_no_byte_order_mark(tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes(b"\xef\xbb\xbf{}")
+    (tmp_path / "out").mkdir()
+    write_about(tmp_path / "out", Source({}, (tmp_path / "tokenizer.json",)))
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == b"{}"
 
 
 def test_the_source_s_own_generation_config_stays(tmp_path):

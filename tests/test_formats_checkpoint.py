@@ -287,3 +287,23 @@ def test_data_in_any_order_is_found(tmp_path):
     found = open_shard(tmp_path / "model.safetensors")
     for name, expected in load_file(tmp_path / "model.safetensors").items():
         np.testing.assert_array_equal(found[name].read(), expected)
+
+
+@pytest.mark.parametrize(
+    ("own", "eos", "expected"),
+    [
+        ({"eos_token_id": 9, "top_p": 0.9}, [7, 9], {"eos_token_id": [9, 7], "top_p": 0.9}),
+        ({}, 7, {"eos_token_id": [7]}),
+        ({"eos_token_id": [9, 7]}, 7, None),
+        ({"top_p": 0.9}, None, None),
+        (None, 7, {"eos_token_id": 7}),
+    ],
+)
+def test_the_generation_config_that_goes_along_names_all_stops(tmp_path, own, eos, expected):
+    model = hf_folder(tmp_path / "m", {"model.safetensors": {}}, {"eos_token_id": eos})
+    if own is not None:
+        (model / "generation_config.json").write_text(json.dumps(own))
+    checkpoint = open_checkpoint(model)
+    (file,) = (file for file in checkpoint.companions if file.name == "generation_config.json")
+    assert json.loads(file.read_text()) == (own if expected is None else expected)
+    assert (file.parent == model) == (expected is None)

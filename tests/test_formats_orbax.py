@@ -1,6 +1,7 @@
 """awq_jax's own folders."""
 
 import json
+import os
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -169,6 +170,22 @@ def test_any_path_can_be_read(tmp_path, name, below):
     assert_same(orbax.load_params(folder), params)
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
     assert sorted(p.name for p in tmp_path.iterdir()) == [folder.parent.name]
+
+
+@pytest.mark.parametrize("read", [orbax.load, orbax.shapes])
+@pytest.mark.parametrize("odd", ["folder link", "pipe", "link"])
+def test_nothing_outside_of_the_folder_is_read_or_waited_for(tmp_path, read, odd):
+    orbax.save_params(tmp_path / "out", {"a": weight(3), "b": weight(4)})
+    part = tmp_path / "out" / "params" / "params"
+    name = "a" if odd == "folder link" else "_METADATA"
+    (part / name).rename(tmp_path / name)
+    if odd == "pipe":
+        os.mkfifo(part / name)
+    else:
+        (part / name).symlink_to(tmp_path / name)
+    expected = "is a pipe" if odd == "pipe" else "outside of the model's folder"
+    with pytest.raises(InputError, match=expected):
+        read(tmp_path / "out")
 
 
 def test_any_key_can_be_read(tmp_path):

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from awq_jax.formats import scratch
 from awq_jax.formats.scratch import discard_all, scratch_folder
 
@@ -47,19 +49,40 @@ def test_those_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
 
 def test_one_of_another_machine_is_named(tmp_path, monkeypatch, caplog):
     started(tmp_path, "dies").communicate()
-    monkeypatch.setattr(scratch.socket, "gethostname", lambda: "elsewhere")
-    with caplog.at_level(logging.WARNING), scratch_folder(tmp_path):
-        pass
-    assert "remove it if nothing runs there" in caplog.text
-    assert len(list(tmp_path.iterdir())) == 1
+    monkeypatch.setattr(scratch, "machine", lambda: ("elsewhere", ""))
+    assert_named_until_its_lock_goes(tmp_path, caplog)
 
 
-def test_without_locks_all_stay(tmp_path, monkeypatch):
+def test_without_locks_all_stay_and_are_named(tmp_path, monkeypatch, caplog):
     started(tmp_path, "dies").communicate()
     monkeypatch.setattr(scratch, "fcntl", None)
+    assert_named_until_its_lock_goes(tmp_path, caplog)
+
+
+def assert_named_until_its_lock_goes(home, caplog):
+    (left,) = home.iterdir()
+    (home / "moved").write_text("old")
+    (left / scratch.JOURNAL).write_text('[["there", "moved"]]')
+    with caplog.at_level(logging.WARNING), scratch_folder(home), scratch_folder(home):
+        assert len(list(home.glob(scratch.NAMES))) == 3
+    lock = scratch.lock_of(left)
+    (line,) = caplog.messages
+    assert f"if nothing runs there, remove {lock}, and the next run puts back" in line
+    assert left.exists()
+    lock.unlink()
+    with scratch_folder(home):
+        pass
+    assert [path.name for path in home.iterdir()] == ["there"]
+
+
+@pytest.mark.parametrize("now", [("elsewhere", None), (None, "started anew")])
+def test_another_container_and_another_start_of_this_machine_tell_the_dead(tmp_path, monkeypatch, now):
+    started(tmp_path, "dies").communicate()
+    here = scratch.machine()
+    monkeypatch.setattr(scratch, "machine", lambda: tuple(b or a for a, b in zip(here, now, strict=True)))
     with scratch_folder(tmp_path):
         pass
-    assert len(list(tmp_path.iterdir())) == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_empty_one_goes_under_its_maker_who_makes_another(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import pytest
 
 from awq_jax.formats import scratch, written
 from awq_jax.formats.errors import InputError
+from awq_jax.formats.scratch import scratch_folder
 from awq_jax.formats.written import MANIFEST, check_destination, written_whole
 
 
@@ -160,6 +161,15 @@ class TestForeignFiles:
         with pytest.raises(FileExistsError, match=f"holds {name}, which awq_jax did not write: move it"):
             fill(out, overwrite=True)
         assert OLD.items() <= contents(tmp_path).items()
+
+    def test_a_scratch_folder_that_another_run_uses_is_named(self, tmp_path):
+        out = earlier(tmp_path / "out")
+        with scratch_folder(out) as theirs:
+            (theirs / "file").write_text("half")
+            with pytest.raises(FileExistsError, match=f"holds {theirs.name} of another run .* remove {theirs}/.*lock"):
+                fill(out, overwrite=True)
+        fill(out, overwrite=True)
+        assert contents(tmp_path) == NEW
 
     def test_an_output_of_ours_is_replaced_when_asked(self, tmp_path):
         out = earlier(tmp_path / "out")

@@ -108,7 +108,7 @@ def card(model: str | Path, format: str, recipe: str, sizes: Mapping[str, str], 
         mean = sum(site.error for site in made) / len(made)
         figures["sites quantized"] = str(len(made))
         figures["error, mean and worst"] = f"{mean:.2%}, {worst.error:.2%} (`{worst.name}`)"
-    return TEMPLATE.format(
+    text = TEMPLATE.format(
         # A JSON value is a YAML value.
         header="\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in header.items()),
         title=f"{name}, {NAMES[format]}",
@@ -117,6 +117,8 @@ def card(model: str | Path, format: str, recipe: str, sizes: Mapping[str, str], 
         recipe=recipe,
         load=(SERVERS if format == "awq" else "") + HERE,
     )
+    # A folder's name may be other bytes than UTF-8.
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def hub_id(path: Path) -> str | None:

@@ -120,7 +120,7 @@ class Checkpoint:
 
     @property
     def companions(self) -> list[Path]:
-        """tokenizer_files and generation_config.json, made of what is known where there is none."""
+        """tokenizer_files and a generation_config.json that names all `stops`, made where the model has none such."""
         return self.tokenizer_files + ([self._generation] if self._generation else [])
 
     @property
@@ -137,10 +137,14 @@ class Checkpoint:
     @cached_property
     def _generation(self) -> Path | None:
         known = {key: self.config[key] for key in huggingface.SPECIAL if self.config.get(key) is not None}
-        file = None if self.kind == "gguf" else inside(self.path, huggingface.GENERATION_CONFIG)
-        if file is None and known:
-            file = self._made / huggingface.GENERATION_CONFIG
-            huggingface.write_json(file, known)
+        own = None if self.kind == "gguf" else inside(self.path, huggingface.GENERATION_CONFIG)
+        found = huggingface.read_json(own) if own else known
+        named = huggingface.stops(own or self.path, found)
+        more = [token for token in huggingface.stops(self.path, self.config) if token not in named]
+        if not more and (own or not found):
+            return own
+        file = self._made / huggingface.GENERATION_CONFIG
+        huggingface.write_json(file, found | ({"eos_token_id": [*named, *more]} if more else {}))
         return file
 
     @cached_property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -36,7 +35,7 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_mo
 class Source(Protocol):
     """What a model that is written takes over from the one that was read; a Checkpoint is one.
 
-    config: the content of config.json. companions: files that go along as they are, such as the tokenizer's.
+    config: the content of config.json. companions: files that go along, such as the tokenizer's.
     """
 
     @property
@@ -86,8 +85,13 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
 def write_about(folder: Path, source: Source, **changes: Any) -> None:
     """Writes the companions of `source`, and its config.json with `changes`."""
     for file in source.companions:
-        shutil.copyfile(file, folder / file.name)
+        copy_unmarked(file, folder)
     write_json(folder / "config.json", {**with_older_rope(source.config), **changes})
+
+
+def copy_unmarked(file: Path, folder: Path) -> None:
+    """Copies a file into a folder, without a byte order mark, over which its readers stumble."""
+    (folder / file.name).write_bytes(file.read_bytes().removeprefix(codecs.BOM_UTF8))
 
 
 def with_older_rope(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,9 +134,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     if not (files := tokenizer_files(folder)):
         raise InputError(f"{folder} holds no tokenizer: copy tokenizer.json and tokenizer_config.json into it.")
     with scratch_folder() as scratch:
-        # All that transformers gets to see: it follows links, waits for pipes and stumbles over byte order marks.
+        # All that transformers gets to see: it follows links and waits for pipes.
         for file in (*files, inside(folder, "config.json")):
             if file is not None:
-                (scratch / file.name).write_bytes(file.read_bytes().removeprefix(codecs.BOM_UTF8))
+                copy_unmarked(file, scratch)
         with reading(f"{folder}: transformers cannot read the tokenizer", "copy a tokenizer.json of the model into it"):
             return AutoTokenizer.from_pretrained(scratch, trust_remote_code=False, local_files_only=True)

@@ -204,12 +204,17 @@ def load_part(folder: str | Path, part: str, metadata: Mapping[str, Any] | None 
         raise InputError(f"{folder} has no part {part!r}; it has {about['parts']}.")
     where = folder / PARAMS / part
     with reading(f"{where} is damaged", "write or download it again"):
-        for file in where.rglob("*"):
-            if not file.is_dir():
-                inside(folder, str(file.relative_to(folder)))
+        check_files(folder, part)
         with unprinted(), plainly_named(folder) as plain:
             found = restored(plain / PARAMS / part)
         return rebuilt(part, found, about["tensors"])
+
+
+def check_files(folder: Path, part: str) -> None:
+    """Refuse a part with something else than files of the folder, which might lead out of it or block who reads it."""
+    for file in (folder / PARAMS / part).rglob("*"):
+        if file.is_symlink() or not file.is_dir():
+            inside(folder, str(file.relative_to(folder)))
 
 
 def restored(folder: Path) -> Any:
@@ -243,6 +248,7 @@ def shapes(folder: Path) -> dict[str, Any]:
         ocp.PyTreeCheckpointer() as checkpointer,
     ):
         for part in about["parts"]:
+            check_files(folder, part)
             tree = checkpointer.metadata(plain / PARAMS / part).item_metadata.tree
             abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
             params = rebuilt(part, abstract, about["tensors"])

@@ -27,6 +27,7 @@ except ImportError:  # Windows, where nobody can tell the dead from the living
     fcntl = None
 
 PREFIX = ".awq_jax-"
+NAMES = PREFIX + "[0-9a-f]" * 8
 LOCK = ".lock"
 JOURNAL = "journal.json"
 LIVE: set[Path] = set()
@@ -40,7 +41,7 @@ def scratch_folder(home: Path | None = None) -> Iterator[Path]:
     """A folder in `home`, or among the system's temporary ones, gone when the block ends; what dead processes left
     there goes too.
     """
-    home = home or Path(tempfile.gettempdir())
+    home = (home or Path(tempfile.gettempdir())).resolve()
     remove_stale(home)
     with SETTLING:
         folder, lock = made(home)
@@ -59,13 +60,23 @@ def made(home: Path) -> tuple[Path, int]:
     while True:
         folder = home / f"{PREFIX}{secrets.token_hex(4)}"
         folder.mkdir(0o700)
-        lock = folder / f"{socket.gethostname()}{LOCK}"
+        lock = folder / f"{'+'.join(machine())}{LOCK}"
         # Another process may take the folder for that of a dead one until the lock is held.
         with suppress(FileNotFoundError):
             opened = os.open(lock, os.O_CREAT | os.O_RDWR, 0o600)
             if locked(opened) is not False and lock.exists():
                 return folder, opened
             os.close(opened)
+
+
+def machine() -> tuple[str, str]:
+    """The names of the machine and of its running system: another container has another of the first, the same machine
+    after a start another of the second, and whoever has one of them in common sees the same locks or is dead.
+    """
+    system = ""
+    with suppress(OSError):
+        system = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return socket.gethostname(), system
 
 
 def locked(lock: int) -> bool | None:
@@ -82,22 +93,31 @@ def locked(lock: int) -> bool | None:
 
 
 def remove_stale(home: Path) -> None:
-    """Removes what dead processes of this machine left in `home`, and names what those of others may have left."""
-    for folder in home.glob(f"{PREFIX}*"):
-        if not is_mine(folder):
+    """Removes what dead processes of this machine left in `home`, and names what may be of the dead."""
+    for folder in home.resolve().glob(NAMES):
+        if folder in LIVE or not is_mine(folder):
             continue
         # Empty: its process is making its lock, and makes another folder if this one goes, or died before.
         with suppress(OSError):
             folder.rmdir()
-        for lock in folder.glob(f"*{LOCK}"):
-            if lock.name != f"{socket.gethostname()}{LOCK}":
-                name_foreign(folder, lock.name.removesuffix(LOCK))
-                continue
-            with suppress(OSError):
-                opened = os.open(lock, os.O_RDWR)
-                if locked(opened):
-                    discard(folder)
-                os.close(opened)
+        if (lock := lock_of(folder)) is None:
+            discard(folder)
+            continue
+        host, _, system = lock.name.removesuffix(LOCK).partition("+")
+        with suppress(OSError):
+            opened = os.open(lock, os.O_RDWR)
+            ours = host == machine()[0] or (system and system == machine()[1])
+            dead = locked(opened) if ours else None
+            if dead:
+                discard(folder)
+            elif dead is None:
+                name_left(lock, host)
+            os.close(opened)
+
+
+def lock_of(folder: Path) -> Path | None:
+    """The lock file of a scratch folder; none while it is made, and once a user removed it."""
+    return next(folder.glob(f"*{LOCK}"), None)
 
 
 def is_mine(folder: Path) -> bool:
@@ -109,9 +129,14 @@ def is_mine(folder: Path) -> bool:
 
 
 @cache
-def name_foreign(folder: Path, machine: str) -> None:
-    note = "%s was left by a process on %s, or is in use there: remove it if nothing runs there."
-    logging.getLogger(__name__).warning(note, folder, machine)
+def name_left(lock: Path, host: str) -> None:
+    note = "%s was left by a process on %s, or is in use there: if nothing runs there, %s."
+    logging.getLogger(__name__).warning(note, lock.parent, host, release(lock))
+
+
+def release(lock: Path) -> str:
+    """What to do with the folder of a process that died where nobody can tell."""
+    return f"remove {lock}, and the next run puts back what was moved and removes the rest"
 
 
 def discard(folder: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from awq_jax.formats.errors import InputError
 from awq_jax.formats.exchange import exchange
 from awq_jax.formats.files import inside, read_json
-from awq_jax.formats.scratch import SETTLING, move_all, remove_stale, scratch_folder
+from awq_jax.formats.scratch import NAMES, SETTLING, is_mine, lock_of, move_all, release, remove_stale, scratch_folder
 
 MANIFEST = "awq_jax_files.json"
 NOTHING = "Nothing was written."
@@ -100,6 +100,12 @@ def refuse_occupied(out: Path, overwrite: bool, *, at: Path | None = None, scrat
     at = at or out
     found = [file for file in files_of(at) if scratch is None or not (at / file).is_relative_to(scratch)]
     listed = manifest_of(at)
+    others = [folder for folder in at.glob(NAMES) if folder != scratch and is_mine(folder)]
+    if lock := next(filter(None, map(lock_of, others)), None):
+        raise FileExistsError(
+            f"{out} holds {lock.parent.name} of another run of awq_jax: wait for its end, or, if nothing runs, "
+            f"{release(lock)}. {NOTHING}"
+        )
     if foreign := sorted(set(found) - listed):
         why = "which awq_jax did not write" if listed else f"and no {MANIFEST}, so awq_jax did not write it"
         raise FileExistsError(f"{out} holds {foreign[0]}, {why}: move it away or choose another folder. {NOTHING}")
