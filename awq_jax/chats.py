@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import reprlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from awq_jax.documents import Row
+from awq_jax.documents import Row, is_message
 from awq_jax.formats.chat import render
 from awq_jax.formats.errors import InputError
 
@@ -69,12 +71,15 @@ def as_chat(row: Any) -> str | Chat:
         raise ValueError(f"found {reprlib.repr(row)}")
     if any(row.get(field) for field in IMAGES):
         raise NoText("an image")
+    row = row | {field: listed(row[field]) for field in row.keys() & {*CHATS, *ASKED, *ANSWERED}}
     first = lambda fields: next(((f, row[f]) for f in fields if row.get(f) is not None), (None, None))
     asked, question = first(ASKED)
     _, answer = first(ANSWERED)
     _, chat = first(CHATS[:-1])
     if chat is None and asked is None and isinstance(row.get("chosen"), list):
         chat = row["chosen"]
+    if isinstance(chat, str):
+        raise ValueError(f"{reprlib.repr(chat)} is no list of messages, nor one as JSON")
     if chat is not None:
         found = turns(chat, "user")
     elif asked is not None and answer is not None:
@@ -94,6 +99,17 @@ def as_chat(row: Any) -> str | Chat:
     if isinstance(system, str) and system.strip() and not (found and found[0]["role"] == "system"):
         found = ({"role": "system", "content": system}, *found)
     return Chat(found, parsed(row.get("tools")) or None)
+
+
+def listed(value: Any) -> Any:
+    """The messages that a string holds as JSON, or as Python shows them; anything else as it is."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        for parse in (json.loads, ast.literal_eval):
+            with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+                found = parse(value.strip())
+                if isinstance(found, list) and found and all(map(is_message, found)):
+                    return found
+    return value
 
 
 def turns(value: Any, role: str) -> tuple[dict[str, Any], ...]:

@@ -23,6 +23,7 @@ TABLES = {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (".txt", ".md", ".gz", ".parquet", *JSON, *TABLES)
 """By which a name is that of a file, there or not."""
 STARTS_AS_JSON = re.compile(r'\s*(\{\s*["}]|\[\s*[\[{"\]])')
+AS_PYTHON = re.compile(r"[\[\s]*\{\s*'[^'\n]*'\s*:")
 BLANK = re.compile(r"[ \t\r\n]*")
 TOLD = {
     b"\x1f\x8b": "is compressed: unpack it first, with gunzip",
@@ -58,6 +59,8 @@ def read_rows(file: Path, is_row: Callable[[Any], bool]) -> list[Row]:
     if (suffix := file.suffix.lower()) in TABLES:
         table = csv.DictReader(io.StringIO(text, newline=""), delimiter=TABLES[suffix])
         return [(f"row {k}", row) for k, row in enumerate(table, 1)]
+    if AS_PYTHON.match(text):
+        raise InputError(f"{file} holds what Python shows of objects: write them as JSON, with json.dumps.")
     if suffix in JSON or STARTS_AS_JSON.match(text):
         return unwrapped(list(json_values(file, text)), is_row)
     return [("", text)]

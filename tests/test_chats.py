@@ -42,6 +42,14 @@ CASES = {
     "preference": ({"prompt": "Who?", "chosen": "Me.", "rejected": "You."}, [ASK, TELL]),
     "preference of messages": ({"prompt": "Who?", "chosen": [ASK, TELL], "rejected": []}, [ASK, TELL]),
     "preference without prompt": ({"chosen": [ASK, TELL], "rejected": [ASK]}, [ASK, TELL]),
+    "messages as JSON": ({"messages": json.dumps([ASK, TELL])}, [ASK, TELL]),
+    "messages as Python shows them": ({"conversations": f" {[ASK, TELL]}"}, [ASK, TELL]),
+    "both as strings": ({"prompt": json.dumps([SYSTEM, ASK]), "completion": str([TELL])}, [SYSTEM, ASK, TELL]),
+    "preference as a string": ({"chosen": str([ASK, TELL]), "rejected": "[]"}, [ASK, TELL]),
+    "a list that is no messages": (
+        {"prompt": "[1, 2", "completion": "[]"},
+        [{"role": "user", "content": "[1, 2"}, {"role": "assistant", "content": "[]"}],
+    ),
     "input, output": ({"input": "Who?", "output": "Me."}, [ASK, TELL]),
 }
 
@@ -50,6 +58,12 @@ CASES = {
 def test_rows_that_are_chats(case):
     row, messages = CASES[case]
     assert as_chat(row) == Chat(tuple(messages))
+
+
+@pytest.mark.parametrize("value", ["Who?", "[{'role': 'user'", "[" * 100_000, "[1]"])
+def test_a_field_of_messages_that_holds_none_is_refused(value):
+    with pytest.raises(ValueError, match="is no list of messages, nor one as JSON"):
+        as_chat({"messages": value})
 
 
 @pytest.mark.parametrize("row", ["a", {"text": "a", "url": "b"}, {"content": "a"}, {"text": "a", "prompt": "b"}])

@@ -82,6 +82,8 @@ def test_tables_are_rows(tmp_path):
     [
         ('{"text": "a"}\n\n{"text": ', "a.txt, line 3: not JSON"),
         ("[" * 100_000, "a.json, line 1: not JSON"),
+        ("{'text': 'hi'}\n{'text': 'ho'}\n", "a.txt holds what Python shows of objects: write them as JSON"),
+        ("[{'text': 'hi'}]", "a.txt holds what Python shows of objects"),
         ("%PDF-1.7", "a.txt is a PDF: give"),
         (b"PK\x03\x04", "a.txt is a zip archive or an office document"),
         ("a".encode("utf-16-le"), None),
