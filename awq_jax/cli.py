@@ -129,7 +129,7 @@ class Eval:
 
         from awq_jax.chats import as_texts, is_row
         from awq_jax.documents import read_rows
-        from awq_jax.evaluate import score, windows
+        from awq_jax.evaluate import check_same_tokens, score, windows
         from awq_jax.load import load
         from awq_jax.memory import check_memory
         from awq_jax.models.inputs import check_tokens
@@ -140,6 +140,8 @@ class Eval:
         reference = load(self.dense, jnp.float32) if self.dense else None
         text = "\n".join(as_texts(rows, model.tokenizer, str(self.text)).texts)
         tokens = windows(text, model.tokenizer, self.windows, self.length, str(self.text))
+        if reference is not None:
+            check_same_tokens(model, reference, text, tokens, str(self.dense))
         for one in (model, reference or model):
             check_tokens(one.config, tokens, f"{self.text} in windows of length={self.length}")
         check_memory(f"A window of length={self.length}", model.nbytes_of_logits(self.length), "give a smaller one")
@@ -215,7 +217,7 @@ class Inspect:
 class Demo:
     """See it work: quantize a small model, compare it with the dense one, let both answer."""
 
-    model: Annotated[Positional[str | None], arg(metavar="MODEL")] = None
+    model: Annotated[Positional[str | None], arg(metavar="[MODEL]")] = None
     """Any model; without it SmolLM2-135M-Instruct, fetched once (98 MB)."""
     prompt: str = "What is gravity?"
     """What both models are asked."""

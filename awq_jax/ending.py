@@ -35,7 +35,7 @@ def failed(e: BaseException) -> int:
     elif isinstance(e, ValueError | OSError):
         line, code = one_line(e, 2000), INPUT
     else:
-        what = f"{type(e).__name__}: {one_line(e)}"
+        what = f"{type(e).__name__}: {one_line(e).rstrip('.')}"
         line, code = f"{what}. This is a fault of awq_jax: report what {TRACEBACK}=1 shows.", FAULT
     print("awq-jax:", line, file=sys.stderr)
     return code

@@ -65,7 +65,7 @@ def inspect(path: str | Path) -> Group:
     totals = Table.grid(padding=(0, 2))
     nbytes = checkpoint.nbytes
     totals.add_row(
-        "on disk",
+        "tensors on disk",
         size(nbytes),
         f"{8 * nbytes / weights:.2f} bits a weight",
         f"{2 * weights / nbytes:.2f} times smaller than in 16 bits",

@@ -199,7 +199,7 @@ def test_any_key_can_be_read(tmp_path):
 
 def test_a_folder_that_cannot_be_read_back_never_comes_to_be(tmp_path, monkeypatch):
     monkeypatch.setattr(orbax, "rebuilt", lambda *args: 1 / 0)
-    with pytest.raises(ValueError, match="is damaged .ZeroDivisionError"):
+    with pytest.raises(ValueError, match=r"is damaged .ZeroDivisionError"):
         orbax.save_params(tmp_path / "out", {"a": weight(3), "b": weight(4)})
     assert list(tmp_path.iterdir()) == []
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from itertools import pairwise
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,7 @@ from checkpoints import tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from awq_jax.evaluate import score, windows
+from awq_jax.evaluate import check_same_tokens, score, windows
 from awq_jax.formats.errors import InputError
 
 VOCAB = 11
@@ -105,3 +106,15 @@ def test_windows_are_the_start_of_the_text_in_order():
 def test_windows_that_cannot_be(text, n, length, says):
     with pytest.raises(InputError, match=says):
         windows(text, tokenizer(), n, length)
+
+
+def test_models_that_read_a_text_otherwise_are_not_compared():
+    of = lambda vocab, words: SimpleNamespace(config=SimpleNamespace(vocab=vocab), tokenizer=words)
+    words, text = tokenizer(), "the sky is blue " * 40
+    other = lambda text, **options: SimpleNamespace(input_ids=[1 + i for i in words(text, **options).input_ids])
+    model, tokens = of(9, words), windows(text, words, 2, 8)
+    check_same_tokens(model, of(9, words), text, tokens, "dense")
+    with pytest.raises(InputError, match="dense has 7 tokens and the model 9"):
+        check_same_tokens(model, of(7, words), text, tokens, "dense")
+    with pytest.raises(InputError, match="dense reads the text as other tokens"):
+        check_same_tokens(model, of(9, other), text, tokens, "dense")

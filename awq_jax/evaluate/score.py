@@ -78,6 +78,21 @@ def score(
     return Score(perplexity, float(sums[1] / count), float(sums[2] / count), predicted)
 
 
+def check_same_tokens(model: Any, reference: Any, text: str, tokens: Int[np.ndarray, "n t"], name: str) -> None:
+    """Refuse to compare models to which a text is not the same tokens.
+
+    Args:
+      model, reference: awq_jax.load.Model.
+      tokens: the windows of `text` by the model's tokenizer.
+      name: of the reference, for the message.
+    """
+    sizes = model.config.vocab, reference.config.vocab
+    if sizes[0] != sizes[1]:
+        raise InputError(f"{name} has {sizes[1]} tokens and the model {sizes[0]}: give the model it was made from.")
+    if not np.array_equal(windows(text, reference.tokenizer, *tokens.shape, name), tokens):
+        raise InputError(f"{name} reads the text as other tokens than the model: give the model it was made from.")
+
+
 def blame(window: int, logits: Float[Array, "b t v"], reference: Float[Array, "b t v"]) -> str:
     """Why the scores of a window are no numbers."""
     sides = {"the model's": logits} if reference is logits else {"the dense model's": reference, "the model's": logits}
