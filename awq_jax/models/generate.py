@@ -208,7 +208,9 @@ def nbytes(config: Config, params: Any, batch: int, t: int, max_new_tokens: int)
     cache = jax.eval_shape(ft.partial(init_cache, config, batch, length))
     prompt = jax.ShapeDtypeStruct((batch, t), jnp.int32)
     one = ft.partial(first, replace(config, layers=1), end=t, how=None, length=length)
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)) + matmul_bytes(one, params, prompt)
+    dense = lambda w: jax.ShapeDtypeStruct(w.shape, config.dtype) if is_quantized(w) else w
+    matmuls = matmul_bytes(one, jax.tree.map(dense, params, is_leaf=is_quantized), prompt)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)) + matmuls
 
 
 def made_dense(config: Config, params: Any) -> Any:
