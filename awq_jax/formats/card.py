@@ -82,7 +82,7 @@ class Site(Protocol):
     def error(self) -> float: ...
 
 
-def card(model: str | Path, format: str, recipe: str, sizes: Mapping[str, str], sites: Sequence[Site]) -> str:
+def card(model: Path, format: str, recipe: str, sizes: Mapping[str, str], sites: Sequence[Site]) -> str:
     """The text of README.md; of local paths it has the last component only.
 
     Args:
