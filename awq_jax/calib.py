@@ -77,7 +77,8 @@ def calibration_tokens(
     named = [sources] if isinstance(sources, str) else list(sources or [None])
     if samples < len(named) or seq_len < 1:
         raise InputError(f"samples={samples} seq_len={seq_len}: give 1 or more of each, and a sample a source.")
-    shares = [len(part) for part in np.array_split(range(samples), len(named))]
+    each, more = divmod(samples, len(named))
+    shares = [each + (k < more) for k in range(len(named))]
     found = [_of_source(source, tokenizer, n, seq_len, own) for source, n in zip(named, shares, strict=True)]
     shortest = min(part.shape[1] for part, _ in found)
     parts = [part[:, :shortest] for part, _ in found]
@@ -96,7 +97,8 @@ def _of_source(
         return tokens, Read("what the model writes", 0, len(tokens), tokens.size, tokens.size)
     name = source or "the packaged text"
     texts = Texts([packaged_text()], 0, ()) if source is None else read_texts(source, tokenizer, samples)
-    tokens, total, estimated = cut(texts.texts, tokenizer, samples, seq_len, name)
+    noted = f"{name} ({'; '.join(texts.notes)})" if texts.notes else name
+    tokens, total, estimated = cut(texts.texts, tokenizer, samples, seq_len, noted)
     others = len(texts.texts) - texts.chats if source else 0
     return tokens, Read(name, texts.chats, others, total, tokens.size, texts.notes, estimated)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -138,6 +139,8 @@ def quantize_checkpoint(
     half = sum(2 * math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
     with written_whole(out, overwrite=overwrite, inputs=inputs) as scratch:
         tokenizer, _ = checkpoint.tokenizer(), checkpoint.companions  # Raises where one of them is unsound.
+        if beyond := without_rows(config, tokenizer):
+            told(beyond)
         clock.rest("load")
         progress("loading", 1, 1)
         progress("calibration text", 0, 1)
@@ -185,6 +188,17 @@ def quantize_checkpoint(
     notes = (*widening(with_skipped), *(notes if format == "awq" else ()))
     read_all = tuple(read)
     return Converted(Path(out), checkpoint.nbytes, half, after, done.reports, clock.seconds, recipe, read_all, notes)
+
+
+def without_rows(config: Any, tokenizer: Any) -> str | None:
+    """What to say of a tokenizer with tokens that the embedding has no rows for; None where it has none of them."""
+    if not (beyond := [token for token, i in tokenizer.get_vocab().items() if i >= config.vocab]):
+        return None
+    one = reprlib.repr(min(beyond))
+    return (
+        f"The tokenizer has {len(beyond)} tokens beyond the embedding's {config.vocab} rows ({one} is one): text with "
+        "them will be refused, unless you resize the embedding (resize_token_embeddings in transformers) first."
+    )
 
 
 def fitted(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]], format: Format) -> tuple[Recipe, str]:

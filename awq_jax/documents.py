@@ -23,6 +23,7 @@ TABLES = {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (".txt", ".md", ".gz", ".parquet", *JSON, *TABLES)
 """By which a name is that of a file, there or not."""
 STARTS_AS_JSON = re.compile(r'\s*(\{\s*["}]|\[\s*[\[{"\]])')
+HOLDS_OBJECTS = re.compile(r'[\[\s]*\{\s*"')
 AS_PYTHON = re.compile(r"[\[\s]*\{\s*'[^'\n]*'\s*:")
 BLANK = re.compile(r"[ \t\r\n]*")
 TOLD = {
@@ -57,12 +58,19 @@ def read_rows(file: Path, is_row: Callable[[Any], bool]) -> list[Row]:
     with reading(f"{file} is not UTF-8 text", f"give {FORMATS}"):
         text = raw.decode("utf-8-sig")
     if (suffix := file.suffix.lower()) in TABLES:
-        table = csv.DictReader(io.StringIO(text, newline=""), delimiter=TABLES[suffix])
-        return [(f"row {k}", row) for k, row in enumerate(table, 1)]
+        with reading(f"{file} cannot be read as a table", "repair or replace it"):
+            csv.field_size_limit(max(csv.field_size_limit(), len(text)))
+            table = csv.DictReader(io.StringIO(text, newline=""), delimiter=TABLES[suffix])
+            return [(f"row {k}", row) for k, row in enumerate(table, 1)]
     if AS_PYTHON.match(text):
         raise InputError(f"{file} holds what Python shows of objects: write them as JSON, with json.dumps.")
     if suffix in JSON or STARTS_AS_JSON.match(text):
-        return unwrapped(list(json_values(file, text)), is_row)
+        try:
+            return unwrapped(list(json_values(file, text)), is_row)
+        except InputError:
+            # A text may start with a bracket too, as [[links]] of a wiki do.
+            if suffix in JSON or HOLDS_OBJECTS.match(text):
+                raise
     return [("", text)]
 
 

@@ -11,7 +11,8 @@ from checkpoints import tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from awq_jax.calib import calibration_tokens, packaged_text
+from awq_jax import calib
+from awq_jax.calib import Read, calibration_tokens, packaged_text
 from awq_jax.formats.errors import InputError
 
 CHAT = {"messages": [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "A model."}]}
@@ -188,6 +189,12 @@ def test_rows_that_cannot_be_read_are_named(tmp_path):
             decoded(jsonl(tmp_path, good, bad))
 
 
+def test_why_there_are_too_few_tokens_is_told(tmp_path):
+    row = {"messages": CHAT["messages"], "images": ["x.png"]}
+    with pytest.raises(InputError, match=r"rows.jsonl \(2 rows with an image left out\) gives 0 tokens"):
+        decoded(jsonl(tmp_path, row, row), samples=1, seq_len=8)
+
+
 def test_a_chat_that_the_template_refuses_is_named(tmp_path):
     strict = copy.deepcopy(tokenizer())
     strict.chat_template = "{{ raise_exception('roles must alternate') }}"
@@ -221,6 +228,14 @@ def test_the_shortest_source_sets_the_length(tmp_path):
     short.write_text("a" * 300)
     own = lambda samples, seq_len: np.zeros((samples, seq_len), np.int32)
     assert calibration_tokens((str(short), "self"), Letters(), samples=2, seq_len=400, own=own).shape == (2, 300)
+
+
+def test_any_number_of_samples_is_shared_at_once(monkeypatch):
+    asked = []
+    found = np.zeros((1, 1), int), Read("", 0, 0, 0, 0)
+    monkeypatch.setattr(calib, "_of_source", lambda source, tokenizer, n, *rest: asked.append(n) or found)
+    calibration_tokens(["a", "b", "c"], None, samples=10**15 + 1, seq_len=1)
+    assert (sum(asked), max(asked) - min(asked)) == (10**15 + 1, 1)
 
 
 def test_more_sources_than_samples_are_refused():

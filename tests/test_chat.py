@@ -1,5 +1,7 @@
 """Chat templates are programs of strangers: what they print is taken, what else they do ends with their process."""
 
+import datetime
+
 import pytest
 from checkpoints import tokenizer
 
@@ -23,6 +25,24 @@ def test_many_chats_are_rendered_as_the_tokenizer_does(templated):
         expected = [found.apply_chat_template(c, tokenize=False, add_generation_prompt=start) for c in both]
         assert chat.render(found, both, add_generation_prompt=start) == expected
     assert chat.render(found, []) == []
+
+
+@pytest.mark.parametrize(
+    ("bound", "most", "says"),
+    [
+        ("ALL_LONGEST", 25, "chat 3: .* refuses it: up to here it writes 30 characters"),
+        ("ALL_SECONDS", -1, "chat 1: .* refuses it: up to here it takes longer than -1 s"),
+    ],
+)
+def test_all_chats_together_are_bounded(templated, monkeypatch, bound, most, says):
+    monkeypatch.setattr(chat, bound, most)
+    with pytest.raises(InputError, match=says):
+        chat.render(templated("{{ 'a' * 10 }}"), [HI] * 5)
+
+
+def test_dates_become_text(templated):
+    day = datetime.date(2024, 5, 1)
+    assert chat.render(templated("{{ messages[0].day }}"), [[HI[0] | {"day": day}]]) == ["2024-05-01"]
 
 
 def test_chats_with_tools_have_the_template_for_them(templated):

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoints import TEMPLATE, config, tensors, tiny_folder, tiny_gguf
+from checkpoints import TEMPLATE, config, tensors, tiny_folder, tiny_gguf, tokenizer
 from safetensors.numpy import load_file
 from tiny import random_tokens
 
 import awq_jax as awq
 from awq_jax import Recipe, Rule
-from awq_jax.convert import computed_in, fitted, halved
+from awq_jax.convert import computed_in, fitted, halved, without_rows
 from awq_jax.formats.errors import InputError
 from awq_jax.formats.written import written_whole
 from awq_jax.models.llama import Config, Llama
@@ -427,6 +427,13 @@ def test_the_group_that_fits(widths, rules, format, group):
     recipe, why = fitted(Recipe(rules=rules), shapes, format)
     assert recipe.group_size == group
     assert why.startswith(f"Groups of {group}")
+
+
+def test_tokens_that_the_embedding_has_no_rows_for_are_told():
+    line = without_rows(SimpleNamespace(vocab=318), tokenizer())
+    assert line is not None
+    assert "The tokenizer has 2 tokens beyond the embedding's 318 rows" in line
+    assert [without_rows(SimpleNamespace(vocab=n), tokenizer()) for n in (320, 384)] == [None, None]
 
 
 def test_no_group_fits():

@@ -20,6 +20,7 @@ FOREIGN = {
         }
     },
     "gptq in 3 bits": {"quantization_config": {"quant_method": "gptq", "bits": 3, "checkpoint_format": "gptq_v2"}},
+    "gptq in 4 bits": {"quantization_config": {"bits": 4, "desc_act": False, "sym": True}},
     "auto-round in 4 bits": {"quantization_config": {"quant_method": "auto-round", "bits": 4, "packing_format": "x"}},
     "MLX in 4 bits": {
         "quantization": {"group_size": 64, "bits": 4},

@@ -62,7 +62,19 @@ def test_messages_line_by_line_are_one_chat(tmp_path):
     assert rows_of(tmp_path / "a.jsonl", "\n".join(map(json.dumps, CHAT))) == [CHAT]
 
 
-@pytest.mark.parametrize("text", ["# Title\n[link](x) {curly}", "{not json}", "[1] A footnote.", "\ufeffBOM", ""])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "# Title\n[link](x) {curly}",
+        "{not json}",
+        "[1] A footnote.",
+        "[[Wiki]] page",
+        "[[1]] [[2]] notes",
+        '["Quoted"] text',
+        "\ufeffBOM",
+        "",
+    ],
+)
 def test_text_is_one_row(tmp_path, text):
     assert rows_of(tmp_path / "a.md", text) == [text.removeprefix("\ufeff")]
 
@@ -75,6 +87,10 @@ def test_tables_are_rows(tmp_path):
             writer.writeheader()
             writer.writerows(rows)
         assert [row for _, row in read_rows(tmp_path / name, is_row)] == rows
+
+
+def test_a_table_has_fields_of_any_length(tmp_path):
+    assert rows_of(tmp_path / "a.csv", "text\n" + "a" * 200_000) == [{"text": "a" * 200_000}]
 
 
 @pytest.mark.parametrize(

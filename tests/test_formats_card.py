@@ -83,6 +83,11 @@ def test_older_readers_find_the_rope():
     assert with_older_rope(default) == default | {"rope_theta": 1e6, "rope_scaling": None}
     scaled = {"rope_parameters": LLAMA3 | {"rope_theta": 5e5}, "rope_theta": None}
     assert with_older_rope(scaled) == scaled | {"rope_theta": 5e5, "rope_scaling": LLAMA3}
+    apart = {"rope_parameters": LLAMA3, "rope_theta": 5e5}
+    assert with_older_rope(apart) == apart | {"rope_scaling": LLAMA3}
+    both = {"rope_parameters": {"rope_theta": 5e5}, "rope_scaling": LLAMA3}
+    assert with_older_rope(both) == both | {"rope_theta": 5e5}
+    assert with_older_rope(both | {"rope_theta": 1e6}) == both | {"rope_theta": 1e6}
     older = {"rope_theta": 5e5, "rope_scaling": LLAMA3}
     assert with_older_rope(older) == older
 

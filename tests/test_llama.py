@@ -302,15 +302,26 @@ def test_a_field_of_another_type_or_out_of_range_is_named(key):
             llama.Config.from_hf(hf_config(rope_scaling=LLAMA3 | {field: "8"}))
 
 
-def test_null_stands_for_what_transformers_has_none_for():
-    null = dict.fromkeys(
-        ("num_key_value_heads", "head_dim", "max_position_embeddings", "rope_scaling", "rope_parameters")
-    )
-    config = llama.Config.from_hf(hf_config() | null)
-    assert (config.kv_heads, config.head_dim, config.positions, config.rope.kind) == (4, 16, None, "default")
-    for key in ("vocab_size", "rms_norm_eps", "rope_theta", "tie_word_embeddings"):
-        with pytest.raises(ValueError, match=key):
+def test_null_is_as_if_left_out():
+    sizes = {k: v for k, v in hf_config().items() if k in SIZES and k != "num_key_value_heads"}
+    null = dict.fromkeys((hf_config() | ODD).keys() - sizes.keys())
+    assert llama.Config.from_hf(sizes | null) == llama.Config.from_hf(sizes)
+    for key in sizes:
+        with pytest.raises(ValueError, match=f"lacks '{key}'"):
             llama.Config.from_hf(hf_config() | {key: None})
+
+
+def test_theta_is_found_wherever_it_stands():
+    bare = {key: value for key, value in hf_config().items() if key != "rope_theta"}
+    newer = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    for changes in (newer, newer | {"rope_scaling": LLAMA3}, {"rope_parameters": LLAMA3, "rope_theta": 5e5}):
+        assert llama.Config.from_hf(bare | changes).rope.theta == 5e5
+
+
+def test_ropes_by_layer_type_are_refused():
+    nested = {"full_attention": {"rope_type": "default", "rope_theta": 5e5}}
+    with pytest.raises(ValueError, match=r"rope parameters for \['full_attention'\]: this model has one rope"):
+        llama.Config.from_hf(hf_config() | {"rope_parameters": nested})
 
 
 def test_positions_are_those_after_linear_scaling():

@@ -19,6 +19,9 @@ SECONDS = 5.0
 """That the template may take for one chat."""
 LONGEST = 10_000_000
 """Characters that it may write for one chat."""
+ALL_SECONDS = 600.0
+ALL_LONGEST = 1_000_000_000
+"""The same for all chats together."""
 
 
 def render(
@@ -35,7 +38,8 @@ def render(
 
     Args:
       tokenizer: of transformers.
-      chats: messages, {"role": ..., "content": ...}, of what JSON can hold; fields that are None are left out.
+      chats: messages, {"role": ..., "content": ...}; fields that are None are left out, what JSON cannot hold, such
+        as a date, becomes text.
       tools: of each chat, JSON schemas or None.
       add_generation_prompt: let the text end where the answer begins.
       names: what each chat is called in errors; "chat 1" and so on without.
@@ -57,6 +61,8 @@ def render(
     asked = {
         "seconds": SECONDS,
         "longest": LONGEST,
+        "all_seconds": ALL_SECONDS,
+        "all_longest": ALL_LONGEST,
         "templates": templates,
         "options": {**tokenizer.special_tokens_map, "add_generation_prompt": add_generation_prompt},
         "chats": [
@@ -71,7 +77,7 @@ def render(
     done = subprocess.run(
         # -P: the modules beside the program are not meant for it.
         [sys.executable, "-P", chat_process.__file__],
-        input=json.dumps(asked),
+        input=json.dumps(asked, default=str),
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},

@@ -15,6 +15,7 @@ FILES = {"quant_config.json": "awq", "quantize_config.json": "gptq", "hf_quant_c
 """Files beside config.json that say it where config.json does not -> the tool that writes them."""
 MARKS = {
     "config_groups": "compressed-tensors",
+    "desc_act": "gptq",
     "load_in_4bit": "bitsandbytes",
     "load_in_8bit": "bitsandbytes",
     "quant_algo": "ModelOpt",

@@ -96,12 +96,15 @@ def copy_unmarked(file: Path, folder: Path) -> None:
 
 def with_older_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config with rope_theta and rope_scaling beside rope_parameters, for readers of transformers 4."""
-    rope = config.get("rope_parameters")
-    if not isinstance(rope, Mapping) or "rope_theta" not in rope or config.get("rope_scaling"):
+    rope, scaling = config.get("rope_parameters"), config.get("rope_scaling")
+    if not isinstance(rope, Mapping) or not rope:
         return dict(config)
-    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-    is_default = scaling.get("rope_type", "default") == "default"
-    return {**config, "rope_theta": rope["rope_theta"], "rope_scaling": None if is_default else scaling}
+    # As models read them: theta beside rope_scaling goes before that of rope_parameters.
+    places = (config, rope) if scaling else (rope, config)
+    theta = [{"rope_theta": place["rope_theta"]} for place in places if place.get("rope_theta") is not None]
+    if not scaling and rope.get("rope_type", "default") != "default":
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    return {**config, **(theta[0] if theta else {}), "rope_scaling": scaling or None}
 
 
 def stops(where: Path, found: Mapping[str, Any]) -> list[int]:

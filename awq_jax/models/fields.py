@@ -1,4 +1,4 @@
-"""Fields of a config.json, each of the type and in the range that a model can be made of."""
+"""Fields of a config.json, each of the type and in the range that a model can be made of; null is as if left out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NEEDED = object()
 
 
 def whole(found: Mapping[str, Any], key: str, default: Any = NEEDED, where: str = "the config") -> Any:
-    """A size or a count, 1 .. LARGEST. A default of None also stands for null."""
+    """A size or a count, 1 .. LARGEST."""
     return _field(found, key, default, where, f"a whole number from 1 to {LARGEST}", _is_whole)
 
 
@@ -39,8 +39,8 @@ def mapping(found: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 def _field(
     found: Mapping[str, Any], key: str, default: Any, where: str, expected: str, fits: Callable[[Any], bool]
 ) -> Any:
-    value = found.get(key, default)
-    if value is NEEDED or (value is None and default is NEEDED):
+    value = default if found.get(key) is None else found[key]
+    if value is NEEDED:
         raise ValueError(f"{where} lacks {key!r}; it has {sorted(found)}.")
     if value is None and default is None:
         return None

@@ -84,14 +84,18 @@ class Rope:
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> Rope:
         """Of a config.json: rope_theta and rope_scaling (transformers 4) or rope_parameters (5)."""
-        found = mapping(hf, "rope_scaling") or mapping(hf, "rope_parameters")
-        kind = found.get("rope_type", found.get("type", "default"))
+        older, newer = mapping(hf, "rope_scaling"), mapping(hf, "rope_parameters")
+        if nested := [key for rope in (older, newer) for key, value in rope.items() if isinstance(value, Mapping)]:
+            raise ValueError(f"rope parameters for {nested}: this model has one rope for all layers.")
+        found = older or newer
+        kind = found.get("rope_type") or found.get("type") or "default"
         if kind not in ("default", "linear", "llama3"):
             raise ValueError(f"rope type {kind!r}: this model knows 'default', 'linear' and 'llama3'.")
         rotated = found.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
         if rotated not in (None, 1, 1.0):
             raise ValueError(f"partial_rotary_factor={rotated}: this model rotates whole heads only.")
-        theta = real(found if "rope_theta" in found else hf, "rope_theta", cls.theta)
+        holds_theta = (rope for rope in (found, hf, newer) if rope.get("rope_theta") is not None)
+        theta = real(next(holds_theta, {}), "rope_theta", cls.theta)
         if kind == "default":
             return cls(theta=theta)
         where = f"the {kind} rope parameters"
@@ -156,7 +160,7 @@ class Config:
           ValueError: a field is missing, of another type or out of range, or hidden_act or the rope type is not one
             that this model computes.
         """
-        if (act := hf.get("hidden_act", "silu")) != "silu":
+        if (act := hf.get("hidden_act")) not in (None, "silu"):
             raise ValueError(f"hidden_act={act!r}: this model computes 'silu' only.")
         width, heads = whole(hf, "hidden_size"), whole(hf, "num_attention_heads")
         head_dim = whole(hf, "head_dim", None)
