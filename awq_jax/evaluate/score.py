@@ -89,7 +89,8 @@ def check_same_tokens(model: Any, reference: Any, text: str, tokens: Int[np.ndar
     sizes = model.config.vocab, reference.config.vocab
     if sizes[0] != sizes[1]:
         raise InputError(f"{name} has {sizes[1]} tokens and the model {sizes[0]}: give the model it was made from.")
-    if not np.array_equal(windows(text, reference.tokenizer, *tokens.shape, name), tokens):
+    n, length = tokens.shape
+    if not np.array_equal(windows(text, reference.tokenizer, n, length, name), tokens):
         raise InputError(f"{name} reads the text as other tokens than the model: give the model it was made from.")
 
 
