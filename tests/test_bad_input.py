@@ -48,8 +48,8 @@ def contents(folder):
 
 
 def beside_what_was_read(out):
-    """What a command printed, without the lines on its calibration text."""
-    return re.sub(r".* tokens, [\d,]+ used.*\n", "", out)
+    """What a command printed, without the lines on its calibration text and its tokenizer."""
+    return re.sub(r".* tokens, [\d,]+ used.*\n|The tokenizer has .* first\.\n", "", out)
 
 
 def refused(*args):
