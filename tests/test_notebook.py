@@ -28,6 +28,8 @@ def test_every_cell_runs(smollm2, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setenv("AWQ_JAX_NOTEBOOK_MODEL", str(smollm2))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
+    for name in ("JAX_NUMPY_DTYPE_PROMOTION", "JAX_NUMPY_RANK_PROMOTION"):
+        monkeypatch.delenv(name)
     monkeypatch.delenv("MPLBACKEND", raising=False)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources={}).execute()
