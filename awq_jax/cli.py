@@ -17,15 +17,15 @@ import tyro
 from tyro.conf import Positional, arg
 
 from awq_jax.cache import keep_compiled_programs
+from awq_jax.convert import Format
 from awq_jax.ending import failed, silence_libraries
 from awq_jax.flags import as_flags, one_of
 from awq_jax.near import did_you_mean
 from awq_jax.progress import progress_bar
 from awq_jax.report import console, scores_table, sites_table, summary, tunings_table
+from awq_jax.stream import Feed
 
 Preset = Literal["default", "fast", "rtn", "llm_awq", "autoawq", "llmcompressor"]
-Format = Literal["awq", "orbax"]
-Feed = Literal["dense", "quantized"]
 
 
 @dataclass(frozen=True)
@@ -148,10 +148,10 @@ class Eval:
         if len(tokens) < self.windows:
             say(f"{self.text} fills {len(tokens)} of {self.windows} windows.")
         with progress_bar() as progress:
-            rows = {self.model: score(model, tokens, reference, lambda k, n: progress("window", k, n))}
+            scores = {self.model: score(model, tokens, reference, lambda k, n: progress("window", k, n))}
             if reference is not None and self.dense is not None:
-                rows[self.dense] = score(reference, tokens)
-        console().print(scores_table(rows))
+                scores[self.dense] = score(reference, tokens)
+        console().print(scores_table(scores))
 
 
 @dataclass(frozen=True)
