@@ -68,7 +68,7 @@ def inspect(path: str | Path) -> Group:
         "tensors on disk",
         size(nbytes),
         f"{8 * nbytes / weights:.2f} bits a weight",
-        f"{2 * weights / nbytes:.2f} times smaller than in 16 bits",
+        f"{2 * weights / nbytes:.2f} times smaller than 16 bits",
     )
     return Group(table, totals)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """ " (did you mean ...?)" where one of the known names is near, else nothing."""
     lower = {other.lower(): other for other in known}
-    near = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.7)
+    near = difflib.get_close_matches(name.lower(), lower, n=1)
     return f" (did you mean {lower[near[0]]}?)" if near else ""
 
 

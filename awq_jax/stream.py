@@ -89,7 +89,8 @@ class Streamed:
 
 @jax.jit
 def largest_activation(hidden: list[Array], moments: dict[str, Moments]) -> Float[Array, ""]:
-    return jnp.stack([*(jnp.abs(h).max() for h in hidden), *(m.large for m in moments.values())]).max()
+    peaks = [*(jnp.abs(h).max() for h in hidden), *(m.large for m in moments.values())]
+    return jnp.stack([peak.astype(jnp.float32) for peak in peaks]).max()
 
 
 def quantize_block(name: str, params: Any, calibration: Calibration, recipe: Recipe) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from loose import loose
 
 from awq_jax.kernels import target
 from awq_jax.kernels.table import Case, Tiling
@@ -46,7 +47,8 @@ def peers(monkeypatch):
 
 def test_a_peer_that_multiplies_wrong_or_fails_is_left_out_with_its_reason(peers):
     def one(factor):
-        return lambda: peers.Peer(lambda w: w.dequantize(), lambda x, w: factor * (x @ w), in_torch=False)
+        multiply = loose(lambda x, w: factor * (x @ w))
+        return lambda: peers.Peer(lambda w: w.dequantize(), multiply, in_torch=False)
 
     def broken():
         raise OSError("no library")

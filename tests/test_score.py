@@ -97,10 +97,10 @@ def test_windows_are_the_start_of_the_text_in_order():
 @pytest.mark.parametrize(
     ("text", "n", "length", "says"),
     [
-        ("ab", 1, 1024, "the text has 2 tokens, one window takes 1024: give --length 2"),
+        ("ab", 1, 1024, "the text has 2 tokens, one window takes 1024: give length=2"),
         ("", 1, 1024, "has 0 tokens, one window takes 1024: give a longer text"),
-        ("ab", 0, 1024, "--windows 0 --length 1024: give 1 or more windows"),
-        ("ab", 1, 1, "--windows 1 --length 1: .* of 2 tokens or more"),
+        ("ab", 0, 1024, "windows=0 length=1024: give 1 or more windows"),
+        ("ab", 1, 1, "windows=1 length=1: .* of 2 tokens or more"),
     ],
 )
 def test_windows_that_cannot_be(text, n, length, says):

@@ -50,7 +50,7 @@ def test_every_part_is_written_and_every_site_reported_in_order(in_float32):
     assert list(written) == ["outer", "layers_0", "layers_1"]
     assert [r.name.split("/")[0] for r in done.reports] == ["layers_0"] * 7 + ["layers_1"] * 7
     assert all(0 < r.error < r.nearest_error for r in done.reports)
-    assert set(done.seconds) == {"load", "statistics", "search", "write"}
+    assert set(done.seconds) == {"load", "trace", "statistics", "search", "write"}
 
 
 def test_in_bfloat16_the_statistics_are_nearly_the_same(in_float32):

@@ -13,6 +13,7 @@ import pytest
 from commands import run
 
 import awq_jax as awq
+from awq_jax.formats.errors import InputError
 from awq_jax.kernels import grouped_int4_matmul, int4_matmul, launch, shared_int4_matmul, table, target, triton
 from awq_jax.kernels.table import Case, Tiling
 from awq_jax.spec import QuantSpec
@@ -178,7 +179,7 @@ def test_rows_that_do_not_hold_any_more_are_not_taken(file, change):
 
 def test_without_a_home_there_is_nothing_remembered(monkeypatch):
     def no_home():
-        raise RuntimeError("Could not determine home directory.")
+        raise InputError("There is no home folder.")
 
     monkeypatch.setattr(table, "users_file", no_home)
     assert taken() == RULE
