@@ -19,7 +19,7 @@ from awq_jax.kernels import launch, mosaic, table, triton
 from awq_jax.kernels.gpu import TENSOR_CORES, architecture
 from awq_jax.kernels.table import Case, Tiling
 from awq_jax.spec import QuantSpec
-from awq_jax.tensor import in_tiles, quantize
+from awq_jax.tensor import SCALE_DTYPE, in_tiles, quantize
 
 ROTATED = 256 * 2**20
 """Bytes of distinct weights that pass by, so that none stays in the cache from one matmul to the next."""
@@ -184,7 +184,7 @@ def tune(
             "no matmul of the function goes through a kernel that can be tuned: give it weights that awq.prepare has "
             "packed, and activations in bfloat16 or float16."
         )
-    weights_of = ft.cache(lambda k, n, g: distinct(k, n, lambda w: in_tiles(quantize(w, QuantSpec(4, g)))))
+    weights_of = ft.cache(lambda k, n, g: distinct(k, n, lambda w: in_tiles(quantize(w, QuantSpec(4, g), steps=SCALE_DTYPE))))
     end = time.monotonic() + limit
     found: list[Tuned] = []
     for case, before in cases.items():
