@@ -153,7 +153,7 @@ def test_params_are_read_and_placed_piece_by_piece(tmp_path, monkeypatch):
     orbax.save_params(tmp_path / "out", params)
     read, restored = [], orbax.restored
     monkeypatch.setattr(orbax, "restored", lambda part, like: read.append(like) or restored(part, like))
-    with pytest.raises(InputError, match="layer.5/kernel has shape"):
+    with pytest.raises(InputError, match=r"layer\.5/kernel has shape"):
         orbax.load_params(tmp_path / "out", like=params | {"layer.5": {"kernel": jnp.ones((8, 9))}})
     assert not read
     mesh = jax.make_mesh((2,), ("x",))
