@@ -138,8 +138,9 @@ class Eval:
         # In one dtype everywhere, so that scores of two machines can be compared.
         model, read = opened(self.model, jnp.float32, say)
         reference, read_reference = opened(self.dense, jnp.float32, say) if self.dense else (None, lambda: None)
-        text = "\n".join(as_texts(rows, model.tokenizer, str(self.text)).texts)
-        tokens = windows(text, model.tokenizer, self.windows, self.length, str(self.text))
+        found = as_texts(rows, model.tokenizer, str(self.text))
+        text = "\n".join(found.texts)
+        tokens = windows(text, model.tokenizer, self.windows, self.length, found.named(str(self.text)))
         if reference is not None:
             check_same_tokens(model, reference, text, tokens, str(self.dense))
         for one in (model, reference or model):

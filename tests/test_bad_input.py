@@ -259,10 +259,10 @@ def written(file, content):
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("a.txt", b"", "a.txt gives 0 tokens, calibration needs 256 or more: give a longer text, or leave --calib out"),
+        ("a.txt", b"", "a.txt is empty: give a text, .* file, with text in it"),
         ("a.txt", b"word " * 40, "a.txt gives .* tokens, calibration needs 256"),
         ("a.txt", b"caf\xe9 " * 400, "a.txt is not UTF-8 text .*: give a text,"),
-        ("a.jsonl", b"", "a.jsonl gives 0 tokens"),
+        ("a.jsonl", b"", "a.jsonl is empty"),
         ("a.jsonl", b'{"text": "fine"}\n{"text": "cut', "a.jsonl, line 2: not JSON .*: repair or remove it"),
         ("a.txt", b'{"text": "fine"}\n{"text": "cut', "a.txt, line 2: not JSON .*: repair or remove it"),
         ("a.txt", "text ".encode("utf-16") * 400, "a.txt is UTF-16 text: convert it"),
@@ -491,7 +491,13 @@ def test_ctrl_c(model, tmp_path, monkeypatch, when):
         (None, (), "a.txt: there is no such file: give"),
         (b"caf\xe9", (), r"a.txt is not UTF-8 text .*codec.*: give a text, "),
         (b"word " * 9, (), r"a.txt has \d+ tokens, one window takes 1024: give --length \d+"),
-        (b"", (), r"a.txt has 0 tokens, one window takes 1024: give a longer text"),
+        (b"", (), "a.txt is empty: give a text"),
+        (b'{"text": ""}', (), "a.txt has 0 tokens, one window takes 1024: give a longer text"),
+        (
+            b'{"messages": [], "image": "a.png"}\n' * 2,
+            (),
+            r"a.txt \(2 rows with an image left out\) has 0 tokens, one window takes 1024: give a longer text",
+        ),
         (b"word " * 9, ("--length", "1"), "--windows 8 --length 1: give .* 2 tokens or more"),
         (b"word " * 999, ("--length", "513"), r"a.txt in windows of --length 513: .* 512 positions .*: give 512"),
         (b"word " * 9, ("--windows", "-1"), "--windows -1 --length 1024: give 1 or more"),

@@ -154,9 +154,7 @@ def quantization_config(spec: QuantSpec, skipped: Sequence[str] = ()) -> dict[st
     }
 
 
-def as_float16(
-    name: str, w: Float[np.ndarray, "*shape"], axis: int | None = None
-) -> Float16[np.ndarray, "*shape"]:
+def as_float16(name: str, w: Float[np.ndarray, "*shape"], axis: int | None = None) -> Float16[np.ndarray, "*shape"]:
     """`w` in float16.
 
     Args:
@@ -180,8 +178,8 @@ def as_float16(
     largest, lost = (np.abs(a).max(axis, initial=0) for a in (wide, half - wide))
     if (odd := lost > 2**-7 * largest).any():
         raise InputError(
-            f"{name}: values of at most {largest[odd].max():g} are too small for float16, which AutoAWQ files use (exact from "
-            "6e-5): write format='orbax'."
+            f"{name}: values of at most {largest[odd].max():g} are too small for float16, which AutoAWQ files use "
+            "(exact from 6e-5): write format='orbax'."
         )
     return half
 

@@ -64,7 +64,7 @@ def download(model: str, hint: str = "") -> Path:
     except Exception as e:
         raise InputError(
             f"{model} is no folder or file here{hint}, and fetching it from the Hugging Face hub failed "
-            f"({one_line(e)}): check the name and the connection, or give a local folder or a .gguf file."
+            f"({one_line(e, 160)}): check the name and the connection, or give a local folder or a .gguf file."
         ) from e
     return Path(found)
 
