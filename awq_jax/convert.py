@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -26,9 +25,11 @@ from awq_jax.formats.errors import InputError, one_line
 from awq_jax.formats.written import check_destination, resolved, size_of, written_whole
 from awq_jax.fused import Fused, left_whole, skip_whole, widening
 from awq_jax.load import architecture, load
-from awq_jax.models.inputs import check_length, check_tokens
+from awq_jax.memory import check_memory
+from awq_jax.models.inputs import check_length, check_tokens, without_rows
 from awq_jax.quantize import SiteReport
 from awq_jax.recipe import Recipe
+from awq_jax.refine import nbytes as nbytes_of_refine
 from awq_jax.refine import refine
 from awq_jax.report import size
 from awq_jax.stream import Clock, Decoder, Feed, stream
@@ -136,6 +137,13 @@ def quantize_checkpoint(
         told(why)
     check_fits(module, config, recipe, format)
     check_length(config, seq_len, f"seq_len={seq_len}")
+    if distill:
+        # Folds are put into float32.
+        dense = lambda w: jax.ShapeDtypeStruct(w.shape, jnp.float32 if recipe.fold else w.dtype)
+        needed = nbytes_of_refine(
+            module, config, jax.tree.map(dense, checkpoint.shapes(module, config)), recipe.samples, seq_len
+        )
+        check_memory(f"distill={distill} with seq_len={seq_len}", needed, "leave it out, or give shorter sequences")
     half = sum(2 * math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
     with written_whole(out, overwrite=overwrite, inputs=inputs) as scratch:
         tokenizer, _ = checkpoint.tokenizer(), checkpoint.companions  # Raises where one of them is unsound.
@@ -188,17 +196,6 @@ def quantize_checkpoint(
     notes = (*widening(with_skipped), *(notes if format == "awq" else ()))
     read_all = tuple(read)
     return Converted(Path(out), checkpoint.nbytes, half, after, done.reports, clock.seconds, recipe, read_all, notes)
-
-
-def without_rows(config: Any, tokenizer: Any) -> str | None:
-    """What to say of a tokenizer with tokens that the embedding has no rows for; None where it has none of them."""
-    if not (beyond := [token for token, i in tokenizer.get_vocab().items() if i >= config.vocab]):
-        return None
-    one = reprlib.repr(min(beyond))
-    return (
-        f"The tokenizer has {len(beyond)} tokens beyond the embedding's {config.vocab} rows ({one} is one): text with "
-        "them will be refused, unless you resize the embedding (resize_token_embeddings in transformers) first."
-    )
 
 
 def fitted(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]], format: Format) -> tuple[Recipe, str]:

@@ -16,6 +16,7 @@ from awq_jax.formats.errors import InputError
 from awq_jax.formats.stored import StoredTensor
 from awq_jax.load import architecture
 from awq_jax.models import llama
+from awq_jax.spec import QuantSpec
 
 LAYER = "model.layers.0."
 
@@ -112,7 +113,7 @@ def test_quantized_matrices_may_stand_beside_dense_ones(weights):
     """Even where servers would make one matrix of both."""
     checkpoint = opened(weights)
     name = f"{LAYER}self_attn.k_proj.weight"
-    mixed = {**checkpoint.tensors, name: StoredTensor((64, 32), 0, lambda: None, quantized=True)}
+    mixed = {**checkpoint.tensors, name: StoredTensor((64, 32), 0, lambda: None, spec=QuantSpec())}
     architecture(Checkpoint("autoawq", Path("m"), checkpoint.config, mixed, checkpoint.load_tokenizer, 0))
 
 

@@ -19,7 +19,7 @@ from tiny import random_tokens
 
 import awq_jax as awq
 from awq_jax import Recipe, Rule
-from awq_jax.convert import computed_in, fitted, halved, without_rows
+from awq_jax.convert import computed_in, fitted, halved
 from awq_jax.formats.errors import InputError
 from awq_jax.formats.written import written_whole
 from awq_jax.models.llama import Config, Llama
