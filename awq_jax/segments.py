@@ -26,6 +26,7 @@ from awq_jax.flat import Atom, Flat, Operation, Param, Value, flatten, needed
 from awq_jax.paths import named_leaves
 from awq_jax.program import Program, program, slot, written
 from awq_jax.sites import Traced, trace
+from awq_jax.tensor import stack_places
 
 ALIKE = 0.1
 """Numbers of live bytes that differ by less are one floor when minima are looked for."""
@@ -108,8 +109,8 @@ def segments(fn: Callable[..., Any], params: Any, *inputs: Any, like: Segments |
     abstract = jax.tree.unflatten(jax.tree.structure(params), list(leaves.values()))
     jaxpr, _ = trace(fn, abstract, inputs)
     flat = flatten(jaxpr, list(leaves))
-    if mixed := _read_in_two_ways(flat):
-        flat = flatten(jaxpr, list(leaves), mixed)
+    if whole := _not_by_layers(flat, leaves):
+        flat = flatten(jaxpr, list(leaves), whole)
     pieces = _Pieces(flat)
     if like is None:
         found = _apart(_joined(pieces, [pieces.segment(a, b) for a, b in pieces.spans()]))
@@ -128,13 +129,19 @@ def _sequence(s: Segment) -> tuple[Any, ...]:
     return s.params, len(s.reads), len(s.writes), s.program.passed
 
 
-def _read_in_two_ways(flat: Flat) -> set[str]:
-    """Params that are read as a whole and layer by layer."""
-    ways: dict[str, set[tuple[int, ...]]] = {}
+def _not_by_layers(flat: Flat, leaves: Mapping[str, Any]) -> set[str]:
+    """Params that are read as a whole too, or of which some layers are not read."""
+    read: dict[str, set[Param]] = {}
     for v in (v for operation in needed(flat.operations, flat.outputs) for v in operation.values):
         if v.is_read and v.seen:
-            ways.setdefault(v.seen.param.name, set()).add(v.seen.param.stack)
-    return {name for name, stacks in ways.items() if len(stacks) > 1}
+            read.setdefault(v.seen.param.name, set()).add(v.seen.param)
+    one = {name: next(iter(params)) for name, params in read.items()}
+    layers = {name: math.prod(leaves[name].shape[k] for k in stack_places(p.stack)) for name, p in one.items()}
+    return {
+        name
+        for name, params in read.items()
+        if len(params) != layers[name] or any(p.stack != one[name].stack for p in params)
+    }
 
 
 class _Pieces:
