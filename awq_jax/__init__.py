@@ -25,6 +25,8 @@ from awq_jax.sharding import partition_specs as partition_specs
 from awq_jax.sites import sites as sites
 from awq_jax.spec import QuantSpec as QuantSpec
 from awq_jax.spec import Rule as Rule
+from awq_jax.streaming import Lazy as Lazy
+from awq_jax.streaming import stream as stream
 from awq_jax.tensor import QuantizedTensor as QuantizedTensor
 from awq_jax.tensor import dequantize as dequantize
 from awq_jax.tensor import dot as dot
