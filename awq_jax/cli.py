@@ -83,7 +83,6 @@ class Quantize:
                 average_bits=None if self.bits == int(self.bits) else self.bits,
                 distill=self.distill,
                 overwrite=self.overwrite,
-                fit_groups=self.group_size is None,
                 progress=progress,
                 told=say,
             )
@@ -103,7 +102,7 @@ class Quantize:
         return replace(
             preset,
             bits=int(self.bits) if self.bits == int(self.bits) else 4,
-            group_size=preset.group_size if self.group_size is None else self.group_size,
+            group_size=self.group_size,
             symmetric=self.symmetric,
             rules=tuple(Rule(pattern, skip=True) for pattern in self.skip),
         )
