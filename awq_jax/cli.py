@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -328,8 +327,6 @@ def main() -> None:
             # A name of bytes that are no text, or a terminal without UTF-8, must not cost the work that is done.
             stream.reconfigure(errors="backslashreplace")
     command = parsed(sys.argv[1:])
-    # transformers says otherwise that it misses torch, which nothing here needs.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     silence_libraries()
     keep_compiled_programs()
     try:

@@ -20,8 +20,8 @@ class Recipe:
     """How to quantize a model.
 
     Args:
-      bits, group_size, symmetric: of every site that no rule changes; see QuantSpec. A group size of None is, for a model
-        on disk, the largest of 128, 64 and 32 that divides the inputs of all these sites; for params in memory 128.
+      bits, group_size, symmetric: of every site that no rule changes; see QuantSpec. A group size of None is, for a
+        model on disk, the largest of 128, 64 and 32 that divides the inputs of all these sites; in memory it is 128.
       rules: by path of the param; the last one that matches counts.
       fold: put scales into the op before, where tracing finds one that can take them.
       input_scales: a site whose scale is not folded keeps it beside its weight. AutoAWQ files have no room for them.
