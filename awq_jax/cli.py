@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -83,7 +82,6 @@ class Quantize:
                 average_bits=None if self.bits == int(self.bits) else self.bits,
                 distill=self.distill,
                 overwrite=self.overwrite,
-                fit_groups=self.group_size is None,
                 progress=progress,
                 told=say,
             )
@@ -103,7 +101,7 @@ class Quantize:
         return replace(
             preset,
             bits=int(self.bits) if self.bits == int(self.bits) else 4,
-            group_size=preset.group_size if self.group_size is None else self.group_size,
+            group_size=self.group_size,
             symmetric=self.symmetric,
             rules=tuple(Rule(pattern, skip=True) for pattern in self.skip),
         )
@@ -329,8 +327,6 @@ def main() -> None:
             # A name of bytes that are no text, or a terminal without UTF-8, must not cost the work that is done.
             stream.reconfigure(errors="backslashreplace")
     command = parsed(sys.argv[1:])
-    # transformers says otherwise that it misses torch, which nothing here needs.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     silence_libraries()
     keep_compiled_programs()
     try:

@@ -404,8 +404,8 @@ def test_the_config_of_a_folder_is_that_of_the_model(made, dense):
     assert awq.load(made("awq").path).config == awq.load(dense).config == Config.from_hf(config())
 
 
-def test_without_a_recipe_the_largest_group_that_divides_all_widths_is_taken(root, dense):
-    done = awq.quantize_checkpoint(dense, root / "no recipe", **TEXT)
+def test_where_the_recipe_names_none_the_largest_group_that_divides_all_widths_is_taken(root, dense):
+    done = awq.quantize_checkpoint(dense, root / "no recipe", awq.Recipe(), **TEXT)
     assert done.recipe.group_size == 64
     (read,) = done.calibration
     assert read.used == TEXT["samples"] * TEXT["seq_len"]
