@@ -22,8 +22,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from awq_jax.formats.scratch import PREFIX
 from awq_jax.formats.manifest import MANIFEST
+from awq_jax.formats.scratch import PREFIX
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 

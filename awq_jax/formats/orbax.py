@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
+from awq_jax.formats import zarr
 from awq_jax.formats.errors import InputError, reading
 from awq_jax.formats.files import inside, read_json
 from awq_jax.formats.huggingface import Source, write_about, write_json
@@ -214,10 +215,14 @@ def load_part(folder: str | Path, part: str, metadata: Mapping[str, Any] | None 
 
 
 def check_files(folder: Path, part: str) -> None:
-    """Refuse a part with something else than files of the folder, which might lead out of it or block who reads it."""
+    """Refuse a part with something else than files of the folder, which might lead out of it or block who reads it, and
+    arrays whose headers ask for more than there is.
+    """
     for file in (folder / PARAMS / part).rglob("*"):
         if file.is_symlink() or not file.is_dir():
             inside(folder, str(file.relative_to(folder)))
+    for header in (folder / PARAMS / part).rglob(zarr.HEADER):
+        zarr.check_array(header.parent)
 
 
 def restored(folder: Path) -> Any:
