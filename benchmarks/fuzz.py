@@ -30,7 +30,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from fuzz_readers import READERS
+from fuzz_readers import READERS, Reader
 
 SECONDS, STARTUP = 10, 300
 SLACK = 64 << 20
@@ -47,7 +47,7 @@ class Place:
     copy: Path
     files: list[str]
     size: int
-    read: Callable[[Path, Path], None]
+    reader: Reader
 
 
 def place(reader: str, scratch: Path) -> Place:
@@ -56,22 +56,29 @@ def place(reader: str, scratch: Path) -> Place:
     whole = made.make(scratch)
     files = [whole] if whole.is_file() else sorted(p for p in whole.rglob("*") if p.is_file())
     copy = scratch / "copy" / whole.name
-    shutil.copytree(whole, copy) if whole.is_dir() else copied(whole, copy)
+    restored(whole, copy)
     damaged = [str(file.relative_to(whole)) for file in files if made.damages(file)]
-    for name in damaged:
-        made.read(copy, copy / name)
+    for name in damaged[:1] if made.writes else damaged:
+        if (found := outcome(made.read, copy, copy / name))["end"] not in ("read", "refused"):
+            raise SystemExit(found["says"])
+        if made.writes:
+            restored(whole, copy)
     soft = memory("VmSize") + LIMIT
     resource.setrlimit(resource.RLIMIT_AS, (soft, resource.RLIM_INFINITY))
-    return Place(whole, copy, damaged, sum(file.stat().st_size for file in files), made.read)
+    return Place(whole, copy, damaged, sum(file.stat().st_size for file in files), made)
 
 
-def copied(file: Path, to: Path) -> None:
-    to.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy(file, to)
+def restored(whole: Path, copy: Path) -> None:
+    """Puts a copy of what is whole in the place of whatever is there."""
+    if copy.is_dir() and not copy.is_symlink():
+        shutil.rmtree(copy)
+    copy.unlink(missing_ok=True)
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(whole, copy) if whole.is_dir() else shutil.copy(whole, copy)
 
 
 def serve() -> None:
-    """The child: makes a reader's files at its name, damages and reads them at a seed, writes a line of JSON for each."""
+    """The child: told a reader it makes its files, told a seed too it damages and reads them; answers in JSON."""
     from awq_jax.ending import silence_libraries
 
     silence_libraries()
@@ -112,12 +119,10 @@ def case(place: Place, seed: int) -> dict[str, Any]:
     what = damage(changed, rng)
     size = place.size - whole.stat().st_size + (changed.lstat().st_size if os.path.lexists(changed) else 0)
     before, began = forget_peak(), time.monotonic()
-    told = outcome(place.read, place.copy, changed)
+    told = outcome(place.reader.read, place.copy, changed)
     told |= {"what": what, "size": size, "memory": memory("VmHWM") - before, "seconds": time.monotonic() - began}
-    if changed.is_dir() and not changed.is_symlink():
-        changed.rmdir()
-    changed.unlink(missing_ok=True)
-    copied(whole, changed)
+    part = Path(name).parts[0] if place.reader.writes else name
+    restored(place.whole / part, place.copy / part)
     return told
 
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,17 +21,20 @@ CHAT = [{"role": "user", "content": "hi"}]
 TEXT = "Some words of a text that is long enough. " * 40
 TOKENIZER = ("tokenizer", "chat", "vocab", "merges", "special_tokens", "added_tokens")
 CARD = "---\nlanguage:\n- en\nlicense: apache-2.0\ntags: [a, b]\nbase_model: 'org/model'\n---\n\n# A model\n\nProse.\n"
+FOREIGN = ("mine", "x", "elsewhere/config.json")
+MANIFEST = "awq_jax_files.json"
 MANY = 100_000
 """Rows of an embedding that takes some tens of MB."""
 
 
 @dataclass(frozen=True)
 class Reader:
-    """What makes a file or a folder; what reads it, told which file is damaged; and which files may be."""
+    """What makes a file or a folder; what reads it, told which file is damaged; which may be; whether it writes."""
 
     make: Callable[[Path], Path]
     read: Callable[[Path, Path], None]
     damages: Callable[[Path], bool] = lambda file: True
+    writes: bool = False
 
 
 def tiny(folder: Path, **changes: Any) -> Path:
@@ -61,10 +65,10 @@ def quantized(folder: Path, format: str, **changes: Any) -> Path:
     return out
 
 
-def gguf(folder: Path, **changes: Any) -> Path:
+def gguf(folder: Path) -> Path:
     from checkpoints import tiny_gguf
 
-    return tiny_gguf(folder / "model.gguf", **changes)
+    return tiny_gguf(folder / "model.gguf")
 
 
 def all_kinds(folder: Path) -> Path:
@@ -144,8 +148,17 @@ def large_texts(folder: Path) -> Path:
 
 
 def large_gguf(folder: Path) -> Path:
-    noise = np.random.default_rng(0).normal(size=(MANY // 2, 256)).astype(np.float32)
-    return gguf(folder, more_tensors={"output.weight": noise})
+    """A model with a large vocabulary."""
+    from folders import llama_weights, write_gguf
+    from vocabularies import byte_level
+
+    vocabulary, more = byte_level(), [f"<{k}>" for k in range(MANY // 2)]
+    for key, values in (("tokens", more), ("token_type", [1] * len(more))):
+        vocabulary[f"tokenizer.ggml.{key}"] = [*vocabulary[f"tokenizer.ggml.{key}"], *values]
+    rows = len(vocabulary["tokenizer.ggml.tokens"])
+    embedding = np.random.default_rng(0).normal(size=(rows, 256)).astype(np.float32)
+    write_gguf(folder / "model.gguf", llama_weights() | {"token_embd.weight": embedding}, changes=vocabulary)
+    return folder / "model.gguf"
 
 
 def report(folder: Path) -> Path:
@@ -164,6 +177,60 @@ def model_card(folder: Path) -> Path:
     (folder / "model").mkdir()
     (folder / "model" / "README.md").write_text(CARD)
     return folder / "model"
+
+
+def outputs(folder: Path) -> Path:
+    """Two outputs, one with files of somebody else in it, and files of somebody else around."""
+    from awq_jax.formats.written import written_whole
+
+    home = folder / "home"
+    for name in ("ours", "mixed"):
+        with written_whole(home / name) as new:
+            fill(new, "old")
+    for file in (*FOREIGN, "mixed/x", "mixed/config.json"):
+        (home / file).parent.mkdir(exist_ok=True)
+        (home / file).write_text(f"mine: {file}")
+    return home
+
+
+def cut_short(folder: Path) -> Path:
+    """For each move what a run leaves that was killed before it, with files of somebody else around and in between."""
+    from unittest.mock import patch
+
+    from awq_jax.formats import moves, scratch, written
+
+    rename = Path.rename
+    for moved in range(8):
+        home, left = folder / "runs" / str(moved), iter(range(moved))
+
+        def killed(file: Path, to: Path, left: Any = left) -> Path:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return rename(file, to)
+
+        with written.written_whole(home / "out") as new:
+            fill(new, "old")
+        with (
+            patch.object(written, "exchange", lambda a, b: False),
+            patch.object(moves, "take_back"),
+            patch.object(scratch, "discard"),
+            suppress(KeyboardInterrupt),
+            written.written_whole(home / "out", overwrite=True) as new,
+        ):
+            fill(new, "new")
+            (new / "more").write_text("new")
+            Path.rename = killed
+        Path.rename = rename
+        for file in (*FOREIGN, "out/x", "out/y/x"):
+            (home / file).parent.mkdir(exist_ok=True)
+            (home / file).write_text(f"mine: {file}")
+    return folder / "runs"
+
+
+def fill(new: Path, what: str) -> None:
+    (new / "params").mkdir()
+    for file in ("config.json", "params/0", "model"):
+        (new / file).write_text(f"{what}: {file}")
 
 
 def read_model(path: Path, changed: Path) -> None:
@@ -199,13 +266,12 @@ def forked(command: list[str], *, input: str, **options: Any) -> subprocess.Comp
     """subprocess.run of the process of chat templates, by a fork: one that starts anew imports for two seconds."""
     from awq_jax.formats import chat_process
 
-    files = {name: io.open(os.memfd_create(name), "w+", encoding="utf-8") for name in ("stdin", "stdout", "stderr")}
-    files["stdin"].write(input)
-    files["stdin"].seek(0)
+    streams = [os.memfd_create(name) for name in ("stdin", "stdout", "stderr")]
+    os.pwrite(streams[0], input.encode(), 0)
     if (child := os.fork()) == 0:
-        for k, (name, file) in enumerate(files.items()):
-            os.dup2(file.fileno(), k)
-            setattr(sys, name, io.open(k, "r" if k == 0 else "w", encoding="utf-8", closefd=False))
+        for k, stream in enumerate(streams):
+            os.dup2(stream, k)
+        sys.stdin, sys.stdout, sys.stderr = (open(k, mode, closefd=False) for k, mode in enumerate("rww"))  # noqa: SIM115
         try:
             chat_process.main()
         except BaseException as e:
@@ -215,9 +281,9 @@ def forked(command: list[str], *, input: str, **options: Any) -> subprocess.Comp
             sys.stderr.flush()
             os._exit(0)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    said = [os.pread(file.fileno(), 1 << 30, 0).decode("utf-8") for file in files.values()]
-    for file in files.values():
-        file.close()
+    said = [os.pread(stream, 1 << 30, 0).decode() for stream in streams]
+    for stream in streams:
+        os.close(stream)
     return subprocess.CompletedProcess(command, code, *said[1:])
 
 
@@ -266,6 +332,63 @@ def weights(file: Path) -> bool:
     return not file.name.startswith(TOKENIZER)
 
 
+def overwrite(path: Path, changed: Path) -> None:
+    """Replaces the output whose manifest is damaged, in one step or file by file."""
+    from unittest.mock import patch
+
+    from awq_jax.formats import written
+    from awq_jax.formats.errors import InputError
+
+    before, where = state(path), changed.parent
+    ours = (
+        {f"ours/{file}" for file in ("config.json", "params/0", "model", MANIFEST)} if where.name == "ours" else {*""}
+    )
+    at_once = changed.is_file() and changed.stat().st_size % 2
+    with patch.object(written, "exchange", written.exchange if at_once else lambda a, b: False):
+        try:
+            with written.written_whole(where, overwrite=True) as new:
+                fill(new, "new")
+        except (OSError, ValueError) as e:
+            assert state(path) == before, "a refusal changes nothing"
+            raise InputError(str(e)) from e
+    after = state(path)
+    assert all(after.get(file) == before[file] for file in before.keys() - ours), "a file of somebody else"
+    assert after[str(where.relative_to(path) / "model")] == b"new: model"
+
+
+def put_back(path: Path, changed: Path) -> None:
+    """The next run beside what a killed one left."""
+    from awq_jax.formats.scratch import scratch_folder
+
+    home = path / changed.relative_to(path).parts[0]
+    before = state(path)
+    with scratch_folder(home):
+        pass
+    after = state(path)
+    inside = {file for file in before if Path(file).is_relative_to(home.name)}
+    assert all(after.get(file) == before[file] for file in before.keys() - inside), "another folder"
+    mine = {file for file in inside if before[file].startswith(b"mine")}
+    assert all(after.get(file) == before[file] for file in mine), "a file of somebody else"
+    old, new = (
+        {text for text in before.values() if text.startswith(what)} <= {*after.values()} for what in (b"old", b"new")
+    )
+    assert old or new, "neither output is whole"
+
+
+def state(folder: Path) -> dict[str, bytes]:
+    """What is in each file, where each link leads, and what else there is."""
+    found = {}
+    for file in folder.rglob("*"):
+        name = str(file.relative_to(folder))
+        if file.is_symlink():
+            found[name] = os.fsencode(os.readlink(file))
+        elif file.is_file():
+            found[name] = file.read_bytes()
+        elif not file.is_dir():
+            found[name] = b"something else"
+    return found
+
+
 READERS = {
     "folder": Reader(tiny, read_model),
     "shards": Reader(lambda folder: tiny(folder, shards=2), read_model),
@@ -279,6 +402,8 @@ READERS = {
     "calibration": Reader(calibration, read_calibration),
     "report": Reader(report, read_report),
     "card": Reader(model_card, read_card),
+    "manifest": Reader(outputs, overwrite, lambda file: file.name == MANIFEST, writes=True),
+    "moves": Reader(cut_short, put_back, writes=True),
     "large-folder": Reader(lambda folder: tiny(folder, vocab_size=MANY), read_model, weights),
     "large-awq": Reader(lambda folder: quantized(folder, "awq", vocab_size=MANY), read_model, weights),
     "large-orbax": Reader(lambda folder: quantized(folder, "orbax", vocab_size=MANY), read_model, weights),

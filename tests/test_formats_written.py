@@ -253,7 +253,7 @@ class TestForeignFiles:
         out = earlier(tmp_path / "out")
         (out / "config.json").rename(tmp_path / "mine")
         (out / "config.json").symlink_to(tmp_path / "mine")
-        with pytest.raises(FileExistsError, match="holds config.json, which is not as awq_jax wrote it"):
+        with pytest.raises(FileExistsError, match=r"holds config\.json, which is not as awq_jax wrote it"):
             fill(out, overwrite=True)
 
     def test_a_copy_is_as_it_was(self, tmp_path):

@@ -1,7 +1,7 @@
 """The files of a folder replaced one by one, where it cannot change places with the new one as a whole.
 
-The scratch folder has new/WAY and old/WAY, WAY leading from where it lies to the folder. The manifest comes last: as long
-as it is in new/WAY the moves are not done, and `take_back` undoes them, also those of a process that died.
+The scratch folder has new/WAY and old/WAY, WAY leading from where it lies to the folder. The manifest comes last: as
+long as it is in new/WAY the moves are not done, and `take_back` undoes them, also those of a process that died.
 """
 
 from __future__ import annotations

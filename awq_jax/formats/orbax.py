@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from awq_jax.formats import zarr
 from awq_jax.formats.errors import InputError, reading
 from awq_jax.formats.files import inside, read_json
 from awq_jax.formats.huggingface import Source, write_about, write_json
@@ -248,10 +249,14 @@ def opened(
 
 
 def check_files(folder: Path, part: str) -> None:
-    """Refuse a part with something else than files of the folder, which might lead out of it or block who reads it."""
+    """Refuse a part with something else than files of the folder, which might lead out of it or block who reads it, and
+    arrays whose headers ask for more than there is.
+    """
     for file in (folder / PARAMS / part).rglob("*"):
         if file.is_symlink() or not file.is_dir():
             inside(folder, str(file.relative_to(folder)))
+    for header in (folder / PARAMS / part).rglob(zarr.HEADER):
+        zarr.check_array(header.parent)
 
 
 def restored(part: Path, like: Any = None) -> Any:
