@@ -23,7 +23,7 @@ from collections import Counter
 from pathlib import Path
 
 from awq_jax.formats.scratch import PREFIX
-from awq_jax.formats.written import MANIFEST
+from awq_jax.formats.manifest import MANIFEST
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
@@ -60,7 +60,7 @@ def content(folder: Path) -> str:
 
 def wait_for_the_end(process: subprocess.Popen, home: Path) -> None:
     """Until all is written but not yet in its place."""
-    while process.poll() is None and not list(home.glob(f"{PREFIX}*/new/{MANIFEST}")):
+    while process.poll() is None and not list(home.glob(f"{PREFIX}*/new/**/{MANIFEST}")):
         time.sleep(0.0005)
 
 

@@ -10,17 +10,16 @@ from pathlib import Path
 import pytest
 
 import awq_jax_command
-from awq_jax.formats import scratch, text
+from awq_jax.formats import text
 
 ROOT = Path(awq_jax_command.__file__).parent
 STAND_IN = """
-import hashlib, importlib.util, subprocess, sys, time, types
+import hashlib, subprocess, sys, time, types
 from pathlib import Path
 home, what = Path(sys.argv[1]), sys.argv[2]
-spec = importlib.util.spec_from_file_location("awq_jax.formats.scratch", sys.argv[3])
-scratch = importlib.util.module_from_spec(spec)
-sys.modules["awq_jax.formats.scratch"] = scratch
-spec.loader.exec_module(scratch)
+sys.modules["awq_jax"] = types.ModuleType("awq_jax")  # without all that the package imports
+sys.modules["awq_jax"].__path__ = [sys.argv[3]]
+from awq_jax.formats import scratch
 
 def run():
     with scratch.scratch_folder(home) as folder:
@@ -36,14 +35,13 @@ def run():
 
 class Importing:
     def find_spec(self, name, path, target=None):
-        if name == "awq_jax":
+        if name == "awq_jax.cli":
             print("ready", flush=True)
             time.sleep(600)
 
 if what == "imports":
     sys.meta_path.insert(0, Importing())
 else:
-    sys.modules["awq_jax"] = types.ModuleType("awq_jax")
     sys.modules["awq_jax.cli"] = types.SimpleNamespace(main=run)
 import awq_jax_command
 awq_jax_command.main()
@@ -60,7 +58,7 @@ def started(
             signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
 
     process = subprocess.Popen(
-        [sys.executable, "-c", STAND_IN, str(home), what, scratch.__file__],
+        [sys.executable, "-c", STAND_IN, str(home), what, str(ROOT / "awq_jax")],
         stdout=subprocess.PIPE,
         stderr=stderr,
         text=True,

@@ -6,8 +6,9 @@ params/<part>, one orbax checkpoint of plain arrays for each part, so that a mod
 
 from __future__ import annotations
 
+import asyncio
 import re
-import time
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -34,6 +35,8 @@ PARAMS = "params"
 VERSION = 1
 NAME_MAX = 255
 """Bytes of a file's name on all common file systems."""
+LOOPS = threading.RLock()
+"""Held while event loops are made in another way."""
 LEAVES = ("codes", "scales", "zeros", "input_scale")
 
 
@@ -221,13 +224,40 @@ def restored(folder: Path) -> Any:
     """What orbax reads from a folder."""
     import orbax.checkpoint as ocp
 
-    try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            return checkpointer.restore(folder)
-    except Exception:
-        # Until tensorstore's threads have printed that nobody waits for what they still read.
-        time.sleep(0.2)
-        raise
+    with loops_that_may_close(), ocp.PyTreeCheckpointer() as checkpointer:
+        return checkpointer.restore(folder)
+
+
+@contextmanager
+def loops_that_may_close() -> Iterator[None]:
+    """Event loops made meanwhile take no offence at answers after their end.
+
+    Where one array is damaged orbax waits for no other, and tensorstore's threads print what a closed loop raises.
+    """
+    modules, make = (asyncio, asyncio.events), asyncio.new_event_loop
+
+    def new_event_loop() -> asyncio.AbstractEventLoop:
+        loop = make()
+        answer = loop.call_soon_threadsafe
+
+        def answer_while_open(*args: Any, **options: Any) -> Any:
+            try:
+                return answer(*args, **options)
+            except RuntimeError:
+                if not loop.is_closed():
+                    raise
+
+        vars(loop)["call_soon_threadsafe"] = answer_while_open
+        return loop
+
+    with LOOPS:
+        for module in modules:
+            module.new_event_loop = new_event_loop
+        try:
+            yield
+        finally:
+            for module in modules:
+                module.new_event_loop = make
 
 
 def shapes(folder: Path) -> dict[str, Any]:
@@ -245,6 +275,7 @@ def shapes(folder: Path) -> dict[str, Any]:
         reading(f"{folder / PARAMS} is damaged", "write or download it again"),
         unprinted(),
         plainly_named(folder) as plain,
+        loops_that_may_close(),
         ocp.PyTreeCheckpointer() as checkpointer,
     ):
         for part in about["parts"]:
