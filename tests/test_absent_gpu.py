@@ -23,7 +23,7 @@ from awq_jax.spec import QuantSpec
 from awq_jax.tensor import SCALE_DTYPE, in_int4, in_rows, in_tiles, prepare, quantize, with_input_scale
 from awq_jax.tune import program
 
-pytestmark = pytest.mark.gpu_compiler
+pytestmark = [pytest.mark.gpu_compiler, pytest.mark.slow]
 
 WIDTH = 2048
 CODES = WIDTH * WIDTH // 2

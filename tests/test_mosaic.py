@@ -13,6 +13,8 @@ from awq_jax.kernels.table import Tiling
 from awq_jax.spec import QuantSpec
 from awq_jax.tensor import SCALE_DTYPE, in_tiles, quantize, with_input_scale
 
+pytestmark = pytest.mark.slow
+
 plgpu = mosaic_kernels.plgpu
 emulated = pytest.mark.skipif(not hasattr(plgpu, "InterpretGPUParams"), reason="jax emulates GPUs from 0.11 on")
 ROUNDING = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
