@@ -85,7 +85,7 @@ def let_out() -> None:
     """What was printed and is still kept goes out, unless nobody reads it."""
     flush = threading.Thread(target=sys.stdout.flush, daemon=True)
     flush.start()
-    flush.join(0.5)
+    flush.join(2)
 
 
 def say_stopped() -> None:

@@ -134,7 +134,8 @@ def quantize_checkpoint(
     check_length(config, seq_len, f"seq_len={seq_len}")
     if distill:
         # Folds are put into float32.
-        dense = lambda w: jax.ShapeDtypeStruct(w.shape, jnp.float32 if recipe.fold else w.dtype)
+        wider = jnp.float32 if recipe.fold else None
+        dense = lambda w: jax.ShapeDtypeStruct(w.shape, wider or w.dtype)
         needed = nbytes_of_refine(
             module, config, jax.tree.map(dense, checkpoint.shapes(module, config)), recipe.samples, seq_len
         )

@@ -14,7 +14,7 @@ import awq_jax_command
 from awq_jax.formats import text
 
 ROOT = Path(awq_jax_command.__file__).parent
-STAND_IN = """
+STAND_IN = r"""
 import hashlib, os, subprocess, sys, time, types
 from pathlib import Path
 home, what = Path(sys.argv[1]), sys.argv[2]

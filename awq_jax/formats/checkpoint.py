@@ -181,7 +181,8 @@ class Checkpoint:
 def abstract(shape: tuple[int, ...], tensor: StoredTensor) -> Any:
     """What becomes of a stored tensor as a param of such a shape, without its numbers."""
     dense = jax.ShapeDtypeStruct(shape, jnp.dtype(tensor.dtype))
-    return jax.eval_shape(lambda w: quantize(w, tensor.spec, steps=dense.dtype), dense) if tensor.spec else dense
+    spec = tensor.spec
+    return dense if spec is None else jax.eval_shape(lambda w: quantize(w, spec, steps=dense.dtype), dense)
 
 
 def open_checkpoint(model: str | Path) -> Checkpoint:

@@ -262,9 +262,10 @@ def check_files(folder: Path, part: str) -> None:
 def restored(part: Path, like: Any = None) -> Any:
     """The arrays that orbax reads from the folder of a part; all, or those of a tree like a piece of `headers`."""
     import orbax.checkpoint as ocp
+    from etils import epath
 
     with loops_that_may_close(), closing(ocp.PyTreeCheckpointHandler()) as handler:
-        return handler.restore(part, args=ocp.args.PyTreeRestore(like, partial_restore=like is not None))
+        return handler.restore(epath.Path(part), args=ocp.args.PyTreeRestore(like, partial_restore=like is not None))
 
 
 @contextmanager
@@ -273,7 +274,8 @@ def loops_that_may_close() -> Iterator[None]:
 
     Where one array is damaged orbax waits for no other, and tensorstore's threads print what a closed loop raises.
     """
-    modules, make = (asyncio, asyncio.events), asyncio.new_event_loop
+    modules: tuple[Any, ...] = (asyncio, asyncio.events)
+    make = asyncio.new_event_loop
 
     def new_event_loop() -> asyncio.AbstractEventLoop:
         loop = make()
@@ -302,9 +304,10 @@ def loops_that_may_close() -> Iterator[None]:
 def headers(part: Path) -> Any:
     """What `restored` would give, as jax.ShapeDtypeStructs."""
     import orbax.checkpoint as ocp
+    from etils import epath
 
     with loops_that_may_close(), closing(ocp.PyTreeCheckpointHandler()) as handler:
-        tree = handler.metadata(part).tree
+        tree = handler.metadata(epath.Path(part)).tree
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
