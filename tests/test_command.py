@@ -157,8 +157,28 @@ def test_a_tokenizer_runs_without_an_error_stream(monkeypatch):
         pass
 
 
-def test_killed_while_it_quantizes(tmp_path):
+WRITES = f"""
+import sys, time, types
+sys.path.insert(0, {str(ROOT)!r})
+sys.modules["awq_jax"] = types.ModuleType("awq_jax")  # without all that the package imports
+sys.modules["awq_jax"].__path__ = [{str(ROOT / "awq_jax")!r}]
+from awq_jax.formats.written import written_whole
+
+def run():
+    with written_whole(sys.argv[3], overwrite=True) as new:
+        for name in ("a", "b", "config.json"):
+            (new / name).write_text(name + str("--symmetric" in sys.argv))
+            time.sleep(0.02)
+
+sys.modules["awq_jax.cli"] = types.SimpleNamespace(main=run)
+import awq_jax_command
+awq_jax_command.main()
+"""
+
+
+def test_killed_at_any_moment(tmp_path):
+    """What writes as the commands do; `benchmarks/kills.py` kills the commands themselves."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     from kills import kills
 
-    assert sum(n for what, n in kills(tmp_path, 4, 0).items() if "whole" in what) == 4
+    assert sum(n for what, n in kills(tmp_path, 32, 0, program=WRITES).items() if "whole" in what) == 32

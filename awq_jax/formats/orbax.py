@@ -257,12 +257,12 @@ def loops_that_may_close() -> Iterator[None]:
 
     with LOOPS:
         for module in modules:
-            module.new_event_loop = new_event_loop
+            vars(module)["new_event_loop"] = new_event_loop
         try:
             yield
         finally:
             for module in modules:
-                module.new_event_loop = make
+                vars(module)["new_event_loop"] = make
 
 
 def shapes(folder: Path) -> dict[str, Any]:
