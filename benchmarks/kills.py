@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import select
 import shutil
 import signal
@@ -35,7 +36,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL)
 QUICK = ("--group-size", "32", "--preset", "rtn", "--samples", "1", "--seq-len", "32", "--skip", "mlp", "attn/[qkv]")
+LISTENS = "import signal\nfor number in (1, 2, 15): signal.signal(number, signal.SIG_DFL)\n"
+"""A shell's background jobs ignore SIGINT, and so do their children."""
 COMMAND = "from awq_jax_command import main; main()"
+LONGEST = 600
+"""Seconds that a run may take on a busy machine."""
 VARIANTS = {"asymmetric": [], "symmetric": ["--symmetric"]}
 
 
@@ -56,23 +61,20 @@ class Run:
 
     def end(self) -> str | None:
         """What it says on the error stream; None where that was a terminal."""
-        errors = self.process.communicate()[1]
+        errors = self.process.communicate(timeout=LONGEST)[1]
         self.gone.set()
         return errors
 
 
 def start(program: str, model: Path, out: Path, variant: str, *more: str, terminal: bool = False) -> Run:
     options = [*QUICK, "--overwrite", *VARIANTS[variant], *more]
-    # A shell's background jobs ignore SIGINT, and so do their children.
-    listen = lambda: [signal.signal(number, signal.SIG_DFL) for number in SIGNALS[:3]]
     screen, theirs = os.openpty() if terminal else (None, subprocess.PIPE)
     process = subprocess.Popen(
-        [sys.executable, "-c", program, "quantize", str(model), str(out), *options],
+        [sys.executable, "-c", LISTENS + program, "quantize", str(model), str(out), *options],
         stdin=subprocess.DEVNULL,
         stdout=theirs,
         stderr=theirs,
         text=True,
-        preexec_fn=listen,
     )
     run = Run(process)
     if screen is not None:
@@ -86,6 +88,13 @@ def content(folder: Path) -> str:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and PREFIX not in str(path))
     parts = [f"{file.relative_to(folder)} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in files]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def wait_for_the_start(process: subprocess.Popen) -> None:
+    """Until the command listens for signals, which is the first that it does; before that Python is yet to start."""
+    listens = lambda status: int(re.findall(r"SigCgt:\s*(\w+)", status)[0], 16) >> signal.SIGTERM - 1 & 1
+    while process.poll() is None and not listens(Path(f"/proc/{process.pid}/status").read_text()):
+        time.sleep(0.001)
 
 
 def wait_for_the_end(process: subprocess.Popen, home: Path) -> None:
@@ -142,7 +151,8 @@ def kills(
             wait_for_the_end(run.process, home)
             time.sleep(draw.uniform(0, 0.03))
         else:
-            time.sleep(draw.uniform(0.15, seconds))
+            wait_for_the_start(run.process)
+            time.sleep(draw.uniform(0, seconds))
         if terminal and k // 4 % 2:
             run.gone.set()
             time.sleep(0.05)
@@ -162,8 +172,6 @@ def kills(
         else:
             # A slow run tells how far it is, a line now and then.
             ended = code == 128 + number and (errors is None or errors.endswith("awq-jax: stopped.\n"))
-            # Before Python runs anything the signal ends it alone.
-            ended |= code == -number and not errors
             assert ended or (code == 0 and after != before), where
             assert "Traceback" not in (errors or ""), where
             # A run that was killed before it began to write has not looked yet for what the one before left.
