@@ -15,8 +15,10 @@ from awq_jax.formats import text
 
 ROOT = Path(awq_jax_command.__file__).parent
 STAND_IN = r"""
-import hashlib, os, subprocess, sys, time, types
+import hashlib, os, signal, subprocess, sys, time, types
 from pathlib import Path
+for number in (1, 2, 15):
+    signal.signal(number, signal.SIG_IGN if str(number) in sys.argv[4:] else signal.SIG_DFL)
 home, what = Path(sys.argv[1]), sys.argv[2]
 sys.modules["awq_jax"] = types.ModuleType("awq_jax")  # without all that the package imports
 sys.modules["awq_jax"].__path__ = [sys.argv[3]]
@@ -59,18 +61,12 @@ def started(
     home: Path, what: str, ignored: tuple[int, ...] = (), stderr: int = subprocess.PIPE
 ) -> tuple[subprocess.Popen, str]:
     """The command with a stand-in for what it runs, and the first line that this prints."""
-
-    def dispositions() -> None:
-        for number in awq_jax_command.ENDINGS:
-            signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
-
     process = subprocess.Popen(
-        [sys.executable, "-c", STAND_IN, str(home), what, str(ROOT / "awq_jax")],
+        [sys.executable, "-c", STAND_IN, str(home), what, str(ROOT / "awq_jax"), *map(str, map(int, ignored))],
         stdout=subprocess.PIPE,
         stderr=stderr,
         text=True,
         cwd=ROOT,
-        preexec_fn=dispositions,
     )
     assert process.stdout is not None
     return process, process.stdout.readline().strip()
@@ -186,8 +182,28 @@ def test_a_tokenizer_runs_without_an_error_stream(monkeypatch):
         pass
 
 
-def test_killed_while_it_quantizes(tmp_path):
+WRITES = f"""
+import sys, time, types
+sys.path.insert(0, {str(ROOT)!r})
+sys.modules["awq_jax"] = types.ModuleType("awq_jax")  # without all that the package imports
+sys.modules["awq_jax"].__path__ = [{str(ROOT / "awq_jax")!r}]
+
+def run():
+    from awq_jax.formats.written import written_whole
+    with written_whole(sys.argv[3], overwrite=True) as new:
+        for name in ("a", "b", "config.json"):
+            (new / name).write_text(name + str("--symmetric" in sys.argv))
+            time.sleep(0.02)
+
+sys.modules["awq_jax.cli"] = types.SimpleNamespace(main=run)
+import awq_jax_command
+awq_jax_command.main()
+"""
+
+
+def test_killed_at_any_moment(tmp_path):
+    """What writes as the commands do; `benchmarks/kills.py` kills the commands themselves."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     from kills import kills
 
-    assert sum(n for what, n in kills(tmp_path, 4, 0).items() if "whole" in what) == 4
+    assert sum(n for what, n in kills(tmp_path, 16, 0, program=WRITES).items() if "whole" in what) == 16
