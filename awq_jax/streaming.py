@@ -120,15 +120,17 @@ def stream(
         _refuse_too_large(variants, budget)
     reports: list[SiteReport] = []
     largest, held = 0.0, {"params": 0, "moments": 0, "live": 0}
-    needed_after, tried = _needed_after(variants), set[Program]()
+    needed_after, tried = _needed_after(variants), set[Any]()
     for k, segment in enumerate(first.segments):
         with clock("load"):
             stored = {slot(j): _stored(p, leaves[p.name]) for j, p in enumerate(segment.params)}
         held["params"] = max(held["params"], segment.nbytes)
         parts = [variant.segments[k] for variant in variants]
         # That a fold changes nothing is a matter of the program: equal segments need not try it again.
-        example = () if segment.program in tried else tuple(live[0].get(parts[0].reads))
-        tried.add(segment.program)
+        rules = own_rules(recipe, segment)
+        case = segment.program, tuple(f.sites for f in segment.traced.folds), rules.rules
+        example = () if case in tried else tuple(live[0].get(parts[0].reads))
+        tried.add(case)
         inputs = [values.get(part.reads) for part, values in zip(parts, live, strict=True)]
         moments: dict[str, Moments] = {}
         with clock("statistics"):
@@ -141,7 +143,7 @@ def stream(
         held["moments"] = max(held["moments"], sum(a.nbytes for a in jax.tree.leaves(moments)))
         with clock("search"):
             calibration = Calibration(segment.program.fn, segment.traced, moments, example)
-            done, found = _solved(solve, stored, calibration, recipe, segment)
+            done, found = _solved(solve, stored, calibration, rules, segment)
         if feed == "quantized":
             with clock("statistics"):
                 for part, values, given in zip(parts, live, inputs, strict=True):
@@ -306,9 +308,13 @@ def largest_input(moments: dict[str, Moments]) -> Float[Array, ""]:
 def _solved(
     solve: Solve, params: Any, calibration: Calibration, recipe: Recipe, segment: Segment
 ) -> tuple[Any, list[SiteReport]]:
-    """What `solve` makes of a segment's params, its reports and errors with the params' own names."""
+    """What `solve` makes of a segment's params, its reports and errors with the params' own names.
+
+    Args:
+      recipe: whose rules see slots.
+    """
     try:
-        done, reports = jax.block_until_ready(solve(params, calibration, own_rules(recipe, segment)))
+        done, reports = jax.block_until_ready(solve(params, calibration, recipe))
     except ValueError as e:
         raise type(e)(own_names(str(e), segment)) from e
     owned = {slot(k) for k, p in enumerate(segment.params) if p in segment.owned}

@@ -251,6 +251,10 @@ def test_folds_are_tried_once_a_program(monkeypatch):
     model = own_llama(3)
     stream(model.fn, model.params, [model.inputs], replace(QUICK, fold=True))
     assert tried == [2, 2, 1]  # attention, MLP, head
+    tried.clear()
+    skipped = (awq.Rule("layers_0/mlp/(gate|up)", skip=True),)
+    stream(model.fn, model.params, [model.inputs], replace(QUICK, fold=True, rules=skipped))
+    assert tried == [2, 1, 2, 1]  # attention, the MLP with down alone, the MLP, head
 
 
 def test_the_largest_activation_is_told():
