@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import select
 import signal
 import sys
 import threading
@@ -72,12 +73,19 @@ def watch(heard: int) -> None:
     ENDING.acquire()
     scratch = sys.modules.get("awq_jax.formats.scratch")
     try:
-        for step in (say_stopped, end_children, getattr(scratch, "discard_all", lambda: None)):
+        for step in (let_out, say_stopped, end_children, getattr(scratch, "discard_all", lambda: None)):
             # The terminal may be gone, or the reader of the error stream: what is to be removed goes all the same.
             with suppress(Exception):
                 step()
     finally:
         os._exit(128 + number)
+
+
+def let_out() -> None:
+    """What was printed and is still kept goes out, unless nobody reads it."""
+    flush = threading.Thread(target=sys.stdout.flush, daemon=True)
+    flush.start()
+    flush.join(0.5)
 
 
 def say_stopped() -> None:
@@ -87,7 +95,17 @@ def say_stopped() -> None:
         os.dup2(nowhere, stream)
     for errors in ERRORS:
         # A progress bar stands in the line, and hides the cursor.
-        os.write(errors, (b"\r\x1b[K\x1b[?25h" if os.isatty(errors) else b"") + b"awq-jax: stopped.\n")
+        if takes_a_line(errors):
+            os.write(errors, (b"\r\x1b[K\x1b[?25h" if os.isatty(errors) else b"") + b"awq-jax: stopped.\n")
+
+
+def takes_a_line(stream: int) -> bool:
+    """Whether it can be written without waiting for who reads, as far as the system tells."""
+    if not hasattr(select, "poll"):
+        return True
+    poll = select.poll()
+    poll.register(stream, select.POLLOUT)
+    return bool(poll.poll(0))
 
 
 def end_children() -> None:

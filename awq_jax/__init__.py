@@ -5,8 +5,12 @@ qparams, report = awq.quantize(params, calibration)       # pure, jitted scale s
 qfn = awq.quantized(fn)                                   # the same function, low-bit matmuls inside
 """
 
+import os
 from importlib.metadata import version
 from typing import Any
+
+# transformers says otherwise that it misses torch, which nothing here needs.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 from awq_jax.bits import with_average_bits as with_average_bits
 from awq_jax.convert import quantize_checkpoint as quantize_checkpoint
@@ -44,7 +48,7 @@ LAZY = ("quantize_module", "QuantizedModule", "QuantizedLinear")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *LAZY} - {"Any", "version", "LAZY"})
+    return sorted({*globals(), *LAZY} - {"Any", "os", "version", "LAZY"})
 
 
 def __getattr__(name: str) -> Any:

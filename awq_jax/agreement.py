@@ -44,6 +44,8 @@ MISSING = {
 }
 """What to try when a tensor of such a name is missing."""
 
+INTEGERS = re.compile(r"(u?int|I)\d+|bool")
+"""How the types that hold no weights are called in files."""
 LAYER = re.compile(r"\blayers[._](\d+)\b")
 AT_ONCE = 1 << 22
 """Numbers that are compared at a time."""
@@ -55,7 +57,8 @@ def check_tensors(checkpoint: Checkpoint, module: Any, config: Any) -> None:
     Headers tell; weights are read only to compare a tied head with the embedding.
 
     Raises:
-      InputError: a tensor that is missing, of another shape, or read by nothing; the likely cause and what to do.
+      InputError: a tensor that is missing, of another shape, of integers, or read by nothing; the likely cause and
+        what to do.
     """
     if checkpoint.kind == "orbax":
         return
@@ -65,6 +68,12 @@ def check_tensors(checkpoint: Checkpoint, module: Any, config: Any) -> None:
         ignored.add(module.OUTER_NAMES["head", "kernel"])
     found = {name: shape for name, shape in found.items() if name not in ignored}
     compare(checkpoint.path, found, partial(module.stored_shapes, config), config.layers)
+    for name in found:
+        if INTEGERS.fullmatch(stored_as := checkpoint.tensors[name].stored_as):
+            raise InputError(
+                f"{checkpoint.path}: {name} is of {stored_as}, which are the codes of a quantization that config.json "
+                "does not name. Start from the dense model."
+            )
 
 
 def check_params(path: Path, params: Any, module: Any, config: Any) -> None:

@@ -97,8 +97,7 @@ def _of_source(
         return tokens, Read("what the model writes", 0, len(tokens), tokens.size, tokens.size)
     name = source or "the packaged text"
     texts = Texts([packaged_text()], 0, ()) if source is None else read_texts(source, tokenizer, samples)
-    noted = f"{name} ({'; '.join(texts.notes)})" if texts.notes else name
-    tokens, total, estimated = cut(texts.texts, tokenizer, samples, seq_len, noted)
+    tokens, total, estimated = cut(texts.texts, tokenizer, samples, seq_len, texts.named(name))
     others = len(texts.texts) - texts.chats if source else 0
     return tokens, Read(name, texts.chats, others, total, tokens.size, texts.notes, estimated)
 
@@ -124,7 +123,10 @@ def hub_rows(name: str) -> Iterator[Any]:
     try:
         yield from load_dataset(name, split="train", streaming=True)
     except Exception as e:
-        raise InputError(f"{name} is no file, and the hub gives no dataset of that name: {one_line(e)}") from e
+        raise InputError(
+            f"{name} is no file, and the hub gives no dataset of that name ({one_line(e, 160)}): check the name and "
+            "the connection, or give a file."
+        ) from e
 
 
 def cut(

@@ -49,6 +49,10 @@ class Texts:
     chats: int
     notes: tuple[str, ...]
 
+    def named(self, source: str) -> str:
+        """What to call them in an error: the source, and what there is to say."""
+        return f"{source} ({'; '.join(self.notes)})" if self.notes else source
+
 
 def is_row(value: Mapping[str, Any]) -> bool:
     """Whether a JSON object is a row by itself: it has the fields of a chat, or text in those of a text."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -83,7 +82,6 @@ class Quantize:
                 average_bits=None if self.bits == int(self.bits) else self.bits,
                 distill=self.distill,
                 overwrite=self.overwrite,
-                fit_groups=self.group_size is None,
                 progress=progress,
                 told=say,
             )
@@ -103,7 +101,7 @@ class Quantize:
         return replace(
             preset,
             bits=int(self.bits) if self.bits == int(self.bits) else 4,
-            group_size=preset.group_size if self.group_size is None else self.group_size,
+            group_size=self.group_size,
             symmetric=self.symmetric,
             rules=tuple(Rule(pattern, skip=True) for pattern in self.skip),
         )
@@ -130,24 +128,29 @@ class Eval:
         from awq_jax.chats import as_texts, is_row
         from awq_jax.documents import read_rows
         from awq_jax.evaluate import check_same_tokens, score, windows
-        from awq_jax.load import load
-        from awq_jax.memory import check_memory
+        from awq_jax.load import opened
+        from awq_jax.memory import check_memory, to_be_read
         from awq_jax.models.inputs import check_tokens
 
         rows = read_rows(self.text, is_row)
         # In one dtype everywhere, so that scores of two machines can be compared.
-        model = load(self.model, jnp.float32)
-        reference = load(self.dense, jnp.float32) if self.dense else None
-        text = "\n".join(as_texts(rows, model.tokenizer, str(self.text)).texts)
-        tokens = windows(text, model.tokenizer, self.windows, self.length, str(self.text))
+        model, read = opened(self.model, jnp.float32, say)
+        reference, read_reference = opened(self.dense, jnp.float32, say) if self.dense else (None, lambda: None)
+        found = as_texts(rows, model.tokenizer, str(self.text))
+        text = "\n".join(found.texts)
+        tokens = windows(text, model.tokenizer, self.windows, self.length, found.named(str(self.text)))
         if reference is not None:
             check_same_tokens(model, reference, text, tokens, str(self.dense))
         for one in (model, reference or model):
             check_tokens(one.config, tokens, f"{self.text} in windows of length={self.length}")
-        check_memory(f"A window of length={self.length}", model.nbytes_of_logits(self.length), "give a smaller one")
+        needed = model.nbytes_of_logits(self.length) + (to_be_read(reference.params) if reference else 0)
+        check_memory(f"A window of length={self.length}", needed, "give a smaller one, or more memory")
         if len(tokens) < self.windows:
             say(f"{self.text} fills {len(tokens)} of {self.windows} windows.")
         with progress_bar() as progress:
+            progress("loading", 0, 1)
+            model, reference = read(), read_reference()
+            progress("loading", 1, 1)
             scores = {self.model: score(model, tokens, reference, lambda k, n: progress("window", k, n))}
             if reference is not None and self.dense is not None:
                 scores[self.dense] = score(reference, tokens)
@@ -174,21 +177,19 @@ class Generate:
     """Continue the prompt as it is instead of answering it as a chat."""
 
     def run(self) -> None:
-        from awq_jax.load import load
+        from awq_jax.load import opened
         from awq_jax.models.generate import Speed
 
+        names = ("max_new_tokens", "temperature", "top_p", "seed")
+        options: dict[str, Any] = {name: getattr(self, name) for name in names}
         speed = Speed()
         with progress_bar() as progress:
             progress("loading", 0, 1)
-            answer = load(self.model).stream(
-                self.prompt,
-                max_new_tokens=self.max_new_tokens,
-                temperature=self.temperature,
-                top_p=self.top_p,
-                chat=not self.raw,
-                seed=self.seed,
-                speed=speed,
-            )
+            model, read = opened(self.model, told=lambda line: print(line, file=sys.stderr))
+            tokens = model.tokens_of(self.prompt, chat=not self.raw)
+            # Refuses what it can while the weights are not read.
+            model.stream(tokens, **options)
+            answer = read().stream(tokens, **options, speed=speed)
             progress("loading", 1, 1)
             progress("compiling, once", 0, 1)
             begun = next(answer, "")
@@ -245,10 +246,13 @@ class Tune:
         import jax.numpy as jnp
 
         from awq_jax.kernels.table import users_file
-        from awq_jax.load import load
-        from awq_jax.tune import tune
+        from awq_jax.load import opened
+        from awq_jax.tune import check_gpu, tune
 
-        model = load(self.model)
+        check_gpu()
+        if min(self.rows, default=0) < 1:
+            raise ValueError(f"rows={min(self.rows, default=0)}: give numbers of 1 or more.")
+        model, _ = opened(self.model)
 
         def steps(params: Any) -> list[Any]:
             return [replace(model, params=params).logits(jnp.zeros((m, 1), jnp.int32)) for m in self.rows]
@@ -323,8 +327,6 @@ def main() -> None:
             # A name of bytes that are no text, or a terminal without UTF-8, must not cost the work that is done.
             stream.reconfigure(errors="backslashreplace")
     command = parsed(sys.argv[1:])
-    # transformers says otherwise that it misses torch, which nothing here needs.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     silence_libraries()
     keep_compiled_programs()
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -26,9 +25,11 @@ from awq_jax.formats.errors import InputError, one_line
 from awq_jax.formats.written import check_destination, resolved, size_of, written_whole
 from awq_jax.fused import Fused, left_whole, skip_whole, widening
 from awq_jax.load import architecture, load
-from awq_jax.models.inputs import check_length, check_tokens
+from awq_jax.memory import check_memory
+from awq_jax.models.inputs import check_length, check_tokens, without_rows
 from awq_jax.quantize import SiteReport
-from awq_jax.recipe import Recipe
+from awq_jax.recipe import GROUPS, Recipe
+from awq_jax.refine import nbytes as nbytes_of_refine
 from awq_jax.refine import refine
 from awq_jax.report import size
 from awq_jax.stream import Clock, Decoder, Feed, stream
@@ -38,8 +39,6 @@ from awq_jax.transform import Calibration
 Format = Literal["awq", "orbax"]
 REPORT = "quantization_report.json"
 BEFORE = "error before distillation"
-GROUPS = (128, 64, 32)
-"""Group sizes to choose from, the cheapest first."""
 SURVEYED = 512
 """Tokens on which the divergence of every group of sites is measured."""
 
@@ -76,7 +75,6 @@ def quantize_checkpoint(
     average_bits: float | None = None,
     distill: int = 0,
     overwrite: bool = False,
-    fit_groups: bool = False,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
     told: Callable[[str], None] = lambda line: None,
 ) -> Converted:
@@ -85,7 +83,7 @@ def quantize_checkpoint(
     Args:
       model: Hugging Face folder or hub id, or a GGUF file.
       out: a new or empty folder, or one that this function wrote, with `overwrite`.
-      recipe: None for 4 bits and `fit_groups`; `fold` and `input_scales` follow from the format. In an AutoAWQ folder a
+      recipe: None for `awq.Recipe()`; `fold` and `input_scales` follow from the format. In an AutoAWQ folder a
         rule that skips one of q, k, v or of gate, up skips the others too.
       format: "awq" (AutoAWQ, for vLLM, SGLang, transformers) or "orbax" (ours: a scale for each site).
       calib: see `calibration_tokens`.
@@ -96,7 +94,6 @@ def quantize_checkpoint(
       distill: passes over the calibration text that train the steps against the dense model's logits, after the
         search. Slow without an accelerator, and the whole model must fit into memory.
       overwrite: replace what an earlier call wrote at `out`.
-      fit_groups: take the largest of 128, 64, 32 that divides the inputs of all sites as the recipe's group size.
       progress: called with a stage, steps done and steps in all; see `awq.progress_bar`.
       told: called with a line on what was chosen and what was read.
 
@@ -112,7 +109,6 @@ def quantize_checkpoint(
         raise InputError(f"format={format!r}: choose one of {', '.join(get_args(Format))}.")
     clock = Clock()
     progress("loading", 0, 1)
-    fit_groups = fit_groups or recipe is None
     recipe = replace(recipe or Recipe(), fold=format == "awq", input_scales=format != "awq")
     if samples is not None:
         recipe = replace(recipe, samples=samples)
@@ -131,11 +127,18 @@ def quantize_checkpoint(
     recipe.check_rules(module.matrix_shapes(config))
     fused = module.fused(config) if format == "awq" else {}
     recipe, with_skipped = skip_whole(recipe, fused)
-    if fit_groups:
+    if recipe.group_size is None:
         recipe, why = fitted(recipe, module.matrix_shapes(config), format)
         told(why)
     check_fits(module, config, recipe, format)
     check_length(config, seq_len, f"seq_len={seq_len}")
+    if distill:
+        # Folds are put into float32.
+        dense = lambda w: jax.ShapeDtypeStruct(w.shape, jnp.float32 if recipe.fold else w.dtype)
+        needed = nbytes_of_refine(
+            module, config, jax.tree.map(dense, checkpoint.shapes(module, config)), recipe.samples, seq_len
+        )
+        check_memory(f"distill={distill} with seq_len={seq_len}", needed, "leave it out, or give shorter sequences")
     half = sum(2 * math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
     with written_whole(out, overwrite=overwrite, inputs=inputs) as scratch:
         tokenizer, _ = checkpoint.tokenizer(), checkpoint.companions  # Raises where one of them is unsound.
@@ -190,21 +193,10 @@ def quantize_checkpoint(
     return Converted(Path(out), checkpoint.nbytes, half, after, done.reports, clock.seconds, recipe, read_all, notes)
 
 
-def without_rows(config: Any, tokenizer: Any) -> str | None:
-    """What to say of a tokenizer with tokens that the embedding has no rows for; None where it has none of them."""
-    if not (beyond := [token for token, i in tokenizer.get_vocab().items() if i >= config.vocab]):
-        return None
-    one = reprlib.repr(min(beyond))
-    return (
-        f"The tokenizer has {len(beyond)} tokens beyond the embedding's {config.vocab} rows ({one} is one): text with "
-        "them will be refused, unless you resize the embedding (resize_token_embeddings in transformers) first."
-    )
-
-
 def fitted(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]], format: Format) -> tuple[Recipe, str]:
     """`recipe` with the largest group size that divides the inputs of all its sites, and a line that says so."""
-    specs = ((recipe.spec_of(name), i) for name, (i, _) in shapes.items())
-    widths = sorted({i for spec, i in specs if spec is not None and spec.group_size == recipe.group_size})
+    rules = ((recipe.rule_of(name), i) for name, (i, _) in shapes.items())
+    widths = sorted({i for rule, i in rules if rule is None or not (rule.skip or rule.group_size)})
     known, all_ = ", ".join(map(str, GROUPS)), ", ".join(map(str, widths))
     group = next((g for g in GROUPS if all(i % g == 0 for i in widths)), None)
     if group is None and format == "awq":
@@ -265,7 +257,7 @@ def writer(
         named = lambda part, params: halved(params) if checkpoint.kind == "gguf" else params
         finish: Callable[[str], None] = lambda dtype: own.finish()
     else:
-        kept = theirs = autoawq.Writer(folder, checkpoint, recipe, left_whole(recipe, fused))
+        kept = theirs = autoawq.Writer(folder, checkpoint, recipe.spec, left_whole(recipe, fused))
         named, finish = module.to_names, theirs.finish
 
     def write(part: str, params: Any) -> None:

@@ -78,7 +78,7 @@ def _serves(rows: int) -> tuple[str, str]:
 
     from awq_jax.kernels import best_packing, direct, gpu, launch, table, triton
     from awq_jax.spec import QuantSpec
-    from awq_jax.tensor import in_tiles, quantize
+    from awq_jax.tensor import SCALE_DTYPE, in_tiles, quantize
 
     arch, packing = gpu.architecture(), best_packing()
     alone, to_do = "plain XLA", f"weights in {packing}: awq_jax.prepare(params) after loading"
@@ -87,7 +87,7 @@ def _serves(rows: int) -> tuple[str, str]:
     if arch is None:
         return alone, to_do if packing == "int4" else ""
     dense = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)
-    w = jax.eval_shape(lambda w: in_tiles(quantize(w, QuantSpec())), dense)
+    w = jax.eval_shape(lambda w: in_tiles(quantize(w, QuantSpec(), steps=SCALE_DTYPE)), dense)
     try:
         triton.check(jnp.bfloat16, w)
         tiling = table.tiling(arch, "bfloat16", 128, rows, 4096, 4096)

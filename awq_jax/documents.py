@@ -20,6 +20,7 @@ Row = tuple[str, Any]
 FORMATS = "a text, .json, .jsonl, .csv or .parquet file"
 JSON = (".json", ".jsonl", ".ndjson", ".jsonlines")
 TABLES = {".csv": ",", ".tsv": "\t"}
+SEPARATORS = (",", ";", "\t", "|")
 SUFFIXES = (".txt", ".md", ".gz", ".parquet", *JSON, *TABLES)
 """By which a name is that of a file, there or not."""
 STARTS_AS_JSON = re.compile(r'\s*(\{\s*["}]|\[\s*[\[{"\]])')
@@ -37,13 +38,13 @@ TOLD = {
 
 
 def read_rows(file: Path, is_row: Callable[[Any], bool]) -> list[Row]:
-    """The rows of a file; plain text is one row.
+    """The rows of a file, one or more; plain text is one row.
 
     Args:
       is_row: whether a JSON object is a row by itself; another one that holds one list stands for the list.
 
     Raises:
-      InputError: a file that cannot be read, or JSON that is damaged.
+      InputError: a file that cannot be read, that is empty, or whose JSON or table is damaged.
     """
     if file.is_dir():
         raise InputError(f"{file} is a folder: give {FORMATS}.")
@@ -51,17 +52,19 @@ def read_rows(file: Path, is_row: Callable[[Any], bool]) -> list[Row]:
         near = did_you_mean(file.name, names_in(file.parent))
         raise InputError(f"{file}: there is no such file{near}: give {FORMATS}.")
     raw = regular(file).read_bytes()
-    if raw[:4] == b"PAR1":
-        return parquet(file)
+    if not (rows := parquet(file) if raw[:4] == b"PAR1" else rows_of(file, raw, is_row)):
+        raise InputError(f"{file} {'holds no rows' if raw.strip() else 'is empty'}: give {FORMATS}, with text in it.")
+    return rows
+
+
+def rows_of(file: Path, raw: bytes, is_row: Callable[[Any], bool]) -> list[Row]:
+    """The rows of what is in a file."""
     if found := next((advice for start, advice in TOLD.items() if raw.startswith(start)), None):
         raise InputError(f"{file} {found}.")
     with reading(f"{file} is not UTF-8 text", f"give {FORMATS}"):
         text = raw.decode("utf-8-sig")
     if (suffix := file.suffix.lower()) in TABLES:
-        with reading(f"{file} cannot be read as a table", "repair or replace it"):
-            csv.field_size_limit(max(csv.field_size_limit(), len(text)))
-            table = csv.DictReader(io.StringIO(text, newline=""), delimiter=TABLES[suffix])
-            return [(f"row {k}", row) for k, row in enumerate(table, 1)]
+        return list(table(file, text, TABLES[suffix]))
     if AS_PYTHON.match(text):
         raise InputError(f"{file} holds what Python shows of objects: write them as JSON, with json.dumps.")
     if suffix in JSON or STARTS_AS_JSON.match(text):
@@ -71,7 +74,28 @@ def read_rows(file: Path, is_row: Callable[[Any], bool]) -> list[Row]:
             # A text may start with a bracket too, as [[links]] of a wiki do.
             if suffix in JSON or HOLDS_OBJECTS.match(text):
                 raise
-    return [("", text)]
+    return [("", text)] if text.strip() else []
+
+
+def table(file: Path, text: str, separator: str) -> Iterator[Row]:
+    """The rows of a table whose first line names its columns."""
+    with reading(f"{file} cannot be read as a table", "repair or replace it"):
+        csv.field_size_limit(max(csv.field_size_limit(), len(text)))
+        found = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator)
+        names = found.fieldnames or []
+        others = [other for other in SEPARATORS if len(names) == 1 and other in names[0]]
+        if others and separator not in names[0]:
+            raise InputError(
+                f"{file}: its first line separates columns by {others[0]!r}, expected is {separator!r}: save it with "
+                f"{separator!r} between columns."
+            )
+        for k, row in enumerate(found, 1):
+            if more := row.get(None):  # type: ignore[call-overload]
+                raise InputError(
+                    f"{file}, row {k} has {len(names) + len(more)} cells, the first line names {len(names)}: put text "
+                    f"with {separator!r} in it into double quotes."
+                )
+            yield f"row {k}", row
 
 
 def json_values(file: Path, text: str) -> Iterator[Row]:

@@ -20,14 +20,14 @@ def as_flags(message: str, arguments: Iterable[str], spelled: Mapping[str, str],
       spelled: what else it says in other words.
       given: what the user typed, left as it is where it is quoted: a folder may be called group_size=64.
 
-    So is a field of a file: `config.json's group_size=64`.
+    So are a field of a file, `config.json's group_size=64`, and what Python shows, `QuantSpec(bits=4)`.
     """
     typed = "|".join(sorted((re.escape(word) for word in given if "=" in word), key=len, reverse=True))
     others = "|".join(map(re.escape, spelled))
     value = r"True\b|'[^']*'|\"[^\"]*\"|"
     names = "|".join(map(re.escape, arguments))
     pattern = (
-        rf"(?P<typed>{typed or '(?!)'})|(?P<other>{others or '(?!)'})|"
+        rf"(?P<typed>{typed or '(?!)'}|\b[A-Z]\w*\([^()]*\))|(?P<other>{others or '(?!)'})|"
         rf"(?<!'s )\b(?P<name>{names})=(?P<value>{value})(?P<ends>(?!\S))?"
     )
 

@@ -13,6 +13,7 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
+from awq_jax.agreement import check_params
 from awq_jax.convert import REPORT
 from awq_jax.formats import orbax
 from awq_jax.formats.checkpoint import Checkpoint, open_checkpoint
@@ -40,7 +41,7 @@ def inspect(path: str | Path) -> Group:
     Nothing but headers is read.
     """
     checkpoint = open_checkpoint(path)
-    found = own_params(checkpoint.path) if checkpoint.kind == "orbax" else params_of(checkpoint)
+    found = own_params(checkpoint) if checkpoint.kind == "orbax" else params_of(checkpoint)
     errors = read_errors(checkpoint.path)
     # Short headings and names: with the sizes of a real model the table just fits a terminal.
     table = Table(title=escape(str(path)))
@@ -84,8 +85,10 @@ def params_of(checkpoint: Checkpoint) -> dict[str, Stored]:
     }
 
 
-def own_params(folder: Path) -> dict[str, Stored]:
+def own_params(checkpoint: Checkpoint) -> dict[str, Stored]:
     """The params of a folder in our own format."""
+    params = orbax.shapes(checkpoint.path)
+    check_params(checkpoint.path, params, *architecture(checkpoint))
 
     def stored(leaf: Any) -> Stored:
         parts = jax.tree.leaves(leaf)
@@ -94,7 +97,7 @@ def own_params(folder: Path) -> dict[str, Stored]:
         stored_as = f"{spec.bits}-bit g{spec.group_size}" if spec else str(leaf.dtype)
         return Stored(tuple(leaf.shape), stored_as, nbytes)
 
-    return {name: stored(leaf) for name, leaf in orbax.shapes(folder).items()}
+    return {name: stored(leaf) for name, leaf in params.items()}
 
 
 def read_errors(folder: Path) -> dict[str, float]:

@@ -10,7 +10,7 @@ import jax
 from jaxtyping import Array, Float
 
 from awq_jax.spec import QuantSpec
-from awq_jax.tensor import QuantizedTensor, dot, dots, is_quantized, plus, quantize
+from awq_jax.tensor import SCALE_DTYPE, QuantizedTensor, dot, dots, is_quantized, plus, quantize
 
 
 class QuantizedDense(nn.Module):
@@ -19,7 +19,8 @@ class QuantizedDense(nn.Module):
     Args:
       features: o.
       use_bias: add a bias.
-      spec: how a new kernel is rounded; None starts with a dense one. Params that hold either are taken as they are.
+      spec: how a new kernel is rounded, with float16 steps, which hold those of all initial weights; None starts with
+        a dense one. Params that hold either are taken as they are, their steps in any dtype.
 
     Example:
       >>> layer = QuantizedDense(512, spec=awq.QuantSpec(4, 64))
@@ -54,7 +55,7 @@ class QuantizedDense(nn.Module):
 
     def _new_kernel(self, key: jax.Array, in_features: int) -> Array | QuantizedTensor:
         dense = nn.initializers.lecun_normal()(key, (in_features, self.features))
-        return dense if self.spec is None else quantize(dense, self.spec)
+        return dense if self.spec is None else quantize(dense, self.spec, steps=SCALE_DTYPE)
 
 
 class _Params(QuantizedDense):

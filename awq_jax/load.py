@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -20,11 +20,13 @@ from awq_jax.formats.checkpoint import Checkpoint, open_checkpoint
 from awq_jax.formats.errors import InputError
 from awq_jax.formats.text import encode
 from awq_jax.machine import fast_dtype
-from awq_jax.memory import check_memory, matmul_bytes
+from awq_jax.memory import check_memory, matmul_bytes, to_be_read
 from awq_jax.models.generate import NO_TOKEN, Speed, generate, nbytes, no_numbers, stream
-from awq_jax.models.inputs import check_tokens
+from awq_jax.models.inputs import check_tokens, without_rows
 from awq_jax.models.pieces import pieces
 from awq_jax.tensor import prepare
+
+ACCELERATORS = ("gpu", "tpu")
 
 
 @dataclass(frozen=True)
@@ -67,15 +69,25 @@ class Model:
         return self.head(self.hidden(tokens))
 
     def nbytes_of_logits(self, tokens: int) -> int:
-        """About what `logits` of so many tokens takes in memory, beside the params: a layer, and the logits thrice."""
+        """About what `logits` of so many tokens takes beside the params in memory: a layer, and the logits thrice."""
         embed, block, head = steps(self.module, self.config)
         hidden = jax.eval_shape(embed, self.outer, jax.ShapeDtypeStruct((1, tokens), jnp.int32))
-        return matmul_bytes(block, self.params["layers_0"], hidden) + 3 * matmul_bytes(head, self.outer, hidden)
+        layer, logits = matmul_bytes(block, self.params["layers_0"], hidden), matmul_bytes(head, self.outer, hidden)
+        return to_be_read(self.params) + layer + 3 * logits
 
     @property
     def outer(self) -> Any:
         """The params outside of the layers."""
         return {name: part for name, part in self.params.items() if not name.startswith("layers_")}
+
+    def tokens_of(self, prompt: str, *, chat: bool = True) -> Int[np.ndarray, " t"]:
+        """The tokens of a prompt, asked as a chat where the tokenizer has a template; see `stream`."""
+        chat = chat and bool(self.tokenizer.chat_template)
+        text = prompt
+        if chat:
+            asked = [{"role": "user", "content": prompt}]
+            (text,) = render(self.tokenizer, [asked], add_generation_prompt=True, names=["The prompt"])
+        return encode(self.tokenizer, text, special=not chat)
 
     def generate(self, prompt: str, **options: Any) -> str:
         """What `stream` gives, as one text; takes the same arguments."""
@@ -83,7 +95,7 @@ class Model:
 
     def stream(
         self,
-        prompt: str,
+        prompt: str | Int[Array | np.ndarray, " t"],
         *,
         max_new_tokens: int = 64,
         temperature: float = 0.0,
@@ -95,6 +107,7 @@ class Model:
         """The model's continuation of `prompt`, piece by piece; an answer to a chat where the tokenizer has a template.
 
         Args:
+          prompt: a text, or its tokens.
           max_new_tokens: tokens of the answer at most.
           temperature: 0 takes the likeliest token.
           top_p: sample from the fewest tokens whose probabilities reach it.
@@ -110,19 +123,11 @@ class Model:
           ...     print(piece, end="", flush=True)
         """
         key = key_of(seed)
-        chat = chat and bool(self.tokenizer.chat_template)
-        text = prompt
-        if chat:
-            (text,) = render(
-                self.tokenizer,
-                [[{"role": "user", "content": prompt}]],
-                add_generation_prompt=True,
-                names=["The prompt"],
-            )
-        tokens = stream(
+        tokens = self.tokens_of(prompt, chat=chat) if isinstance(prompt, str) else prompt
+        new = stream(
             self.config,
             self.params,
-            jnp.asarray(encode(self.tokenizer, text, special=not chat)),
+            jnp.asarray(tokens),
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
@@ -130,7 +135,7 @@ class Model:
             eos=self.eos,
             speed=speed,
         )
-        return pieces(self.tokenizer, tokens)
+        return pieces(self.tokenizer, new)
 
     def sample(self, samples: int, seq_len: int, seed: int = 0) -> Int[np.ndarray, "n t"]:
         """Text that the model writes by itself from its first token on: calibration data without any text."""
@@ -191,11 +196,12 @@ def architecture(checkpoint: Checkpoint) -> tuple[Any, Any]:
     return module, config
 
 
-def load(path: str | Path, dtype: Any = None) -> Model:
+def load(path: str | Path, dtype: Any = None, told: Callable[[str], None] = lambda line: None) -> Model:
     """The model at `path`: a Hugging Face folder or hub id, a GGUF file, an AutoAWQ folder, or a folder of ours.
 
     Args:
       dtype: of the activations; None for bfloat16 on GPUs and TPUs that multiply it faster, else float32.
+      told: called with a line on a tokenizer that has tokens without a row in the embedding.
 
     Raises:
       InputError: a file that is missing or damaged; an architecture that is not supported; tensors that are not
@@ -204,11 +210,44 @@ def load(path: str | Path, dtype: Any = None) -> Model:
     Example:
       >>> print(awq.load("smollm2-awq").generate("Why is the sky blue?"))
     """
+    return _read(*_described(path, dtype, told))
+
+
+def opened(
+    path: str | Path, dtype: Any = None, told: Callable[[str], None] = lambda line: None
+) -> tuple[Model, Callable[[], Model]]:
+    """The model at `path` with jax.ShapeDtypeStructs for params, and what reads them: see `load`.
+
+    What it refuses to do it refuses as it is, so ask before its weights are read.
+
+    Example:
+      >>> model, read = opened("smollm2-awq")
+      >>> model.stream(prompt, max_new_tokens=10**9)  # raises
+      >>> answer = read().stream(prompt)
+    """
+    checkpoint, model = _described(path, dtype, told)
+    shapes = checkpoint.shapes(model.module, model.config)
+    check_params(checkpoint.path, shapes, model.module, model.config)
+    return replace(model, params=jax.eval_shape(_prepared, shapes)), lambda: _read(checkpoint, model)
+
+
+def _described(path: str | Path, dtype: Any, told: Callable[[str], None]) -> tuple[Checkpoint, Model]:
+    """A checkpoint, and its model without params."""
     checkpoint = open_checkpoint(path)
     module, config = architecture(checkpoint)
     tokenizer = checkpoint.tokenizer()
-    params = checkpoint.params(module, config)
-    check_params(checkpoint.path, params, module, config)
-    accelerated = jax.default_backend() in ("gpu", "tpu")
+    if beyond := without_rows(config, tokenizer):
+        told(beyond)
+    accelerated = jax.default_backend() in ACCELERATORS
     config = replace(config, dtype=dtype or (fast_dtype() if accelerated else jnp.float32))
-    return Model(module, config, prepare(params) if accelerated else params, tokenizer, checkpoint.stops)
+    return checkpoint, Model(module, config, None, tokenizer, checkpoint.stops)
+
+
+def _read(checkpoint: Checkpoint, model: Model) -> Model:
+    params = checkpoint.params(model.module, model.config)
+    check_params(checkpoint.path, params, model.module, model.config)
+    return replace(model, params=_prepared(params))
+
+
+def _prepared(params: Any) -> Any:
+    return prepare(params) if jax.default_backend() in ACCELERATORS else params

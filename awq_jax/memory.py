@@ -25,6 +25,12 @@ def check_memory(what: str, needed: int, remedy: str) -> None:
         )
 
 
+def to_be_read(params: Any) -> int:
+    """Bytes of those params that are not in memory yet, of which jax.ShapeDtypeStructs stand there."""
+    leaves = jax.tree.leaves(params)
+    return sum(w.size * w.dtype.itemsize for w in leaves if isinstance(w, jax.ShapeDtypeStruct))
+
+
 def matmul_bytes(f: Callable[..., Any], *args: Any) -> int:
     """What all matmuls of `f` give, in bytes: about what XLA takes beside arguments and results, within a third.
 

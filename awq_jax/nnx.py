@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from awq_jax.quantize import SiteReport, quantize
 from awq_jax.recipe import Recipe
 from awq_jax.spec import QuantSpec
-from awq_jax.tensor import dot, plus
+from awq_jax.tensor import SCALE_DTYPE, dot, plus
 from awq_jax.tensor import quantize as to_nearest
 from awq_jax.transform import calibrate, quantized
 
@@ -89,7 +89,7 @@ class QuantizedLinear(nnx.Module):
     """`x @ kernel (+ bias)` in x's dtype, the kernel a QuantizedTensor.
 
     Args:
-      spec: how the new kernel is rounded.
+      spec: how the new kernel is rounded; its steps are float16, which holds those of all initial weights.
       rngs: of the new kernel, stream "params".
 
     Example:
@@ -98,7 +98,7 @@ class QuantizedLinear(nnx.Module):
 
     def __init__(self, in_features: int, out_features: int, spec: QuantSpec, *, use_bias: bool = True, rngs: nnx.Rngs):
         dense = nnx.initializers.lecun_normal()(rngs.params(), (in_features, out_features))
-        self.kernel = nnx.Param(to_nearest(dense, spec))
+        self.kernel = nnx.Param(to_nearest(dense, spec, steps=SCALE_DTYPE))
         self.bias = nnx.Param(jnp.zeros(out_features)) if use_bias else None
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:

@@ -11,13 +11,17 @@ from awq_jax.moments import GRAM_BLOCK
 from awq_jax.search import Clip, Feedback, FeedbackGrid, no_clip
 from awq_jax.spec import QuantSpec, Rule
 
+GROUPS = (128, 64, 32)
+"""Group sizes to choose from, the cheapest first."""
+
 
 @dataclass(frozen=True)
 class Recipe:
     """How to quantize a model.
 
     Args:
-      bits, group_size, symmetric: of every site that no rule changes; see QuantSpec.
+      bits, group_size, symmetric: of every site that no rule changes; see QuantSpec. A group size of None is, for a
+        model on disk, the largest of 128, 64 and 32 that divides the inputs of all these sites; in memory it is 128.
       rules: by path of the param; the last one that matches counts.
       fold: put scales into the op before, where tracing finds one that can take them.
       input_scales: a site whose scale is not folded keeps it beside its weight. AutoAWQ files have no room for them.
@@ -31,7 +35,7 @@ class Recipe:
     """
 
     bits: int = 4
-    group_size: int = 128
+    group_size: int | None = None
     symmetric: bool = False
     rules: tuple[Rule, ...] = ()
     fold: bool = False
@@ -44,7 +48,7 @@ class Recipe:
     rounding: Callable[..., Any] = field(default_factory=Feedback)
 
     def __post_init__(self) -> None:
-        QuantSpec(self.bits, self.group_size, self.symmetric)
+        _ = self.spec
         if self.gram_block is not None and self.gram_block < 1:
             raise ValueError(f"gram_block={self.gram_block}: give 1 or more, or None for whole Gram matrices.")
         if self.samples < 1:
@@ -65,17 +69,21 @@ class Recipe:
             if not callable(strategy) or not isinstance(strategy, Hashable):
                 raise ValueError(f"Recipe.{name}={strategy!r} is not a hashable function; see awq_jax.search.")
 
+    @property
+    def spec(self) -> QuantSpec:
+        """Of a site that no rule changes."""
+        return QuantSpec(self.bits, GROUPS[0] if self.group_size is None else self.group_size, self.symmetric)
+
     def clip_of(self, name: str) -> Callable[..., Any]:
         """The clip strategy of the param at path `name`."""
         return no_clip if self.unclipped and re.search(self.unclipped, name) else self.clip
 
     def spec_of(self, name: str) -> QuantSpec | None:
         """The spec of the param at path `name`, None where it stays dense."""
-        spec = QuantSpec(self.bits, self.group_size, self.symmetric)
         last = self.rule_of(name)
         if last is None:
-            return spec
-        return None if last.skip else replace(spec, **last.changes)
+            return self.spec
+        return None if last.skip else replace(self.spec, **last.changes)
 
     def check_rules(self, names: Iterable[str], others: Mapping[str, str] | None = None) -> None:
         """Refuse a rule that matches none of a model's sites; `others` tells why a param is none."""

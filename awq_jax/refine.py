@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools as ft
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from awq_jax.distill import distill
 from awq_jax.machine import fast_dtype
+from awq_jax.memory import matmul_bytes, to_be_read
 from awq_jax.stream import Decoder
 
 BATCH = 1024
@@ -35,10 +37,8 @@ def refine(
       parts: what `stream` handed over, by its name: "outer", "layers_<i>".
       progress: called with a stage, steps done and steps in all.
     """
-    # XLA's backward matmuls in bfloat16 are slow on every CPU.
-    dtype = jnp.float32 if jax.default_backend() == "cpu" else fast_dtype()
-    observed = replace(model, config=replace(model.config, dtype=dtype))
-    rows = max(1, min(BATCH // tokens.shape[1], len(tokens)))
+    observed = replace(model, config=replace(model.config, dtype=step_dtype()))
+    rows = rows_of_step(*tokens.shape)
     total = passes * (len(tokens) // rows)
     progress("distillation step", 0, total)
     names = [f"layers_{i}" for i in model.layers]
@@ -54,6 +54,34 @@ def refine(
         progress=lambda loss: progress("distillation step", next(done), total),
     )
     return {"outer": parts["outer"]} | dict(zip(names, apart(tuned["layers"], len(names)), strict=True))
+
+
+def step_dtype() -> Any:
+    """In which steps are computed; XLA's backward matmuls in bfloat16 are slow on every CPU."""
+    return jnp.float32 if jax.default_backend() == "cpu" else fast_dtype()
+
+
+def rows_of_step(n: int, t: int) -> int:
+    """How many of `n` sequences of `t` tokens a step takes."""
+    return max(1, min(BATCH // t, n))
+
+
+def nbytes(module: Any, config: Any, params: Any, n: int, t: int) -> int:
+    """About what `refine` takes: all layers, twice while they are put together, and what a step computes and keeps.
+
+    Args:
+      params: jax.ShapeDtypeStructs of the dense model's.
+      n, t: sequences, and tokens of each.
+    """
+    config = replace(config, dtype=step_dtype())
+    outer = {name: part for name, part in params.items() if not name.startswith("layers_")}
+    layers = jax.eval_shape(together, [params[f"layers_{i}"] for i in range(config.layers)])
+    tokens = jax.ShapeDtypeStruct((rows_of_step(n, t), t), jnp.int32)
+    run = logits(Decoder(module, config, lambda name: None))
+    loss = lambda layers, outer, tokens: run({"outer": outer, "layers": layers}, tokens).sum()
+    hidden = jax.eval_shape(ft.partial(module.embed, config), outer, tokens)
+    kept = config.layers * hidden.size * hidden.dtype.itemsize
+    return 2 * to_be_read(layers) + to_be_read(outer) + kept + matmul_bytes(jax.grad(loss), layers, outer, tokens)
 
 
 def logits(model: Decoder) -> Callable[[Any, Array], Float[Array, "b t v"]]:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import export
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Int4, Int16, UInt8, UInt32
 
 import awq_jax.kernels as kernels
@@ -316,17 +317,27 @@ def assemble(
     )
 
 
-@ft.partial(jax.jit, static_argnames=("spec",))
-def quantize(w: Float[Array, "*lead i o"], spec: QuantSpec) -> QuantizedTensor:
+def quantize(w: Float[Array, "*lead i o"], spec: QuantSpec, *, steps: Any = None) -> QuantizedTensor:
     """`w` rounded to nearest in groups down axis -2; a group's range is its smallest to largest weight.
 
-    Steps are float16: those below 6e-8 or above 65504 are these.
+    Args:
+      steps: their dtype. None for float16 where its normal numbers hold them all, else float32; in a traced function,
+        which cannot ask, float32. With float16 those below 6e-8 or above 65504 are these, and small weights are lost.
     """
+    found = _quantize(w, spec, half=steps == SCALE_DTYPE)
+    if steps is None and not isinstance(found.scales, Tracer):
+        steps = step_dtype(*map(float, jax.device_get((found.scales.min(initial=1), found.scales.max(initial=1)))))
+    return found if steps is None else replace(found, scales=found.scales.astype(steps))
+
+
+@ft.partial(jax.jit, static_argnames=("spec", "half"))
+def _quantize(w: Float[Array, "*lead i o"], spec: QuantSpec, half: bool) -> QuantizedTensor:
+    """See `quantize`; steps are float32, with numbers that float16 has if they are to be `half`."""
     wide = jnp.asarray(w, jnp.float32)
     steps, zeros = affine(*group_ranges(wide, spec), spec)
-    steps = half_step(steps)
+    steps = half_step(steps) if half else steps
     codes = nearest(group(wide, spec), steps, zeros, spec)
-    return assemble(codes, steps.astype(SCALE_DTYPE), zeros, spec, in_features=w.shape[-2], dtype=w.dtype)
+    return assemble(codes, steps, zeros, spec, in_features=w.shape[-2], dtype=w.dtype)
 
 
 def dequantize(params: Any) -> Any:

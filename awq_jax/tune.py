@@ -19,7 +19,7 @@ from awq_jax.kernels import launch, mosaic, table, triton
 from awq_jax.kernels.gpu import TENSOR_CORES, architecture
 from awq_jax.kernels.table import Case, Tiling
 from awq_jax.spec import QuantSpec
-from awq_jax.tensor import in_tiles, quantize
+from awq_jax.tensor import SCALE_DTYPE, in_tiles, quantize
 
 ROTATED = 256 * 2**20
 """Bytes of distinct weights that pass by, so that none stays in the cache from one matmul to the next."""
@@ -145,6 +145,17 @@ def timings(case: Case, before: Tiling, weights: list[Any]) -> Tuned:
     return Tuned(case, before, dict(sorted(times.items(), key=lambda item: item[1])), failed)
 
 
+def check_gpu() -> None:
+    """Passes if this machine runs what `tune` times."""
+    if (architecture() or 0) < TENSOR_CORES:
+        raise ValueError(
+            "tune times kernels that need an NVIDIA GPU of compute capability 8.0 or newer: none is here; "
+            "awq-jax doctor says what is."
+        )
+    if reason := launch.missing():
+        raise ValueError(f"tune times kernels that cannot run here: {reason}")
+
+
 def tune(
     fn: Callable[..., Any],
     *args: Any,
@@ -168,13 +179,7 @@ def tune(
     Example:
       >>> awq.tune(awq.quantized(fn), qparams, x)
     """
-    if (architecture() or 0) < TENSOR_CORES:
-        raise ValueError(
-            "tune times kernels that need an NVIDIA GPU of compute capability 8.0 or newer: none is here; "
-            "awq-jax doctor says what is."
-        )
-    if reason := launch.missing():
-        raise ValueError(f"tune times kernels that cannot run here: {reason}")
+    check_gpu()
     jax.clear_caches()
     with table.recorded() as asked:
         jax.eval_shape(fn, *args)
@@ -184,7 +189,8 @@ def tune(
             "no matmul of the function goes through a kernel that can be tuned: give it weights that awq.prepare has "
             "packed, and activations in bfloat16 or float16."
         )
-    weights_of = ft.cache(lambda k, n, g: distinct(k, n, lambda w: in_tiles(quantize(w, QuantSpec(4, g)))))
+    packed = lambda w, group: in_tiles(quantize(w, QuantSpec(4, group), steps=SCALE_DTYPE))
+    weights_of = ft.cache(lambda k, n, g: distinct(k, n, ft.partial(packed, group=g)))
     end = time.monotonic() + limit
     found: list[Tuned] = []
     for case, before in cases.items():

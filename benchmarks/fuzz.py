@@ -3,9 +3,9 @@
     python benchmarks/fuzz.py folder 1000 0       # reader, cases, seed
     python benchmarks/fuzz.py folder 1 417        # the case of seed 417 again, with what it raised
 
-Every case damages one file of a small model (or a calibration text, or a report) and reads it as the commands do, up to
-params, tokens and text. It should be read, or refused with the error of one line that commands end with: anything else
-is counted by its seed. A case may take 10 seconds, and memory 4 times what the files have and SLACK.
+Every case damages one file of those that a reader of fuzz_readers.py names and reads it as the commands do. It should
+be read, or refused with the error of one line that commands end with: anything else is counted by its seed. A case may
+take 10 seconds, and memory 4 times what the files have and SLACK.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from fuzz_readers import READERS
+from fuzz_readers import READERS, Reader
 
 SECONDS, STARTUP = 10, 300
 SLACK = 64 << 20
@@ -37,10 +39,46 @@ LIMIT = 4 << 30
 """Bytes that the process may map beyond what it has: a case that wants more must not take the machine along."""
 
 
-def serve(reader: str) -> None:
-    """The child: reads seeds from its input, damages and reads, writes a line of JSON for each."""
-    from mutate import damage
+@dataclass(frozen=True)
+class Place:
+    """The whole files of a reader, and the copy that is damaged and read."""
 
+    whole: Path
+    copy: Path
+    files: list[str]
+    size: int
+    reader: Reader
+
+
+def place(reader: str, scratch: Path) -> Place:
+    """Makes the files of a reader and reads them once, so that what is compiled or imported counts for no case."""
+    made = READERS[reader]
+    whole = made.make(scratch)
+    files = [whole] if whole.is_file() else sorted(p for p in whole.rglob("*") if p.is_file())
+    copy = scratch / "copy" / whole.name
+    restored(whole, copy)
+    damaged = [str(file.relative_to(whole)) for file in files if made.damages(file)]
+    for name in damaged[:1] if made.writes else damaged:
+        if (found := outcome(made.read, copy, copy / name))["end"] not in ("read", "refused"):
+            raise SystemExit(found["says"])
+        if made.writes:
+            restored(whole, copy)
+    soft = memory("VmSize") + LIMIT
+    resource.setrlimit(resource.RLIMIT_AS, (soft, resource.RLIM_INFINITY))
+    return Place(whole, copy, damaged, sum(file.stat().st_size for file in files), made)
+
+
+def restored(whole: Path, copy: Path) -> None:
+    """Puts a copy of what is whole in the place of whatever is there."""
+    if copy.is_dir() and not copy.is_symlink():
+        shutil.rmtree(copy)
+    copy.unlink(missing_ok=True)
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(whole, copy) if whole.is_dir() else shutil.copy(whole, copy)
+
+
+def serve() -> None:
+    """The child: told a reader it makes its files, told a seed too it damages and reads them; answers in JSON."""
     from awq_jax.ending import silence_libraries
 
     silence_libraries()
@@ -55,37 +93,40 @@ def serve(reader: str) -> None:
         os.lseek(2, 0, os.SEEK_SET)
         return said[-3000:] if "Traceback" in said or "panicked" in said else ""
 
-    make, read = READERS[reader]
+    places: dict[str, Place] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        whole = make(Path(scratch))
-        files = [whole] if whole.is_file() else sorted(p for p in whole.rglob("*") if p.is_file())
-        if reader == "template":
-            files = [file for file in files if file.name.startswith(("chat", "tokenizer_config"))]
-        read(whole, files[0])
-        soft = memory("VmSize") + LIMIT
-        resource.setrlimit(resource.RLIMIT_AS, (soft, soft))
-        print(json.dumps({"ready": True}), file=out, flush=True)
         for line in sys.stdin:
-            rng = np.random.default_rng(int(line))
-            copy = Path(scratch, "copy")
-            shutil.rmtree(copy, ignore_errors=True)
-            copy.mkdir()
-            place = copy / whole.name
-            shutil.copytree(whole, place) if whole.is_dir() else shutil.copy(whole, place)
-            changed = place / files[rng.integers(len(files))].relative_to(whole)
-            told = {
-                "what": damage(changed, rng),
-                "size": sum(f.stat().st_size for f in place.rglob("*") if f.is_file()),
-            }
-            before = forget_peak()
-            told |= outcome(read, place, changed)
-            if said := printed():
+            reader, *seeds = line.split()
+            if seeds:
+                told = case(places[reader], int(seeds[0]))
+            else:
+                home = Path(scratch, reader)
+                home.mkdir()
+                places[reader] = place(reader, home)
+                told = {"ready": True}
+            if (said := printed()) and seeds:
                 told |= {"end": "printed", "says": said}
-            told["memory"] = memory("VmHWM") - before
             print(json.dumps(told), file=out, flush=True)
 
 
-def outcome(read: Callable[[Path, Path], None], path: Path, changed: Path) -> dict[str, str]:
+def case(place: Place, seed: int) -> dict[str, Any]:
+    """Damages a file, reads it, puts the whole one back in its place."""
+    from mutate import damage
+
+    rng = np.random.default_rng(seed)
+    name = place.files[rng.integers(len(place.files))]
+    whole, changed = place.whole / name, place.copy / name
+    what = damage(changed, rng)
+    size = place.size - whole.stat().st_size + (changed.lstat().st_size if os.path.lexists(changed) else 0)
+    before, began = forget_peak(), time.monotonic()
+    told = outcome(place.reader.read, place.copy, changed)
+    told |= {"what": what, "size": size, "memory": memory("VmHWM") - before, "seconds": time.monotonic() - began}
+    part = Path(name).parts[0] if place.reader.writes else name
+    restored(place.whole / part, place.copy / part)
+    return told
+
+
+def outcome(read: Callable[[Path, Path], None], path: Path, changed: Path) -> dict[str, Any]:
     from awq_jax.formats.errors import InputError
 
     try:
@@ -116,21 +157,22 @@ def forget_peak() -> int:
 class Child:
     """The process that reads, started anew when it ends."""
 
-    def __init__(self, reader: str) -> None:
-        self.command = [sys.executable, __file__, "--serve", reader]
-        self.process: Any = None
+    command = (sys.executable, __file__, "--serve")
 
-    def ask(self, seed: int) -> dict[str, Any]:
+    def __init__(self) -> None:
+        self.process: Any = None
+        self.made: set[str] = set()
+
+    def ask(self, reader: str, seed: int) -> dict[str, Any]:
         """How the case of a seed ends."""
         if self.process is None:
             self.errors = tempfile.TemporaryFile()  # noqa: SIM115
             pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
             self.process = subprocess.Popen(self.command, **pipes, env=os.environ | {"JAX_PLATFORMS": "cpu"})
-            if "ready" not in self.line(STARTUP):
-                raise SystemExit(f"the reader does not start:\n{self.said()}")
-        self.process.stdin.write(f"{seed}\n".encode())
-        self.process.stdin.flush()
-        if not (told := self.line(SECONDS)):
+        if reader not in self.made and "ready" not in self.answer(reader, STARTUP):
+            raise SystemExit(f"the reader does not start:\n{self.said()}")
+        self.made.add(reader)
+        if not (told := self.answer(f"{reader} {seed}", SECONDS)):
             try:
                 told = {"end": f"crash {self.process.wait(1)}", "says": self.said()}
             except subprocess.TimeoutExpired:
@@ -139,8 +181,10 @@ class Child:
             self.end()
         return told
 
-    def line(self, seconds: float) -> dict[str, Any]:
-        """What the process writes within that time."""
+    def answer(self, line: str, seconds: float) -> dict[str, Any]:
+        """What the process writes to a line within that time."""
+        self.process.stdin.write(f"{line}\n".encode())
+        self.process.stdin.flush()
         ready, _, _ = select.select([self.process.stdout], [], [], seconds)
         return json.loads(self.process.stdout.readline() or "{}") if ready else {}
 
@@ -152,37 +196,45 @@ class Child:
         if self.process is not None:
             self.process.communicate()
             self.errors.close()
-            self.process = None
+            self.process, self.made = None, set()
 
 
-def fuzz(reader: str, count: int, seed: int) -> dict[str, Any]:
-    """How many of `count` cases were read, refused or ended otherwise, and the seeds of those that did."""
-    child, ends, odd = Child(reader), Counter(), {}
+def fuzz(reader: str, count: int, seed: int, child: Child | None = None) -> dict[str, Any]:
+    """How many of `count` cases were read, refused or ended otherwise, and the seeds of those that did.
+
+    Args:
+      child: a process that read before, to start none.
+    """
+    asked, ends, odd, most = child or Child(), Counter(), {}, {"memory": 0, "times the files": 0.0, "seconds": 0.0}
     for k in range(seed, seed + count):
-        told = child.ask(k)
+        told = asked.ask(reader, k)
         if told["end"] == "hang":
             # On a busy machine what is slow once need not be so again.
-            told = child.ask(k)
+            told = asked.ask(reader, k)
         end = told["end"]
-        if end in ("read", "refused") and told["memory"] > 4 * told["size"] + SLACK:
-            end = "memory"
-            told["says"] = f"{told['memory'] >> 20} MB for files of {told['size']} bytes: {told['says']}"
+        if end in ("read", "refused"):
+            times = {"memory": told["memory"], "times the files": told["memory"] / max(told["size"], 1)}
+            most = {key: max(most[key], value) for key, value in (told | times).items() if key in most}
+            if told["memory"] > 4 * told["size"] + SLACK:
+                end = "memory"
+                told["says"] = f"{told['memory'] >> 20} MB for files of {told['size']} bytes: {told['says']}"
         ends[end] += 1
         if end not in ("read", "refused"):
             odd[k] = f"{end}: {told.get('what', '')}: {told['says']}"
-    child.end()
-    return {"reader": reader, "cases": count, "seed": seed, "ends": dict(ends), "odd": odd}
+    if child is None:
+        asked.end()
+    return {"reader": reader, "cases": count, "seed": seed, "ends": dict(ends), "most": most, "odd": odd}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("reader", choices=READERS)
+    parser.add_argument("reader", choices=READERS, nargs="?")
     parser.add_argument("count", type=int, nargs="?", default=1000)
     parser.add_argument("seed", type=int, nargs="?", default=0)
     parser.add_argument("--serve", action="store_true", help="be the process that reads")
     args = parser.parse_args()
     if args.serve:
-        serve(args.reader)
+        serve()
     else:
         found = fuzz(args.reader, args.count, args.seed)
         print(json.dumps(found | {"odd": len(found["odd"])}))

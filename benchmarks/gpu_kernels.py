@@ -22,7 +22,7 @@ from awq_jax import kernels
 from awq_jax.kernels import mosaic
 from awq_jax.kernels.gpu import architecture
 from awq_jax.spec import QuantSpec
-from awq_jax.tensor import in_tiles, quantize
+from awq_jax.tensor import SCALE_DTYPE, in_tiles, quantize
 from awq_jax.tune import Chain, distinct
 
 LLAMA_8B = ((4096, 4096), (4096, 6144), (4096, 14336), (14336, 4096))
@@ -66,7 +66,7 @@ def times_of(
     k: int, n: int, rows: Sequence[int], others: dict[str, Peer], record: Record
 ) -> Iterator[tuple[int, dict[str, list[float]]]]:
     """For each number of rows, the times of two turns by name; what does not run is told in the record."""
-    packed = distinct(k, n, lambda w: in_tiles(quantize(w, QuantSpec(4, 128))))
+    packed = distinct(k, n, lambda w: in_tiles(quantize(w, QuantSpec(4, 128), steps=SCALE_DTYPE)))
     dense = distinct(k, n, lambda w: w)
     xs = {m: jax.random.normal(jax.random.key(0), (m, k), jnp.bfloat16) for m in rows}
     chains: dict[int, dict[str, Future[Chain]]] = {m: {} for m in xs}

@@ -17,7 +17,7 @@ from awq_jax.kernels import table
 from awq_jax.kernels.gpu import architecture
 from awq_jax.kernels.table import Case, Tiling
 from awq_jax.spec import QuantSpec
-from awq_jax.tensor import in_tiles, quantize
+from awq_jax.tensor import SCALE_DTYPE, in_tiles, quantize
 from awq_jax.tune import distinct, timings
 
 TABLE = Path(kernels.__file__).with_name("table.json")
@@ -58,7 +58,8 @@ def run(record: Record) -> None:
     if arch is None:
         record.add(Row("tilings", why="no NVIDIA GPU is here"))
         return
-    weights = ft.cache(lambda k, n: distinct(k, n, lambda w: in_tiles(quantize(w, QuantSpec(4, 128)))))
+    packed = lambda w: in_tiles(quantize(w, QuantSpec(4, 128), steps=SCALE_DTYPE))
+    weights = ft.cache(lambda k, n: distinct(k, n, packed))
     for m in (16,) if record.toy else ROWS:
         for k, n in ((128, 32),) if record.toy else LLAMA_8B:
             case = Case(arch, "bfloat16", 128, m, k, n)

@@ -1,6 +1,7 @@
 """What a kill leaves: `awq-jax quantize --overwrite` of a tiny model, killed at random moments.
 
-  python benchmarks/kills.py [--count 100] [--seed 0]
+  python benchmarks/kills.py [--count 100] [--seed 0] [--terminal]
+  unshare --user --map-root-user --mount python benchmarks/kills.py --mounted
 
 The destination must be one of the two outputs that take turns, whole; after SIGTERM, SIGINT and SIGHUP the exit code
 is that of the signal, one line is said and nothing else is left; what SIGKILL leaves the next run removes. A quarter of
@@ -12,18 +13,23 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import random
+import select
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from awq_jax.formats.manifest import MANIFEST
 from awq_jax.formats.scratch import PREFIX
-from awq_jax.formats.written import MANIFEST
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
@@ -32,49 +38,91 @@ QUICK = ("--group-size", "32", "--preset", "rtn", "--samples", "1", "--seq-len",
 VARIANTS = {"asymmetric": [], "symmetric": ["--symmetric"]}
 
 
-def start(model: Path, out: Path, variant: str, *more: str) -> subprocess.Popen:
+@dataclass
+class Run:
+    """A command under way, and the end of its terminal where it has one."""
+
+    process: subprocess.Popen
+    screen: int | None = None
+    gone: threading.Event = field(default_factory=threading.Event)
+
+    def shown(self) -> None:
+        """Reads what the terminal shows until it goes away."""
+        with suppress(OSError):
+            while not self.gone.is_set():
+                if select.select([self.screen], [], [], 0.02)[0]:
+                    os.read(self.screen, 1 << 16)
+        os.close(self.screen)
+
+    def end(self) -> str | None:
+        """What it says on the error stream; None where that was a terminal."""
+        errors = self.process.communicate()[1]
+        self.gone.set()
+        return errors
+
+
+def start(model: Path, out: Path, variant: str, *more: str, terminal: bool = False) -> Run:
     program = "from awq_jax_command import main; main()"
-    command = [
-        sys.executable,
-        "-c",
-        program,
-        "quantize",
-        str(model),
-        str(out),
-        *QUICK,
-        "--overwrite",
-        *VARIANTS[variant],
-        *more,
-    ]
+    options = [*QUICK, "--overwrite", *VARIANTS[variant], *more]
     # A shell's background jobs ignore SIGINT, and so do their children.
     listen = lambda: [signal.signal(number, signal.SIG_DFL) for number in SIGNALS[:3]]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
+    screen, theirs = os.openpty() if terminal else (None, subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, "quantize", str(model), str(out), *options],
+        stdin=subprocess.DEVNULL,
+        stdout=theirs,
+        stderr=theirs,
+        text=True,
+        preexec_fn=listen,
+    )
+    run = Run(process, screen)
+    if terminal:
+        os.close(theirs)
+        threading.Thread(target=run.shown, daemon=True).start()
+    return run
 
 
 def content(folder: Path) -> str:
-    """A digest of all files and their names."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    """A digest of all files and their names, save those of scratch folders."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and PREFIX not in str(path))
     parts = [f"{file.relative_to(folder)} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in files]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def wait_for_the_end(process: subprocess.Popen, home: Path) -> None:
     """Until all is written but not yet in its place."""
-    while process.poll() is None and not list(home.glob(f"{PREFIX}*/new/{MANIFEST}")):
+    while process.poll() is None and not list(home.glob(f"{PREFIX}*/new/**/{MANIFEST}")):
         time.sleep(0.0005)
 
 
-def kills(root: Path, count: int, seed: int, more: tuple[str, ...] = ()) -> dict[str, int]:
-    """How often what happened; raises where something is lost, half or left."""
+def put_back(home: Path) -> None:
+    """What the next run does first."""
+    program = "import sys; from awq_jax.formats.written import remove_stale, Path; remove_stale(Path(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", program, str(home)], check=True)
+
+
+def kills(
+    root: Path, count: int, seed: int, more: tuple[str, ...] = (), *, mounted: bool = False, terminal: bool = False
+) -> dict[str, int]:
+    """How often what happened; raises where something is lost, half or left.
+
+    Args:
+      mounted: the destination is a mount point, filled in place; what SIGKILL leaves there may be for the next run.
+      terminal: the command runs in a terminal, which goes away before every second signal.
+    """
     from checkpoints import tiny_folder
 
     model, out, draw = tiny_folder(root / "dense", num_hidden_layers=1), root / "out", random.Random(seed)
+    if mounted:
+        out.mkdir()
+        subprocess.run(["mount", "--bind", out, out], check=True)
+    home = out if mounted else root
     known, seconds = {}, 0.0
     for variant in VARIANTS:
         began = time.monotonic()
-        process = start(model, out, variant, *more)
-        _, errors = process.communicate()
-        assert process.returncode == 0, errors
+        run = start(model, out, variant, *more)
+        errors = run.end()
+        assert run.process.returncode == 0, errors
         known[content(out)], seconds = variant, time.monotonic() - began
     assert len(known) == 2
     found: Counter[str] = Counter()
@@ -82,31 +130,41 @@ def kills(root: Path, count: int, seed: int, more: tuple[str, ...] = ()) -> dict
     for k in range(count):
         number = SIGNALS[k % 4]
         before = known[content(out)]
-        process = start(model, out, next(v for v in VARIANTS if v != before), *more)
+        run = start(model, out, next(v for v in VARIANTS if v != before), *more, terminal=terminal)
         if k // 4 % 4 == 3:
-            wait_for_the_end(process, root)
+            wait_for_the_end(run.process, home)
             time.sleep(draw.uniform(0, 0.03))
         else:
             time.sleep(draw.uniform(0.15, seconds))
-        process.send_signal(number)
-        _, errors = process.communicate()
-        after, left = known.get(content(out)), {path.name for path in root.glob(".*")}
-        where = f"kill {k} by {number.name}: exit {process.returncode}, {errors!r}, {before} to {after}, left {left}"
+        if terminal and k // 4 % 2:
+            run.gone.set()
+            time.sleep(0.05)
+        run.process.send_signal(number)
+        errors, code = run.end(), run.process.returncode
+        left = {path.name for path in home.glob(f"{PREFIX}*")}
+        if mounted and number is signal.SIGKILL and content(out) not in known:
+            found["SIGKILL left files for the next run to put back"] += 1
+            put_back(home)
+        after = known.get(content(out))
+        where = f"kill {k} by {number.name}: exit {code}, {errors!r}, {before} to {after}, left {left}"
         print(where, file=sys.stderr, flush=True)
         assert after is not None, where
         if number is signal.SIGKILL:
             found["SIGKILL left a scratch folder, which a later run removed"] += bool(left - stale)
             stale = left
         else:
-            ended = (process.returncode, errors) == (128 + number, "awq-jax: stopped.\n")
-            assert ended or ((process.returncode, errors) == (0, "") and after != before), where
+            ended = code == 128 + number and errors in (None, "awq-jax: stopped.\n")
+            assert ended or (code == 0 and not errors and after != before), where
             # A run that was killed before it began to write has not looked yet for what the one before left.
             assert left <= stale, where
-        finished = "had finished" if process.returncode == 0 else "killed"
+        finished = "had finished" if code == 0 else "killed"
         found[f"{number.name}, {finished}: {'old' if after == before else 'new'}, whole"] += 1
-    process = start(model, out, "symmetric", *more)
-    process.communicate()
+    put_back(home)
     assert sorted(path.name for path in root.iterdir()) == ["dense", "out"]
+    assert content(out) in known
+    assert not list(home.glob(f"{PREFIX}*"))
+    if mounted:
+        subprocess.run(["umount", out], check=True)
     return dict(sorted(found.items()))
 
 
@@ -115,9 +173,12 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--format", default="awq")
+    parser.add_argument("--mounted", action="store_true", help="a mount point as the destination")
+    parser.add_argument("--terminal", action="store_true", help="in a terminal, which may go away")
     args = parser.parse_args()
     root = Path(tempfile.mkdtemp())
-    found = kills(root, args.count, args.seed, ("--format", args.format))
+    more = ("--format", args.format)
+    found = kills(root, args.count, args.seed, more, mounted=args.mounted, terminal=args.terminal)
     shutil.rmtree(root)
     print(json.dumps({"kills": args.count, **found}, indent=1))
 

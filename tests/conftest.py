@@ -9,17 +9,26 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 import pytest
 from hypothesis import settings
 
+MAPS = Path("/proc/self/maps")
+
 settings.register_profile("awq_jax", deadline=None, max_examples=30, derandomize="CI" in os.environ)
 settings.load_profile("awq_jax")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """What XLA compiled is shared by the workers and kept for the next run: `pytest --cache-clear` forgets it."""
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("programs")))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def programs_are_dropped():
-    """What a module compiled: a process has room for so many memory maps only."""
+    """A process has room for 65,530 memory maps only: before they are too many, what was compiled goes."""
     yield
     import jax
 
-    jax.clear_caches()
+    if not MAPS.exists() or MAPS.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
 
 
 @pytest.fixture(autouse=True, scope="session")

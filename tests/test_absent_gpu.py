@@ -20,10 +20,10 @@ from awq_jax.kernels import grouped_int4_matmul, int4_matmul, shared_int4_matmul
 from awq_jax.models.generate import _generate
 from awq_jax.models.llama import Config, Llama
 from awq_jax.spec import QuantSpec
-from awq_jax.tensor import in_int4, in_rows, in_tiles, prepare, quantize, with_input_scale
+from awq_jax.tensor import SCALE_DTYPE, in_int4, in_rows, in_tiles, prepare, quantize, with_input_scale
 from awq_jax.tune import program
 
-pytestmark = pytest.mark.gpu_compiler
+pytestmark = [pytest.mark.gpu_compiler, pytest.mark.slow]
 
 WIDTH = 2048
 CODES = WIDTH * WIDTH // 2
@@ -32,7 +32,7 @@ LEGACY = jax.__version_info__ < (0, 11)
 
 
 def weight(*lead: int, spec: QuantSpec = QuantSpec(), pack=in_tiles):  # noqa: B008
-    make = lambda w: pack(quantize(w, spec))
+    make = lambda w: pack(quantize(w, spec, steps=SCALE_DTYPE))
     return jax.eval_shape(make, jax.ShapeDtypeStruct((*lead, WIDTH, WIDTH), jnp.bfloat16))
 
 
@@ -184,7 +184,7 @@ def test_the_kernel_for_hopper_is_one_call_without_spills(monkeypatch, tmp_path,
     monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
     x = jax.ShapeDtypeStruct((*lead, m, WIDTH), dtype)
     dense = jax.ShapeDtypeStruct((*lead, WIDTH, n), jnp.bfloat16)
-    w = jax.eval_shape(lambda w: in_tiles(quantize(w, spec)), dense)
+    w = jax.eval_shape(lambda w: in_tiles(quantize(w, spec, steps=SCALE_DTYPE)), dense)
     compiled = compile_for_h200(ft.partial(int4_matmul, implementation="mosaic", dtype=result), x, w)
     assert compiled.as_text().count("custom-call(") == 1
     assert temporary(compiled) == 0
@@ -246,7 +246,7 @@ def test_greedy_decoding_copies_no_weight_and_runs_within_command_buffers(monkey
 
     def initial():
         params = Llama(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-        pack = lambda path, leaf: quantize(leaf, QuantSpec()) if path[-1].key == "kernel" else leaf
+        pack = lambda path, leaf: quantize(leaf, QuantSpec(), steps=SCALE_DTYPE) if path[-1].key == "kernel" else leaf
         return prepare(jax.tree_util.tree_map_with_path(pack, params))
 
     def run(params, tokens):

@@ -15,7 +15,7 @@ os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
 
 from awq_jax.kernels import int4_matmul
 from awq_jax.spec import QuantSpec
-from awq_jax.tensor import in_int4, in_rows, quantize
+from awq_jax.tensor import SCALE_DTYPE, in_int4, in_rows, quantize
 
 WIDTH = 4096
 CODES = WIDTH * WIDTH // 2
@@ -27,7 +27,7 @@ def device(request):
 
 
 def weight(*lead: int, pack=in_int4):
-    make = lambda w: pack(quantize(w, QuantSpec()))
+    make = lambda w: pack(quantize(w, QuantSpec(), steps=SCALE_DTYPE))
     return jax.eval_shape(make, jax.ShapeDtypeStruct((*lead, WIDTH, WIDTH), jnp.bfloat16))
 
 

@@ -16,6 +16,7 @@ from awq_jax.formats.errors import InputError
 from awq_jax.formats.stored import StoredTensor
 from awq_jax.load import architecture
 from awq_jax.models import llama
+from awq_jax.spec import QuantSpec
 
 LAYER = "model.layers.0."
 
@@ -27,7 +28,9 @@ def weights():
 
 def opened(weights, **changes):
     """A checkpoint of these arrays."""
-    stored = {name: StoredTensor(w.shape, w.nbytes, lambda w=w: w) for name, w in weights.items()}
+    stored = {
+        name: StoredTensor(w.shape, w.nbytes, lambda w=w: w, stored_as=w.dtype.name) for name, w in weights.items()
+    }
     return Checkpoint("huggingface", Path("m"), config(**changes), stored, lambda: pytest.fail("read"), 0)
 
 
@@ -66,6 +69,11 @@ DISAGREEING = {
     "data parallel": (renamed("module."), {}, "from within a wrapper"),
     "LoRA": (more(f"{LAYER}mlp.up_proj.lora_A.weight"), {}, "adapter is not merged: .*merge_and_unload"),
     "scales": (more(f"{LAYER}mlp.up_proj.weight_scale"), {}, "quantized in a way that config.json does not say"),
+    "codes": (
+        lambda w: w | {f"{LAYER}mlp.up_proj.weight": np.ones((128, 64), np.int8)},
+        {},
+        "up_proj.weight is of int8, which are the codes of a quantization",
+    ),
     "anything": (more("vision.weight"), {}, r"has 22 tensors, of which nothing reads 1 \(vision.weight\): .*another"),
     "no head": (without("lm_head.weight"), {}, "no tensor lm_head.weight .*set tie_word_embeddings to true"),
     "no biases": (
@@ -105,7 +113,7 @@ def test_quantized_matrices_may_stand_beside_dense_ones(weights):
     """Even where servers would make one matrix of both."""
     checkpoint = opened(weights)
     name = f"{LAYER}self_attn.k_proj.weight"
-    mixed = {**checkpoint.tensors, name: StoredTensor((64, 32), 0, lambda: None, quantized=True)}
+    mixed = {**checkpoint.tensors, name: StoredTensor((64, 32), 0, lambda: None, spec=QuantSpec())}
     architecture(Checkpoint("autoawq", Path("m"), checkpoint.config, mixed, checkpoint.load_tokenizer, 0))
 
 

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 
 import awq_jax as awq
 from awq_jax.formats import autoawq
+from awq_jax.formats.checkpoint import Checkpoint
 from awq_jax.formats.shard_writer import ShardWriter
 from awq_jax.formats.written import written_whole
 
@@ -41,6 +42,7 @@ def model(whole, tmp_path):
 def no_work(monkeypatch):
     """The model must not be read."""
     monkeypatch.setattr("awq_jax.convert.stream", lambda *args, **options: pytest.fail("work began"))
+    monkeypatch.setattr(Checkpoint, "params", lambda *args: pytest.fail("weights were read"))
 
 
 def contents(folder):
@@ -56,10 +58,11 @@ def refused(*args):
     """The line with which a command refuses."""
     done = run(*args)
     assert (done.code, beside_what_was_read(done.out)) == (2, "")
-    assert done.err.startswith("awq-jax: ")
-    assert done.err.endswith("\n")
-    assert done.err.count("\n") == 1
-    return done.err.strip()
+    err = beside_what_was_read(done.err)
+    assert err.startswith("awq-jax: ")
+    assert err.endswith("\n")
+    assert err.count("\n") == 1
+    return err.strip()
 
 
 def quantize_refused(folder, model, *more):
@@ -256,10 +259,10 @@ def written(file, content):
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("a.txt", b"", "a.txt gives 0 tokens, calibration needs 256 or more: give a longer text, or leave --calib out"),
+        ("a.txt", b"", "a.txt is empty: give a text, .* file, with text in it"),
         ("a.txt", b"word " * 40, "a.txt gives .* tokens, calibration needs 256"),
         ("a.txt", b"caf\xe9 " * 400, "a.txt is not UTF-8 text .*: give a text,"),
-        ("a.jsonl", b"", "a.jsonl gives 0 tokens"),
+        ("a.jsonl", b"", "a.jsonl is empty"),
         ("a.jsonl", b'{"text": "fine"}\n{"text": "cut', "a.jsonl, line 2: not JSON .*: repair or remove it"),
         ("a.txt", b'{"text": "fine"}\n{"text": "cut', "a.txt, line 2: not JSON .*: repair or remove it"),
         ("a.txt", "text ".encode("utf-16") * 400, "a.txt is UTF-16 text: convert it"),
@@ -488,13 +491,19 @@ def test_ctrl_c(model, tmp_path, monkeypatch, when):
         (None, (), "a.txt: there is no such file: give"),
         (b"caf\xe9", (), r"a.txt is not UTF-8 text .*codec.*: give a text, "),
         (b"word " * 9, (), r"a.txt has \d+ tokens, one window takes 1024: give --length \d+"),
-        (b"", (), r"a.txt has 0 tokens, one window takes 1024: give a longer text"),
+        (b"", (), "a.txt is empty: give a text"),
+        (b'{"text": ""}', (), "a.txt has 0 tokens, one window takes 1024: give a longer text"),
+        (
+            b'{"messages": [], "image": "a.png"}\n' * 2,
+            (),
+            r"a.txt \(2 rows with an image left out\) has 0 tokens, one window takes 1024: give a longer text",
+        ),
         (b"word " * 9, ("--length", "1"), "--windows 8 --length 1: give .* 2 tokens or more"),
         (b"word " * 999, ("--length", "513"), r"a.txt in windows of --length 513: .* 512 positions .*: give 512"),
         (b"word " * 9, ("--windows", "-1"), "--windows -1 --length 1024: give 1 or more"),
     ],
 )
-def test_eval(whole, tmp_path, content, more, says):
+def test_eval(whole, tmp_path, content, more, says, no_work):
     file = tmp_path / "a.txt"
     if content is not None:
         file.write_bytes(content)
@@ -508,10 +517,12 @@ def test_eval(whole, tmp_path, content, more, says):
         (("hi", "--temperature", "-1"), "--temperature -1.0: give 0"),
         (("", "--raw"), "the prompt gives no token: give"),
         (("word " * 900,), "the prompt: .* tokens, .* 512 positions"),
+        (("hi", "--seed", str(2**63)), f"--seed {2**63}: give a number of 64 bits"),
+        (("hi", "--top-p", "2"), "--top-p 2.0: give a probability"),
         (("hi", "--max-new-tokens", "600"), "--max-new-tokens 600 after a prompt of .* 512 positions"),
     ],
 )
-def test_generate(whole, more, says):
+def test_generate(whole, more, says, no_work):
     assert_says(refused("generate", whole, *more), says)
 
 
@@ -535,6 +546,7 @@ def test_tokens_beyond_the_embedding(grown, tmp_path, command, no_work):
         assert_says(refused("eval", grown, tmp_path / "a.txt", "--length", "64"), f"a.txt in windows .*: {says}")
     else:
         assert_says(refused("generate", grown, "<tool>"), f"the prompt: {says}")
+        assert "The tokenizer has 1 tokens beyond the embedding's 320 rows" in run("generate", grown, "<tool>").err
 
 
 def test_scores_that_are_no_numbers(tmp_path):

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from checkpoints import tiny_folder
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[1] / "benchmarks/decode.py"
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import jax
 import pytest
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton", reason="triton has wheels for Linux only")
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

@@ -4,7 +4,9 @@ import json
 import os
 import socket
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -13,7 +15,7 @@ from commands import run
 from tokenizers import Tokenizer, decoders, models, processors
 
 from awq_jax import cache, ending
-from awq_jax.formats import files, huggingface
+from awq_jax.formats import files, huggingface, text
 from awq_jax.formats.checkpoint import open_checkpoint
 from awq_jax.formats.errors import InputError, one_line, reading
 from awq_jax.formats.text import decode, encode, unprinted
@@ -232,6 +234,33 @@ def test_lone_surrogates_stay_what_they_are(tmp_path):
     found = files.read_json(tmp_path / "a.json")
     huggingface.write_json(tmp_path / "b.json", found)
     assert files.read_json(tmp_path / "b.json") == found
+
+
+def test_a_tokenizer_that_takes_far_too_long_is_refused(monkeypatch):
+    monkeypatch.setattr(text, "SECONDS", 0.25)
+    asked = []
+
+    def slow(words, **options):
+        asked.append(len(words))
+        time.sleep(0.3 if len(words) == 64 else 0)
+        return SimpleNamespace(input_ids=[1] * (len(words) if len(words) < 512 else 10**6))
+
+    with pytest.raises(InputError, match=r"64 characters of it take 0\.\d s and give 64 tokens\): repair"):
+        encode(slow, "a" * 10_000)
+    assert asked == [8, 64]
+    assert len(encode(slow, "a" * 511)) == 511
+    with pytest.raises(InputError, match=r"512 characters of it take .* give 1000000 tokens"):
+        encode(lambda words, **options: slow(words + "a", **options), "a" * 10_000)
+
+
+def test_a_tokenizer_that_fills_the_memory_with_a_letter_is_refused(tmp_path):
+    m = tiny_folder(tmp_path / "m")
+    found = json.loads((m / "tokenizer.json").read_text())
+    ten = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}
+    found["normalizer"] = {"type": "Sequence", "normalizers": [ten] * 10}
+    (m / "tokenizer.json").write_text(json.dumps(found))
+    with pytest.raises(InputError, match=r"\(it replaces a letter by 10000000000\): copy a tokenizer.json of"):
+        open_checkpoint(m).tokenizer()
 
 
 def test_a_tokenizer_that_fails_is_one_line(capfd):

@@ -165,7 +165,9 @@ def test_a_dataset_of_the_hub(monkeypatch):
         raise RuntimeError("no such data set\nat all")
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=refuse))
-    with pytest.raises(InputError, match=r"someone/texts is no file, and the hub gives .*: no such data set at all$"):
+    with pytest.raises(
+        InputError, match=r"someone/texts is no file, and the hub gives .*\(no such data set at all\): check the name"
+    ):
         calibration_tokens("someone/texts", tokenizer(), samples=8, seq_len=40)
 
 

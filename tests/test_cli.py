@@ -175,14 +175,17 @@ class TestArguments:
             "average_bits": None,
             "distill": 0,
             "overwrite": False,
-            "fit_groups": True,
         }
 
     @pytest.mark.parametrize("name", awq.PRESETS)
     def test_every_preset_can_be_named(self, asked, name):
         assert run("quantize", "m", "out", "--preset", name, "--group-size", "64").code == 0
         assert asked["recipe"] == replace(awq.PRESETS[name], group_size=64)
-        assert not asked["fit_groups"]
+
+    @pytest.mark.parametrize("name", awq.PRESETS)
+    def test_a_preset_is_that_of_python(self, asked, name):
+        run("quantize", "m", "out", "--preset", name)
+        assert asked["recipe"] == awq.PRESETS[name]
 
     def test_fast_takes_a_quarter_of_the_samples_unless_told(self, asked):
         run("quantize", "m", "out", "--preset", "fast")

@@ -1,5 +1,6 @@
 """The process of the `awq-jax` command: what signals and closed pipes do to it."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -10,25 +11,30 @@ from pathlib import Path
 import pytest
 
 import awq_jax_command
-from awq_jax.formats import scratch, text
+from awq_jax.formats import text
 
 ROOT = Path(awq_jax_command.__file__).parent
 STAND_IN = """
-import hashlib, importlib.util, subprocess, sys, time, types
+import hashlib, os, subprocess, sys, time, types
 from pathlib import Path
 home, what = Path(sys.argv[1]), sys.argv[2]
-spec = importlib.util.spec_from_file_location("awq_jax.formats.scratch", sys.argv[3])
-scratch = importlib.util.module_from_spec(spec)
-sys.modules["awq_jax.formats.scratch"] = scratch
-spec.loader.exec_module(scratch)
+sys.modules["awq_jax"] = types.ModuleType("awq_jax")  # without all that the package imports
+sys.modules["awq_jax"].__path__ = [sys.argv[3]]
+from awq_jax.formats import scratch
 
 def run():
     with scratch.scratch_folder(home) as folder:
         (folder / "file").write_text("half")
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) if what == "child" else None
-        print(child.pid if child else "ready", flush=True)
+        if what == "printing":
+            print("half a line", end="")
+            os.write(1, b"ready\n")
+        else:
+            print(child.pid if child else "ready", flush=True)
         if what == "compiled":  # minutes in C, where no handler of Python's runs
             hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+        if what == "unread":
+            sys.stdout.write("a" * 10**7)
         if what == "writing":
             for k in range(10**9):
                 (folder / str(k)).write_text("")
@@ -36,14 +42,13 @@ def run():
 
 class Importing:
     def find_spec(self, name, path, target=None):
-        if name == "awq_jax":
+        if name == "awq_jax.cli":
             print("ready", flush=True)
             time.sleep(600)
 
 if what == "imports":
     sys.meta_path.insert(0, Importing())
 else:
-    sys.modules["awq_jax"] = types.ModuleType("awq_jax")
     sys.modules["awq_jax.cli"] = types.SimpleNamespace(main=run)
 import awq_jax_command
 awq_jax_command.main()
@@ -60,7 +65,7 @@ def started(
             signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
 
     process = subprocess.Popen(
-        [sys.executable, "-c", STAND_IN, str(home), what, scratch.__file__],
+        [sys.executable, "-c", STAND_IN, str(home), what, str(ROOT / "awq_jax")],
         stdout=subprocess.PIPE,
         stderr=stderr,
         text=True,
@@ -90,6 +95,28 @@ def test_a_signal_ends_it_at_once_and_leaves_nothing(tmp_path, name, code, what)
         end = time.monotonic() + 30
         while not is_dead(Path(f"/proc/{line}/stat")):
             assert time.monotonic() < end
+
+
+def test_what_was_printed_is_not_lost(tmp_path):
+    process, _ = started(tmp_path, "printing")
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == ("half a line", "awq-jax: stopped.\n")
+
+
+def test_it_waits_for_no_reader(tmp_path):
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(told, b"a" * 1000)
+    os.set_blocking(told, True)
+    process, _ = started(tmp_path, "unread", stderr=told)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 143
+    assert list(tmp_path.iterdir()) == []
+    os.close(told)
+    os.close(heard)
 
 
 @pytest.mark.parametrize("make", [os.pipe, os.openpty])

@@ -19,7 +19,7 @@ from tiny import random_tokens
 
 import awq_jax as awq
 from awq_jax import Recipe, Rule
-from awq_jax.convert import computed_in, fitted, halved, without_rows
+from awq_jax.convert import computed_in, fitted, halved
 from awq_jax.formats.errors import InputError
 from awq_jax.formats.written import written_whole
 from awq_jax.models.llama import Config, Llama
@@ -404,8 +404,8 @@ def test_the_config_of_a_folder_is_that_of_the_model(made, dense):
     assert awq.load(made("awq").path).config == awq.load(dense).config == Config.from_hf(config())
 
 
-def test_without_a_recipe_the_largest_group_that_divides_all_widths_is_taken(root, dense):
-    done = awq.quantize_checkpoint(dense, root / "no recipe", **TEXT)
+def test_where_the_recipe_names_none_the_largest_group_that_divides_all_widths_is_taken(root, dense):
+    done = awq.quantize_checkpoint(dense, root / "no recipe", awq.Recipe(), **TEXT)
     assert done.recipe.group_size == 64
     (read,) = done.calibration
     assert read.used == TEXT["samples"] * TEXT["seq_len"]

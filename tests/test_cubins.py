@@ -8,6 +8,8 @@ from cubins import compiled
 
 from awq_jax.kernels import launch, table, target
 
+pytestmark = pytest.mark.slow
+
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 COLUMNS = (1024, 4096, 8192, 28672)
 K, N = 8192, 4096

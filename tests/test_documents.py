@@ -51,7 +51,6 @@ def test_json_is_known_by_what_it_is(tmp_path, name, content):
         (["a", "b"], ["a", "b"]),
         ({"text": ["a", "b"]}, ["a", "b"]),
         ([{"role": "prompter", "text": "a"}], [{"role": "prompter", "text": "a"}]),
-        ([], []),
     ],
 )
 def test_a_json_value_is_a_list_of_rows_or_one(tmp_path, value, rows):
@@ -72,7 +71,6 @@ def test_messages_line_by_line_are_one_chat(tmp_path):
         "[[1]] [[2]] notes",
         '["Quoted"] text',
         "\ufeffBOM",
-        "",
     ],
 )
 def test_text_is_one_row(tmp_path, text):
@@ -87,6 +85,24 @@ def test_tables_are_rows(tmp_path):
             writer.writeheader()
             writer.writerows(rows)
         assert [row for _, row in read_rows(tmp_path / name, is_row)] == rows
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.txt", "", "a.txt is empty: give"),
+        ("a.csv", " \n", "a.csv is empty: give"),
+        ("a.json", "[]", "a.json holds no rows: give"),
+        ("a.csv", "question,answer\n", "a.csv holds no rows: give"),
+        ("a.csv", "text;label\nhi;1\n", "a.csv: its first line separates columns by ';', expected is ','"),
+        ("a.csv", "question\tanswer\na\tb\n", r"a.csv: its first line separates columns by '\\t', expected is ','"),
+        ("a.tsv", "question,answer\na,b\n", r"a.tsv: its first line separates columns by ',', expected is '\\t'"),
+        ("a.csv", "text\nhi\nHello, you, all\n", "a.csv, row 2 has 3 cells, the first line names 1: put text with ','"),
+    ],
+)
+def test_files_without_rows_and_tables_of_another_kind(tmp_path, name, content, says):
+    with pytest.raises(InputError, match=says):
+        rows_of(tmp_path / name, content)
 
 
 def test_a_table_has_fields_of_any_length(tmp_path):

@@ -115,6 +115,14 @@ def test_an_input_scale_must_be_folded_first():
         to_autoawq(with_input_scale(quantize(weight(), SPEC), np.ones(64, np.float32)))
 
 
+def test_steps_are_held_against_those_of_their_column():
+    small = weight() * np.where(np.arange(16) == 3, 1e-9, 1).astype(np.float32)
+    with pytest.raises(InputError, match=r"its steps: values of at most .*e-10 are too small for float16"):
+        to_autoawq(quantize(small, SPEC))
+    part = weight() * np.where(np.arange(64) < 32, 1e-9, 1).astype(np.float32)[:, None]
+    assert to_autoawq(quantize(part, SPEC))["scales"].max() > 0.1
+
+
 def test_arrays_that_do_not_fit_each_other_are_refused():
     arrays = to_autoawq(quantize(weight(), SPEC))
     with pytest.raises(ValueError, match="do not fit each other in groups of 64"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -61,6 +62,28 @@ def test_a_folder_whose_name_is_no_text(tmp_path):
 def test_cards_that_tell_no_license(tmp_path, text):
     (tmp_path / "README.md").write_text(text)
     assert license_of(tmp_path) is None
+
+
+@pytest.mark.parametrize("line", ["license: mit", 'license: "mit"', "license:  'mit' # as ever", "license: mit\r"])
+def test_cards_that_tell_a_license(tmp_path, line):
+    (tmp_path / "README.md").write_text(f"---\ntags:\n- a\n{line}\nother: b\n---\n\nlicense: prose\n")
+    assert license_of(tmp_path) == "mit"
+
+
+def test_a_card_of_megabytes_is_not_parsed(tmp_path):
+    tags = "\n".join(f"- tag {k}" for k in range(200_000))
+    (tmp_path / "README.md").write_text(f"---\nlicense: mit\ntags:\n{tags}\n---\n")
+    began = time.process_time()
+    assert license_of(tmp_path) is None
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n" + "\n" * 10_000_000)
+    assert license_of(tmp_path) == "mit"
+    assert time.process_time() - began < 1
+
+
+@pytest.mark.parametrize("license", ["", "\u0085", "a b: c", "[x]"])
+def test_a_license_that_is_no_name_stays_out(tmp_path, license):
+    write_gguf(tmp_path / "m.gguf", llama_weights(), changes={"general.license": license})
+    assert license_of(tmp_path / "m.gguf") is None
 
 
 def test_a_gguf_tells_its_license(tmp_path):

@@ -147,6 +147,28 @@ def digests(folder):
     return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+def test_params_are_read_and_placed_piece_by_piece(tmp_path, monkeypatch):
+    params = {f"layer.{k}": {"kernel": quantize(weight(64, 8, seed=k), QuantSpec(4, 32))} for k in range(5)}
+    params |= {"layer.5": {"kernel": jnp.ones((8, 8))}}
+    orbax.save_params(tmp_path / "out", params)
+    read, restored = [], orbax.restored
+    monkeypatch.setattr(orbax, "restored", lambda part, like: read.append(like) or restored(part, like))
+    with pytest.raises(InputError, match=r"layer\.5/kernel has shape"):
+        orbax.load_params(tmp_path / "out", like=params | {"layer.5": {"kernel": jnp.ones((8, 9))}})
+    assert not read
+    mesh = jax.make_mesh((2,), ("x",))
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    like = jax.eval_shape(lambda: params)
+    like |= {"layer.5": {"kernel": jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=place)}}
+    for at_once, times in ((1 << 28, 1), (params["layer.0"]["kernel"].nbytes + 1, 3)):
+        monkeypatch.setattr(orbax, "AT_ONCE", at_once)
+        read.clear()
+        found = orbax.load_params(tmp_path / "out", like=like)
+        assert_same(found, params)
+        assert found["layer.5"]["kernel"].sharding == place
+        assert len(read) == times
+
+
 def test_the_same_params_are_the_same_bytes(tmp_path):
     recipe = Recipe(scale=lambda w, moments, spec: moments.mean_abs, clip=lambda *args: None)
     for name in ("one", "two"):

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from awq_jax.formats import scratch
+from awq_jax.formats import manifest, scratch
 from awq_jax.formats.scratch import discard_all, scratch_folder
 
 DIES = """
-import os, runpy, sys
+import os, sys, types
 from pathlib import Path
-scratch_folder = runpy.run_path(sys.argv[3])["scratch_folder"]
+sys.modules["awq_jax"] = types.ModuleType("awq_jax")  # without all that the package imports
+sys.modules["awq_jax"].__path__ = [sys.argv[3]]
+from awq_jax.formats.scratch import scratch_folder
 with scratch_folder(Path(sys.argv[1])) as folder:
     (folder / "file").write_text("half")
     print("ready", flush=True)
@@ -23,9 +25,12 @@ with scratch_folder(Path(sys.argv[1])) as folder:
 """
 
 
+PACKAGE = str(Path(scratch.__file__).parents[1])
+
+
 def started(home: Path, what: str) -> subprocess.Popen:
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    process = subprocess.Popen([sys.executable, "-c", DIES, str(home), what, scratch.__file__], **pipes)
+    process = subprocess.Popen([sys.executable, "-c", DIES, str(home), what, PACKAGE], **pipes)
     assert process.stdout.readline() == b"ready\n"
     return process
 
@@ -61,8 +66,10 @@ def test_without_locks_all_stay_and_are_named(tmp_path, monkeypatch, caplog):
 
 def assert_named_until_its_lock_goes(home, caplog):
     (left,) = home.iterdir()
-    (home / "moved").write_text("old")
-    (left / scratch.JOURNAL).write_text('[["there", "moved"]]')
+    for part, name in (("old", "there"), ("new", "half")):
+        (left / part).mkdir()
+        (left / part / name).write_text("")
+    manifest.write_manifest(left / "new")
     with caplog.at_level(logging.WARNING), scratch_folder(home), scratch_folder(home):
         assert len(list(home.glob(scratch.NAMES))) == 3
     lock = scratch.lock_of(left)

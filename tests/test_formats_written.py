@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from awq_jax.formats import scratch, written
+from awq_jax.formats import manifest, moves, scratch, written
 from awq_jax.formats.errors import InputError
 from awq_jax.formats.scratch import scratch_folder
 from awq_jax.formats.written import MANIFEST, check_destination, written_whole
@@ -56,7 +56,7 @@ def test_the_folder_appears_when_the_block_ends_and_nothing_else_stays(tmp_path)
 
 def test_the_manifest_lists_the_files(tmp_path):
     out = earlier(tmp_path / "out")
-    assert json.loads((out / MANIFEST).read_text())["files"] == ["config.json", "part/old"]
+    assert list(json.loads((out / MANIFEST).read_text())["files"]) == ["config.json", "part/old"]
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
@@ -79,7 +79,7 @@ def test_the_folders_change_places_at_once(tmp_path, monkeypatch):
         pytest.skip("no renameat2 here")
     assert written.exchange(out, tmp_path / "other")
     (tmp_path / "other").rmdir()
-    monkeypatch.setattr(written, "move_all", lambda *args: pytest.fail("moved file by file"))
+    monkeypatch.setattr(written, "move_in", lambda *args: pytest.fail("moved file by file"))
     fill(out, overwrite=True)
     assert contents(tmp_path) == NEW
 
@@ -115,8 +115,8 @@ class TestWithoutExchange:
     def test_the_next_run_brings_them_back_after_a_kill(self, tmp_path, out, monkeypatch, at):
         with monkeypatch.context() as patch:
             fail_at(patch, at, KeyboardInterrupt())
-            for name in ("undo", "discard"):
-                patch.setattr(scratch, name, lambda folder: None)
+            patch.setattr(moves, "take_back", lambda folder: None)
+            patch.setattr(scratch, "discard", lambda folder: None)
             with pytest.raises(KeyboardInterrupt):
                 fill(out, overwrite=True)
         assert len(list(tmp_path.iterdir())) == 2
@@ -125,6 +125,85 @@ class TestWithoutExchange:
             fill(out)
         assert contents(tmp_path) == OLD
         assert list(tmp_path.iterdir()) == [out]
+
+    def test_what_comes_while_files_are_moved_is_not_replaced(self, tmp_path, out, monkeypatch):
+        real = Path.rename
+
+        def rename(self, target):
+            if self.name == "part":
+                (self / "theirs").write_text("2")
+            return real(self, target)
+
+        monkeypatch.setattr(Path, "rename", rename)
+        with pytest.raises(FileExistsError, match="holds part/theirs, which awq_jax did not write"):
+            fill(out, overwrite=True)
+        assert contents(tmp_path) == OLD | {"out/part/theirs": "2"}
+
+
+class TestCutShort:
+    """What a run that was killed between its moves leaves is put back by the next one, and nothing else is touched."""
+
+    @pytest.fixture
+    def left(self, tmp_path, monkeypatch):
+        """The scratch folder of a run that died when only its manifest was yet to be moved."""
+        out = earlier(tmp_path / "out")
+        with monkeypatch.context() as patch:
+            patch.setattr(written, "exchange", lambda a, b: False)
+            patch.setattr(moves, "take_back", lambda folder: None)
+            patch.setattr(scratch, "discard", lambda folder: None)
+            fail_at(patch, 4, KeyboardInterrupt())
+            with pytest.raises(KeyboardInterrupt):
+                fill(out, overwrite=True)
+        (left,) = tmp_path.glob(scratch.NAMES)
+        assert sorted(contents(out)) == ["a"]
+        return left
+
+    def next_run(self, home):
+        with scratch_folder(home):
+            pass
+
+    def test_all_is_well(self, tmp_path, left):
+        self.next_run(tmp_path)
+        assert contents(tmp_path) == OLD
+        assert not left.exists()
+
+    def test_files_that_came_since_stay(self, tmp_path, left):
+        (tmp_path / "out" / "a").write_text("mine")
+        (tmp_path / "out" / "mine").write_text("mine")
+        self.next_run(tmp_path)
+        assert contents(tmp_path) == OLD | {"out/a": "mine", "out/mine": "mine"}
+
+    def test_a_place_that_is_taken_keeps_what_it_has_and_the_old_file_is_named(self, tmp_path, left, caplog):
+        (tmp_path / "out" / "part").mkdir()
+        (tmp_path / "out" / "part" / "old").write_text("mine")
+        for _ in range(2):
+            self.next_run(tmp_path)
+        assert contents(tmp_path / "out") == {"part/old": "mine", "config.json": "{}"}
+        assert (left / "old" / "out" / "part" / "old").read_text() == "0"
+        (line,) = caplog.messages
+        assert f"{left} holds files of an earlier output that cannot be put back: move them by hand" in line
+
+    @pytest.mark.parametrize("text", [None, "", "[]", '{"files": {"a": "1"}}', '{"files": {"../../../mine": ""}}'])
+    def test_a_list_that_is_damaged_costs_no_file(self, tmp_path, left, text):
+        (tmp_path / "mine").write_text("mine")
+        listed = left / "new" / "out" / MANIFEST
+        if text is None:
+            listed.rename(listed.with_name("elsewhere"))
+        else:
+            listed.write_text(text)
+        self.next_run(tmp_path)
+        found = contents(tmp_path)
+        assert (found["mine"], found["out/a"]) == ("mine", "1")
+        assert {Path(file).name: text for file, text in found.items() if text == "0"} == {"old": "0"}
+
+    def test_links_lead_nowhere(self, tmp_path, left):
+        elsewhere = tmp_path / "elsewhere"
+        (tmp_path / "out").rename(elsewhere)
+        (tmp_path / "out").symlink_to(elsewhere)
+        (elsewhere / "mine").write_text("mine")
+        self.next_run(tmp_path)
+        assert contents(elsewhere) == {"a": "1", "mine": "mine"}
+        assert contents(left / "old" / "out") == {"part/old": "0", "config.json": "{}"}
 
 
 def fail_at(patch, at, error):
@@ -162,6 +241,27 @@ class TestForeignFiles:
             fill(out, overwrite=True)
         assert OLD.items() <= contents(tmp_path).items()
 
+    @pytest.mark.parametrize("name", ["config.json", "part/old"])
+    def test_a_file_that_is_not_as_it_was_is_named(self, tmp_path, name):
+        out = earlier(tmp_path / "out")
+        (out / name).write_text("mine")
+        with pytest.raises(FileExistsError, match=f"holds {name}, which is not as awq_jax wrote it: move it away"):
+            fill(out, overwrite=True)
+        assert contents(out)[name] == "mine"
+
+    def test_a_link_in_the_place_of_a_file_is_named(self, tmp_path):
+        out = earlier(tmp_path / "out")
+        (out / "config.json").rename(tmp_path / "mine")
+        (out / "config.json").symlink_to(tmp_path / "mine")
+        with pytest.raises(FileExistsError, match=r"holds config\.json, which is not as awq_jax wrote it"):
+            fill(out, overwrite=True)
+
+    def test_a_copy_is_as_it_was(self, tmp_path):
+        shutil.copytree(earlier(tmp_path / "first"), tmp_path / "out")
+        shutil.rmtree(tmp_path / "first")
+        fill(tmp_path / "out", overwrite=True)
+        assert contents(tmp_path) == NEW
+
     def test_a_scratch_folder_that_another_run_uses_is_named(self, tmp_path):
         out = earlier(tmp_path / "out")
         with scratch_folder(out) as theirs:
@@ -184,14 +284,16 @@ class TestForeignFiles:
         monkeypatch.setattr(written, "exchange", lambda a, b: False)
         out = earlier(tmp_path / "out")
         (tmp_path / "mine").write_text("0")
-        (out / MANIFEST).write_text(json.dumps({"files": ["../mine", "/", "..", "config.json", "part/old"]}))
+        listed = json.loads((out / MANIFEST).read_text())["files"]
+        more = dict.fromkeys(["../mine", "/", "..", str(tmp_path / "mine")], manifest.mark(tmp_path / "mine"))
+        (out / MANIFEST).write_text(json.dumps({"files": listed | more}))
         fill(out, overwrite=True)
         assert contents(tmp_path) == NEW | {"mine": "0"}
 
-    @pytest.mark.parametrize("manifest", ["", "[]", "{}", '{"files": 3}', '{"files": [[]]}', "\udcff"])
-    def test_a_damaged_manifest_is_none(self, tmp_path, manifest):
+    @pytest.mark.parametrize("text", ["", "[]", "{}", '{"files": 3}', '{"files": {"config.json": ""}}', "\udcff"])
+    def test_a_damaged_manifest_is_none(self, tmp_path, text):
         out = earlier(tmp_path / "out")
-        (out / MANIFEST).write_bytes(manifest.encode(errors="surrogateescape"))
+        (out / MANIFEST).write_bytes(text.encode(errors="surrogateescape"))
         with pytest.raises(FileExistsError, match="holds"):
             fill(out, overwrite=True)
         assert contents(tmp_path) == OLD

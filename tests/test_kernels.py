@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="triton has wheels for Linux only")
 
 import interpreted
+from quick import quick_jit
 
 from awq_jax.kernels import api, grouped_int4_matmul, int4_matmul, shared_int4_matmul, table, target, triton
 from awq_jax.kernels.api import separate
@@ -33,11 +34,13 @@ from awq_jax.kernels.gpu import architecture, multiprocessors
 from awq_jax.spec import QuantSpec
 from awq_jax.tensor import QuantizedTensor, in_int4, in_tiles, quantize, with_input_scale
 
+pytestmark = pytest.mark.slow
+
 IMPLEMENTATIONS = ("triton", "direct", "xla")
 SPEC = QuantSpec(4, 32)
-dense_weight = jax.jit(lambda w: w.dequantize())
-multiply = jax.jit(int4_matmul, static_argnames="implementation")
-grouped_multiply = jax.jit(grouped_int4_matmul, static_argnames="implementation")
+dense_weight = quick_jit(lambda w: w.dequantize())
+multiply = quick_jit(int4_matmul, static_argnames="implementation")
+grouped_multiply = quick_jit(grouped_int4_matmul, static_argnames="implementation")
 ROUNDING = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}
 
 
@@ -53,9 +56,15 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 def weight(
     *shape: int, spec: QuantSpec = SPEC, scaled: bool = False, seed: int = 0, implementation: str = "triton"
 ) -> QuantizedTensor:
-    w = quantize(normal(*shape, seed=seed) + 0.3, spec)
-    w = with_input_scale(w, np.exp(normal(*shape[:-1], seed=seed + 1))) if scaled else w
-    return in_int4(w) if implementation == "direct" else in_tiles(w)
+    scale = np.exp(normal(*shape[:-1], seed=seed + 1)) if scaled else None
+    return packed(normal(*shape, seed=seed) + 0.3, scale, spec, in_int4 if implementation == "direct" else in_tiles)
+
+
+@ft.partial(quick_jit, static_argnums=(2, 3))
+def packed(w, scale, spec, pack) -> QuantizedTensor:
+    """One program: the operations one by one take a compilation each, for every shape."""
+    w = quantize(w, spec)
+    return pack(w if scale is None else with_input_scale(w, scale))
 
 
 def exact(x, w: QuantizedTensor) -> tuple[np.ndarray, np.ndarray]:

@@ -10,6 +10,7 @@ from commands import run
 from tiny import hf_config, random_params
 
 from awq_jax import memory
+from awq_jax.formats.checkpoint import Checkpoint
 from awq_jax.load import Model
 from awq_jax.models import llama
 from awq_jax.models.generate import generate, nbytes, stream
@@ -56,6 +57,10 @@ def test_commands_refuse_what_memory_does_not_hold(tmp_path, monkeypatch):
     assert "Calibration on --samples 2 sequences of --seq-len 64 tokens takes about" in done.err
     assert done.err.strip().endswith("GB are free: give shorter ones, or fewer.")
     assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(Checkpoint, "params", lambda *args: pytest.fail("weights were read"))
+    done = run("generate", model, "Hi", "--max-new-tokens", "9")
+    assert done.code == 2
+    assert "--max-new-tokens 9 after a prompt of" in done.err
     done = run("eval", model, tmp_path / "a.txt", "--length", "64", "--windows", "1")
     assert done.code == 2
     assert "A window of --length 64 takes about" in done.err

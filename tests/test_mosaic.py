@@ -11,7 +11,9 @@ from jax import lax
 from awq_jax.kernels import int4_matmul, mosaic, mosaic_kernels, table, target
 from awq_jax.kernels.table import Tiling
 from awq_jax.spec import QuantSpec
-from awq_jax.tensor import in_tiles, quantize, with_input_scale
+from awq_jax.tensor import SCALE_DTYPE, in_tiles, quantize, with_input_scale
+
+pytestmark = pytest.mark.slow
 
 plgpu = mosaic_kernels.plgpu
 emulated = pytest.mark.skipif(not hasattr(plgpu, "InterpretGPUParams"), reason="jax emulates GPUs from 0.11 on")
@@ -87,7 +89,7 @@ def test_the_product_is_within_its_bound(emulator, lead, rows, k, n, spec, dtype
 def test_a_program_takes_tile_after_tile(emulator, monkeypatch, bm, k):
     """Of two matrices, with more copies in flight than there are rounds, or fewer."""
     monkeypatch.setattr(mosaic, "multiprocessors", lambda: 1)
-    w = jax.vmap(lambda w: in_tiles(quantize(w, QuantSpec(4, 64))))(normal(2, k, 192))
+    w = jax.vmap(lambda w: in_tiles(quantize(w, QuantSpec(4, 64), steps=SCALE_DTYPE)))(normal(2, k, 192))
     x = jnp.asarray(normal(2, 2 * bm - 8, k, seed=1), jnp.bfloat16)
     y = mosaic.matmul(x, w, tiling=dataclasses.replace(SMALL, bm=bm, stages=3))
     expected = np.asarray(x, np.float64) @ np.asarray(jax.vmap(lambda w: w.dequantize())(w), np.float64)
@@ -96,7 +98,7 @@ def test_a_program_takes_tile_after_tile(emulator, monkeypatch, bm, k):
 
 @emulated
 def test_a_batched_weight_is_one_call_of_experts(emulator):
-    w = jax.vmap(lambda w: in_tiles(quantize(w, QuantSpec(4, 64))))(normal(2, 128, 64))
+    w = jax.vmap(lambda w: in_tiles(quantize(w, QuantSpec(4, 64), steps=SCALE_DTYPE)))(normal(2, 128, 64))
     x = jnp.asarray(normal(2, 8, 128, seed=1), jnp.bfloat16)
     one = lambda x, w: int4_matmul(x, w, implementation="mosaic")
     y = jax.vmap(one)(x, w)

@@ -95,6 +95,18 @@ def test_a_group_of_one_sign_keeps_its_weights_apart(sign, symmetric):
     assert len(np.unique(q.dequantize())) >= 20
 
 
+@pytest.mark.parametrize("size", [1e-20, 1e-9, 1e-4, 1.0, 1e8])
+def test_weights_of_any_size_are_held(size):
+    usual, spec = normal(64, 8), QuantSpec(4, 32)
+    error = lambda q: np.square(np.asarray(q.dequantize(), np.float64) / size - usual).sum() / np.square(usual).sum()
+    w = (usual * size).astype(np.float32)
+    traced = jax.jit(quantize, static_argnums=1)(w, spec)
+    q, half = quantize(w, spec), quantize(w, spec, steps=np.float16)
+    assert max(error(q), error(traced)) < 0.02
+    assert (q.scales.dtype, half.scales.dtype) == (np.float16 if size == 1 else np.float32, np.float16)
+    assert traced.scales.dtype == np.float32
+
+
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("constant", [0.0, 1.0, -1.0, 1e-7, -1e-30, 3e4])
 def test_zero_constant_and_dead_columns_are_finite(constant, symmetric):

@@ -3,7 +3,6 @@
 import importlib
 import json
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -219,7 +218,8 @@ def test_the_command(monkeypatch, clock, file):
         def logits(self, tokens):
             return int4_matmul(jnp.ones((*tokens.shape, 256), jnp.bfloat16), self.params)
 
-    monkeypatch.setattr(importlib.import_module("awq_jax.load"), "load", lambda path: Model(weight()))
+    shapes = jax.eval_shape(weight)
+    monkeypatch.setattr(importlib.import_module("awq_jax.load"), "opened", lambda path: (Model(shapes), pytest.fail))
     with target(90):
         done = run("tune", "folder", "--rows", "64", "1")
         assert done.code == 0
@@ -229,7 +229,6 @@ def test_the_command(monkeypatch, clock, file):
 
 
 def test_the_command_without_a_gpu(monkeypatch):
-    monkeypatch.setattr(importlib.import_module("awq_jax.load"), "load", lambda path: SimpleNamespace(params=weight()))
-    done = run("tune", "folder")
+    done = run("tune", "no folder")
     assert done.code == 2
     assert "compute capability 8.0 or newer: none is here" in done.err

@@ -70,7 +70,7 @@ def to_autoawq(w: QuantizedTensor, name: str = "the weight") -> dict[str, np.nda
     return {
         "qweight": pack_gemm(np.asarray(codes)),
         "qzeros": pack_gemm(zeros),
-        "scales": as_float16(f"{name}, its steps", scales),
+        "scales": as_float16(f"{name}, its steps", scales, axis=0),
     }
 
 
@@ -154,8 +154,12 @@ def quantization_config(spec: QuantSpec, skipped: Sequence[str] = ()) -> dict[st
     }
 
 
-def as_float16(name: str, w: Float[np.ndarray, "*shape"]) -> Float16[np.ndarray, "*shape"]:
+def as_float16(name: str, w: Float[np.ndarray, "*shape"], axis: int | None = None) -> Float16[np.ndarray, "*shape"]:
     """`w` in float16.
+
+    Args:
+      axis: along which values are held against their largest; None for all, beside which a token that was never
+        trained is nothing.
 
     Raises:
       InputError: a value that float16 cannot hold, or so small values that it would hold little of them.
@@ -171,11 +175,11 @@ def as_float16(name: str, w: Float[np.ndarray, "*shape"]) -> Float16[np.ndarray,
             "format='orbax'."
         )
     wide = np.asarray(w, np.float32)
-    largest = float(np.abs(wide).max(initial=0))
-    if np.abs(half - wide).max(initial=0) > 2**-7 * largest:
+    largest, lost = (np.abs(a).max(axis, initial=0) for a in (wide, half - wide))
+    if (odd := lost > 2**-7 * largest).any():
         raise InputError(
-            f"{name}: values of at most {largest:g} are too small for float16, which AutoAWQ files use (exact from "
-            "6e-5): write format='orbax'."
+            f"{name}: values of at most {largest[odd].max():g} are too small for float16, which AutoAWQ files use "
+            "(exact from 6e-5): write format='orbax'."
         )
     return half
 

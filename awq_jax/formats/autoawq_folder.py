@@ -50,18 +50,18 @@ def read_spec(folder: Path, config: Mapping[str, Any]) -> QuantSpec | None:
             )
     zero_point = found.get("zero_point", True)
     if not isinstance(zero_point, bool):
-        raise InputError(f"{folder}: its quantization_config has zero_point={zero_point!r}: expected true or false.")
+        raise InputError(f"{folder}: its quantization_config's zero_point={zero_point!r}: expected true or false.")
     try:
         return QuantSpec(bits, group_size, symmetric=not zero_point)
     except ValueError as e:
-        raise InputError(f"{folder}: its quantization_config is not read: {e}") from e
+        raise InputError(f"{folder}: its quantization_config's {e}") from e
 
 
 def number(folder: Path, found: Mapping[str, Any], default: int, *names: str) -> int:
     """The whole number that a field holds, under the first of its names that is there."""
     name, value = next(((n, found[n]) for n in names if n in found), (names[0], default))
     if type(value) is not int:
-        raise InputError(f"{folder}: its quantization_config has {name}={value!r}: expected a whole number.")
+        raise InputError(f"{folder}: its quantization_config's {name}={value!r}: expected a whole number.")
     return value
 
 
@@ -118,4 +118,4 @@ def quantized_tensor(
 
     nbytes = sum(part.nbytes for part in parts.values())
     stored_as = f"{spec.bits}-bit g{spec.group_size}"
-    return StoredTensor((k, words * PER_WORD), nbytes, read, quantized=True, stored_as=stored_as)
+    return StoredTensor((k, words * PER_WORD), nbytes, read, stored_as, scales.dtype, spec)

@@ -10,6 +10,11 @@ from typing import Any, Protocol
 
 CARD = "README.md"
 HUB_CACHE = re.compile(r"models--(.+?)(?:--(.+))?")
+LONGEST_HEADER = 1 << 16
+CARD_HEADER = re.compile(r"---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.S | re.M)
+LICENSE = r"\w[\w.+-]*"
+CARD_LICENSE = re.compile(rf"^license:[ \t]*([\"']?)({LICENSE})\1[ \t]*(?:#.*)?\r?$", re.M)
+"""One line of a header, which is not parsed as a whole: a MB of YAML takes seconds, and many times its memory."""
 TEMPLATE = """\
 ---
 {header}
@@ -129,19 +134,19 @@ def hub_id(path: Path) -> str | None:
 
 def license_of(path: Path) -> str | None:
     """What the card beside the weights says, or a GGUF file's metadata."""
-    from huggingface_hub import metadata_load
-
-    from awq_jax.formats.files import LARGEST, inside, regular
+    from awq_jax.formats.files import inside
     from awq_jax.formats.gguf_header import read_header
 
     try:
         if path.is_file():
-            about = read_header(path).metadata
-        else:
-            beside = inside(path, CARD)
-            about = metadata_load(regular(beside, LARGEST)) or {} if beside else {}
-    # A card is prose: whatever is wrong with its header, only the license stays out.
+            found = read_header(path).metadata.get("general.license")
+            return found if isinstance(found, str) and re.fullmatch(LICENSE, found) else None
+        if (beside := inside(path, CARD)) is None:
+            return None
+        with beside.open("rb") as card:
+            header = CARD_HEADER.match(card.read(LONGEST_HEADER).decode("utf-8-sig", "replace"))
+    # A card is prose: whatever is wrong with it, only the license stays out.
     except Exception:
         return None
-    found = about.get("general.license" if path.is_file() else "license")
-    return found if isinstance(found, str) else None
+    found = header and CARD_LICENSE.search(header[1])
+    return found[2] if found else None

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
 from jaxtyping import Shaped
 from numpy import ndarray
 
@@ -26,7 +27,7 @@ from awq_jax.formats.stored import StoredTensor
 from awq_jax.formats.text import unprinted
 from awq_jax.formats.tokenizer import gguf_tokenizer
 from awq_jax.near import did_you_mean, names_in
-from awq_jax.tensor import QuantizedTensor
+from awq_jax.tensor import QuantizedTensor, quantize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -96,6 +97,17 @@ class Checkpoint:
                 found = module.load(self.read, config)
             return jax.tree.map(jnp.asarray, found)
 
+    def shapes(self, module: Any, config: Any) -> dict[str, Any]:
+        """`params`, from headers alone: jax.ShapeDtypeStructs, and QuantizedTensors of them.
+
+        Raises:
+          InputError: a tensor is missing, or a header is damaged.
+        """
+        if self.kind == "orbax":
+            return unflatten_dict(orbax.shapes(self.path), sep="/")
+        named = zip(module.param_shapes(config).items(), module.stored_shapes(config), strict=True)
+        return unflatten_dict({path: abstract(shape, self._find(name)) for (path, shape), name in named}, sep="/")
+
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer, with the model's chat template if it has one.
 
@@ -164,6 +176,12 @@ class Checkpoint:
             f"{self.path} has no tensor {name} among its {len(self.tensors)}{f'; near it: {near[0]}' if near else ''}. "
             "Does config.json belong to these weights?"
         )
+
+
+def abstract(shape: tuple[int, ...], tensor: StoredTensor) -> Any:
+    """What becomes of a stored tensor as a param of such a shape, without its numbers."""
+    dense = jax.ShapeDtypeStruct(shape, jnp.dtype(tensor.dtype))
+    return jax.eval_shape(lambda w: quantize(w, tensor.spec, steps=dense.dtype), dense) if tensor.spec else dense
 
 
 def open_checkpoint(model: str | Path) -> Checkpoint:

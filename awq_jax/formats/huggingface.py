@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from awq_jax.formats.errors import InputError, one_line, reading
 from awq_jax.formats.files import LARGEST, inside, read_json, regular
 from awq_jax.formats.scratch import scratch_folder
+from awq_jax.formats.text import check_growth
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -63,7 +64,7 @@ def download(model: str, hint: str = "") -> Path:
     except Exception as e:
         raise InputError(
             f"{model} is no folder or file here{hint}, and fetching it from the Hugging Face hub failed "
-            f"({one_line(e)}): check the name and the connection, or give a local folder or a .gguf file."
+            f"({one_line(e, 160)}): check the name and the connection, or give a local folder or a .gguf file."
         ) from e
     return Path(found)
 
@@ -142,4 +143,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
             if file is not None:
                 copy_unmarked(file, scratch)
         with reading(f"{folder}: transformers cannot read the tokenizer", "copy a tokenizer.json of the model into it"):
-            return AutoTokenizer.from_pretrained(scratch, trust_remote_code=False, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(scratch, trust_remote_code=False, local_files_only=True)
+            check_growth(tokenizer)
+            return tokenizer

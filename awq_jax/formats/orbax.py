@@ -6,8 +6,10 @@ params/<part>, one orbax checkpoint of plain arrays for each part, so that a mod
 
 from __future__ import annotations
 
+import asyncio
+import math
 import re
-import time
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -16,8 +18,9 @@ from urllib.parse import quote, unquote
 
 import jax
 import numpy as np
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
+from awq_jax.formats import zarr
 from awq_jax.formats.errors import InputError, reading
 from awq_jax.formats.files import inside, read_json
 from awq_jax.formats.huggingface import Source, write_about, write_json
@@ -34,7 +37,11 @@ PARAMS = "params"
 VERSION = 1
 NAME_MAX = 255
 """Bytes of a file's name on all common file systems."""
+LOOPS = threading.RLock()
+"""Held while event loops are made in another way."""
 LEAVES = ("codes", "scales", "zeros", "input_scale")
+AT_ONCE = 1 << 28
+"""Bytes that are read before they are placed; one param may have more."""
 
 
 class Writer:
@@ -155,10 +162,21 @@ def load_params(folder: str | Path, like: Any = None) -> Any:
       >>> shape = lambda a, spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec))
       >>> params = awq.load_params("folder", like=jax.tree.map(shape, jax.eval_shape(init), specs))
     """
-    found = load_part(folder, PARAMS)
     if like is None:
-        return found
-    leaves, wanted = named_leaves(found), named_leaves(like)
+        return load_part(folder, PARAMS)
+    with opened(folder, PARAMS) as (part, tensors):
+        raw = headers(part)
+        leaves, wanted = named_leaves(rebuilt(PARAMS, raw, tensors)), named_leaves(like)
+        refuse_others(folder, leaves, wanted)
+        placed: dict[str, Any] = {}
+        for some in pieces(raw, tensors):
+            found = named_leaves(rebuilt(PARAMS, restored(part, some), tensors))
+            placed |= {name: placed_like(leaf, wanted[name]) for name, leaf in found.items()}
+    return jax.tree.unflatten(jax.tree.structure(like, is_leaf=is_quantized), [placed[name] for name in wanted])
+
+
+def refuse_others(folder: str | Path, leaves: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuse params of a folder that are not those `wanted`."""
     odd = [f"{name} is missing" for name in wanted.keys() - leaves.keys()]
     odd += [f"{name} is not among yours" for name in leaves.keys() - wanted.keys()]
     odd += [
@@ -170,8 +188,21 @@ def load_params(folder: str | Path, like: Any = None) -> Any:
         raise InputError(
             f"{folder} holds other params: {', '.join(sorted(odd)[:4])}. Give as `like` those that were quantized."
         )
-    placed = [placed_like(leaves[name], leaf) for name, leaf in wanted.items()]
-    return jax.tree.unflatten(jax.tree.structure(like, is_leaf=is_quantized), placed)
+
+
+def pieces(raw: Mapping[str, Any], tensors: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """`headers` in pieces of AT_ONCE bytes, each a tree like the whole; no QuantizedTensor is in two."""
+    params: dict[str, dict[tuple[str, ...], Any]] = {}
+    for path, leaf in flatten_dict(raw).items():
+        above = "/".join((PARAMS, *map(unquoted, path[:-1])))
+        params.setdefault(above if above in tensors else f"{above}/{unquoted(path[-1])}", {})[path] = leaf
+    size, piece = 0, {}
+    for leaves in params.values():
+        if size >= AT_ONCE:
+            yield unflatten_dict(piece)
+            size, piece = 0, {}
+        size, piece = size + sum(math.prod(a.shape) * a.dtype.itemsize for a in leaves.values()), piece | leaves
+    yield unflatten_dict(piece)
 
 
 def is_own(folder: Path) -> bool:
@@ -198,36 +229,83 @@ def load(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def load_part(folder: str | Path, part: str, metadata: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """One part; see `load`, whose metadata saves reading it anew."""
+    with opened(folder, part, metadata) as (where, tensors):
+        return rebuilt(part, restored(where), tensors)
+
+
+@contextmanager
+def opened(
+    folder: str | Path, part: str, metadata: Mapping[str, Any] | None = None
+) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+    """(the folder of a part for orbax to read, "tensors" of the metadata); what is raised in the block says where."""
     folder = Path(folder).resolve()
     about = read_metadata(folder) if metadata is None else metadata
     if part not in about["parts"]:
         raise InputError(f"{folder} has no part {part!r}; it has {about['parts']}.")
-    where = folder / PARAMS / part
-    with reading(f"{where} is damaged", "write or download it again"):
+    with reading(f"{folder / PARAMS / part} is damaged", "write or download it again"):
         check_files(folder, part)
         with unprinted(), plainly_named(folder) as plain:
-            found = restored(plain / PARAMS / part)
-        return rebuilt(part, found, about["tensors"])
+            yield plain / PARAMS / part, about["tensors"]
 
 
 def check_files(folder: Path, part: str) -> None:
-    """Refuse a part with something else than files of the folder, which might lead out of it or block who reads it."""
+    """Refuse a part with something else than files of the folder, which might lead out of it or block who reads it, and
+    arrays whose headers ask for more than there is.
+    """
     for file in (folder / PARAMS / part).rglob("*"):
         if file.is_symlink() or not file.is_dir():
             inside(folder, str(file.relative_to(folder)))
+    for header in (folder / PARAMS / part).rglob(zarr.HEADER):
+        zarr.check_array(header.parent)
 
 
-def restored(folder: Path) -> Any:
-    """What orbax reads from a folder."""
+def restored(part: Path, like: Any = None) -> Any:
+    """The arrays that orbax reads from the folder of a part; all, or those of a tree like a piece of `headers`."""
     import orbax.checkpoint as ocp
 
-    try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            return checkpointer.restore(folder)
-    except Exception:
-        # Until tensorstore's threads have printed that nobody waits for what they still read.
-        time.sleep(0.2)
-        raise
+    with loops_that_may_close(), closing(ocp.PyTreeCheckpointHandler()) as handler:
+        return handler.restore(part, args=ocp.args.PyTreeRestore(like, partial_restore=like is not None))
+
+
+@contextmanager
+def loops_that_may_close() -> Iterator[None]:
+    """Event loops made meanwhile take no offence at answers after their end.
+
+    Where one array is damaged orbax waits for no other, and tensorstore's threads print what a closed loop raises.
+    """
+    modules, make = (asyncio, asyncio.events), asyncio.new_event_loop
+
+    def new_event_loop() -> asyncio.AbstractEventLoop:
+        loop = make()
+        answer = loop.call_soon_threadsafe
+
+        def answer_while_open(*args: Any, **options: Any) -> Any:
+            try:
+                return answer(*args, **options)
+            except RuntimeError:
+                if not loop.is_closed():
+                    raise
+
+        vars(loop)["call_soon_threadsafe"] = answer_while_open
+        return loop
+
+    with LOOPS:
+        for module in modules:
+            module.new_event_loop = new_event_loop
+        try:
+            yield
+        finally:
+            for module in modules:
+                module.new_event_loop = make
+
+
+def headers(part: Path) -> Any:
+    """What `restored` would give, as jax.ShapeDtypeStructs."""
+    import orbax.checkpoint as ocp
+
+    with loops_that_may_close(), closing(ocp.PyTreeCheckpointHandler()) as handler:
+        tree = handler.metadata(part).tree
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
 def shapes(folder: Path) -> dict[str, Any]:
@@ -236,23 +314,12 @@ def shapes(folder: Path) -> dict[str, Any]:
     Raises:
       InputError: see `load`.
     """
-    import orbax.checkpoint as ocp
-
-    folder = Path(folder).resolve()
-    about = read_metadata(folder)
+    about = read_metadata(Path(folder).resolve())
     found: dict[str, Any] = {}
-    with (
-        reading(f"{folder / PARAMS} is damaged", "write or download it again"),
-        unprinted(),
-        plainly_named(folder) as plain,
-        ocp.PyTreeCheckpointer() as checkpointer,
-    ):
-        for part in about["parts"]:
-            check_files(folder, part)
-            tree = checkpointer.metadata(plain / PARAMS / part).item_metadata.tree
-            abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
-            params = rebuilt(part, abstract, about["tensors"])
-            found |= {f"{part}/{name}": leaf for name, leaf in named_leaves(params).items()}
+    for part in about["parts"]:
+        with opened(folder, part, about) as (where, tensors):
+            params = rebuilt(part, headers(where), tensors)
+        found |= {f"{part}/{name}": leaf for name, leaf in named_leaves(params).items()}
     return {name.removeprefix("outer/"): found[name] for name in sorted(found, key=place)}
 
 
@@ -290,14 +357,18 @@ def rebuilt(path: str, node: Any, tensors: Mapping[str, Any]) -> Any:
         check_leaves(path, w)
         return w
     if isinstance(node, Mapping):
-        children = {unquote(key, errors="surrogatepass"): child for key, child in node.items()}
+        children = {unquoted(key): child for key, child in node.items()}
         return {key: rebuilt(f"{path}/{key}", child, tensors) for key, child in children.items()}
     return node
 
 
 def quoted(key: str) -> str:
-    """A key without what means something in the path of a leaf, where keys are joined by dots; `unquote` undoes it."""
+    """A key without what means something in the path of a leaf, where keys are joined by dots; `unquoted` undoes it."""
     return quote(key, safe=" ", errors="surrogatepass").replace(".", "%2E")
+
+
+def unquoted(key: str) -> str:
+    return unquote(key, errors="surrogatepass")
 
 
 @contextmanager

@@ -1,12 +1,10 @@
 """Scratch folders that go with the process that made them, however it ends.
 
-Each holds a lock file that its process keeps locked, so that the next one knows which belong to the dead; and, while
-files are moved, a journal with which moves that were cut short are taken back.
+Each holds a lock file that its process keeps locked, so that the next one knows which belong to the dead.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import secrets
@@ -16,10 +14,12 @@ import stat
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+
+from awq_jax.formats.moves import take_back
 
 try:
     import fcntl
@@ -29,7 +29,6 @@ except ImportError:  # Windows, where nobody can tell the dead from the living
 PREFIX = ".awq_jax-"
 NAMES = PREFIX + "[0-9a-f]" * 8
 LOCK = ".lock"
-JOURNAL = "journal.json"
 LIVE: set[Path] = set()
 """The scratch folders of this process."""
 SETTLING = threading.RLock()
@@ -134,14 +133,22 @@ def name_left(lock: Path, host: str) -> None:
     logging.getLogger(__name__).warning(note, lock.parent, host, release(lock))
 
 
+@cache
+def name_kept(folder: Path) -> None:
+    note = "%s holds files of an earlier output that cannot be put back: move them by hand, then remove it."
+    logging.getLogger(__name__).warning(note, folder)
+
+
 def release(lock: Path) -> str:
     """What to do with the folder of a process that died where nobody can tell."""
     return f"remove {lock}, and the next run puts back what was moved and removes the rest"
 
 
 def discard(folder: Path) -> None:
-    """Takes back moves that were cut short, then removes the folder."""
-    undo(folder)
+    """Takes back moves that were cut short, then removes the folder, unless what was moved finds no place."""
+    if not take_back(folder):
+        name_kept(folder)
+        return
     # A thread that is about to end with its process may still write here.
     for _ in range(20):
         shutil.rmtree(folder, ignore_errors=True)
@@ -155,27 +162,3 @@ def discard_all() -> None:
     SETTLING.acquire(timeout=10)
     for folder in list(LIVE):
         discard(folder)
-
-
-def move_all(scratch: Path, moves: Sequence[tuple[Path, Path]]) -> None:
-    """Renames each first path to the second, in order: all of them, or after an error none."""
-    home = scratch.parent
-    pairs = [[os.path.relpath(path, home) for path in pair] for pair in moves]
-    (scratch / JOURNAL).write_text(json.dumps(pairs))
-    try:
-        for a, b in moves:
-            a.rename(b)
-    except BaseException:
-        undo(scratch)
-        raise
-    (scratch / JOURNAL).unlink()
-
-
-def undo(scratch: Path) -> None:
-    """Takes back the moves of a journal."""
-    with suppress(OSError, ValueError):
-        for a, b in reversed(json.loads((scratch / JOURNAL).read_text())):
-            a, b = scratch.parent / a, scratch.parent / b
-            if os.path.lexists(b) and not os.path.lexists(a):
-                b.rename(a)
-        (scratch / JOURNAL).unlink()

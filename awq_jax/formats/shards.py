@@ -110,7 +110,7 @@ def open_shard(file: Path) -> dict[str, StoredTensor]:
 def stored(file: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> StoredTensor:
     """The tensor that starts at byte `offset` of a file."""
     nbytes = math.prod(shape) * dtype.itemsize
-    return StoredTensor(shape, nbytes, lambda: mapped(file, offset, shape, dtype), stored_as=dtype.name)
+    return StoredTensor(shape, nbytes, lambda: mapped(file, offset, shape, dtype), dtype.name, dtype)
 
 
 def mapped(file: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> Shaped[np.ndarray, "*shape"]:

@@ -6,6 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from awq_jax.spec import QuantSpec
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -15,7 +19,8 @@ class StoredTensor:
       shape: of what `read` gives.
       nbytes: what it takes in the file.
       stored_as: the type in the file: "bfloat16", "Q4_K", "4-bit g128".
-      quantized: `read` gives a QuantizedTensor, [in, out] where an array would be [out, in].
+      dtype: of what `read` gives.
+      spec: `read` gives a QuantizedTensor of it, [in, out] where an array would be [out, in].
       read: the tensor, mapped from the file or converted from it: a numpy array or a QuantizedTensor of them. Each
         call reads anew.
     """
@@ -23,5 +28,10 @@ class StoredTensor:
     shape: tuple[int, ...]
     nbytes: int
     read: Callable[[], Any]
-    quantized: bool = False
     stored_as: str = ""
+    dtype: Any = np.float32
+    spec: QuantSpec | None = None
+
+    @property
+    def quantized(self) -> bool:
+        return self.spec is not None

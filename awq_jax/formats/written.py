@@ -1,11 +1,10 @@
 """Folders that are there whole or not at all, and that replace none but their like.
 
-Every one has a manifest, which lists its files: what is not on the list is somebody else's.
+Every one has a manifest, which lists its files: what is not on the list, or not as it was, is somebody else's.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -14,10 +13,10 @@ from pathlib import Path
 
 from awq_jax.formats.errors import InputError
 from awq_jax.formats.exchange import exchange
-from awq_jax.formats.files import inside, read_json
-from awq_jax.formats.scratch import NAMES, SETTLING, is_mine, lock_of, move_all, release, remove_stale, scratch_folder
+from awq_jax.formats.manifest import MANIFEST, files_of, is_as_written, read_manifest, write_manifest
+from awq_jax.formats.moves import NEW, move_in
+from awq_jax.formats.scratch import NAMES, SETTLING, is_mine, lock_of, release, remove_stale, scratch_folder
 
-MANIFEST = "awq_jax_files.json"
 NOTHING = "Nothing was written."
 
 
@@ -43,13 +42,10 @@ def written_whole(folder: str | Path, *, overwrite: bool = False, inputs: Iterab
     out = resolved(folder)
     home = check_destination(out, overwrite=overwrite, inputs=inputs)
     with scratch_folder(home) as scratch:
-        new = scratch / "new"
-        new.mkdir()
+        new = scratch / NEW / out.relative_to(home)
+        new.mkdir(parents=True)
         yield new
-        files = sorted(files_of(new))
-        manifest = {"about": "Written by awq_jax, which replaces nothing else.", "version": 1, "files": files}
-        (new / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
-        for file in (*files, MANIFEST):
+        for file in write_manifest(new):
             flush(new / file)
         with SETTLING:
             put(new, out, scratch, overwrite)
@@ -98,39 +94,26 @@ def refuse_occupied(out: Path, overwrite: bool, *, at: Path | None = None, scrat
       scratch: a folder in it to pass over.
     """
     at = at or out
-    found = [file for file in files_of(at) if scratch is None or not (at / file).is_relative_to(scratch)]
-    listed = manifest_of(at)
+    found = sorted(file for file in files_of(at) if scratch is None or not (at / file).is_relative_to(scratch))
+    marks = read_manifest(at)
     others = [folder for folder in at.glob(NAMES) if folder != scratch and is_mine(folder)]
     if lock := next(filter(None, map(lock_of, others)), None):
         raise FileExistsError(
             f"{out} holds {lock.parent.name} of another run of awq_jax: wait for its end, or, if nothing runs, "
             f"{release(lock)}. {NOTHING}"
         )
-    if foreign := sorted(set(found) - listed):
-        why = "which awq_jax did not write" if listed else f"and no {MANIFEST}, so awq_jax did not write it"
-        raise FileExistsError(f"{out} holds {foreign[0]}, {why}: move it away or choose another folder. {NOTHING}")
+    if foreign := next((file for file in found if not is_as_written(at, file, marks)), None):
+        if foreign in marks:
+            why = "which is not as awq_jax wrote it"
+        elif marks:
+            why = "which awq_jax did not write"
+        else:
+            why = f"and no {MANIFEST} that lists it, so awq_jax did not write it"
+        raise FileExistsError(f"{out} holds {foreign}, {why}: move it away or choose another folder. {NOTHING}")
     if found and not overwrite:
         raise FileExistsError(
             f"{out} is not empty: give overwrite=True to replace it, or choose another folder. {NOTHING}"
         )
-
-
-def files_of(folder: Path) -> Iterator[str]:
-    """Relative paths of all that is no folder, and of folders that cannot be looked into."""
-    unread: list[str] = []
-    for where, folders, files in os.walk(folder, onerror=lambda e: unread.append(e.filename)):
-        links = [name for name in folders if os.path.islink(os.path.join(where, name))]
-        yield from (os.path.relpath(os.path.join(where, name), folder) for name in (*files, *links))
-    yield from (os.path.relpath(path, folder) for path in unread if os.path.basename(path) != "lost+found")
-
-
-def manifest_of(folder: Path) -> set[str]:
-    """What `written_whole` wrote there, the manifest too; nothing where there is no manifest."""
-    try:
-        file = inside(folder, MANIFEST)
-        return {MANIFEST, *read_json(file)["files"]} if file else set()
-    except (OSError, ValueError, KeyError, TypeError):
-        return set()
 
 
 def put(new: Path, out: Path, scratch: Path, overwrite: bool) -> None:
@@ -148,14 +131,7 @@ def put(new: Path, out: Path, scratch: Path, overwrite: bool) -> None:
             exchange(new, out)
             raise
         return
-    old = scratch / "old"
-    old.mkdir()
-    # A folder without JSON files is no model to any reader: they go first and come last.
-    model_last = lambda name: (name == MANIFEST, name.endswith(".json"), name)
-    there = {Path(name).parts[0] for name in files_of(out)} - {scratch.name}
-    gone = sorted(there, key=model_last, reverse=True)
-    come = sorted(os.listdir(new), key=model_last)
-    move_all(scratch, [(out / name, old / name) for name in gone] + [(new / name, out / name) for name in come])
+    move_in(scratch, new.relative_to(scratch / NEW), lambda old: refuse_occupied(out, overwrite, at=old))
 
 
 def size_of(folder: Path) -> int:

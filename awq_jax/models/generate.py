@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from awq_jax.formats.errors import InputError
 from awq_jax.machine import free_memory
-from awq_jax.memory import check_memory, matmul_bytes
+from awq_jax.memory import check_memory, matmul_bytes, to_be_read
 from awq_jax.models.inputs import check_length, check_tokens
 from awq_jax.models.llama import Cache, Config, Llama, init_cache
 from awq_jax.tensor import is_quantized
@@ -203,14 +203,15 @@ def no_numbers(config: Config, where: str) -> InputError:
 
 
 def nbytes(config: Config, params: Any, batch: int, t: int, max_new_tokens: int) -> int:
-    """About what `generate` takes beside the params: the cache, and what `first` computes in a layer and the head."""
+    """About what `generate` takes beside the params that are in memory: the cache, and what `first` computes in a layer
+    and the head."""
     length = t + max_new_tokens - 1
     cache = jax.eval_shape(ft.partial(init_cache, config, batch, length))
     prompt = jax.ShapeDtypeStruct((batch, t), jnp.int32)
     one = ft.partial(first, replace(config, layers=1), end=t, how=None, length=length)
     dense = lambda w: jax.ShapeDtypeStruct(w.shape, config.dtype) if is_quantized(w) else w
     matmuls = matmul_bytes(one, jax.tree.map(dense, params, is_leaf=is_quantized), prompt)
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)) + matmuls
+    return to_be_read(params) + to_be_read(cache) + matmuls
 
 
 def made_dense(config: Config, params: Any) -> Any:

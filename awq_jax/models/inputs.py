@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,17 @@ def check_length(config: Any, length: int, what: str, remedy: str | None = None)
             f"{what}: {length} tokens, and the model was trained for {config.positions} positions "
             f"(max_position_embeddings): {remedy or f'give {config.positions} or fewer'}."
         )
+
+
+def without_rows(config: Any, tokenizer: Any) -> str | None:
+    """What to say of a tokenizer with tokens that the embedding has no rows for; None where it has none of them."""
+    if not (beyond := [token for token, i in tokenizer.get_vocab().items() if i >= config.vocab]):
+        return None
+    one = reprlib.repr(min(beyond))
+    return (
+        f"The tokenizer has {len(beyond)} tokens beyond the embedding's {config.vocab} rows ({one} is one): text with "
+        "them will be refused, unless you resize the embedding (resize_token_embeddings in transformers) first."
+    )
 
 
 def check_tokens(config: Any, tokens: Int[Array | np.ndarray, "*b t"], what: str) -> None:

@@ -183,7 +183,10 @@ def model_param(name: str):
 
 EVERY = pytest.mark.parametrize("name", [model_param(name) for name in PUBLIC])
 # The packages' own: what their code calls is going out of use.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
 
 
 @ft.cache
