@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ class Live:
     def put(self, values: Sequence[Value], arrays: Sequence[Any]) -> None:
         for v, a in zip(values, arrays, strict=True):
             self.arrays[v] = self.kept(a)
-        self.most = max(self.most, sum(map(size, self.arrays.values())))
+        self.most = max(self.most, size_of(self.arrays.values()))
 
     def get(self, values: Sequence[Value]) -> list[Any]:
         return [v.known if v.known is not None else self.arrays[v] for v in values]
@@ -45,7 +46,7 @@ class Live:
         if jnp.issubdtype(jnp.result_type(a), jax.dtypes.extended):
             return a
         a = np.asarray(a)
-        in_memory = sum(size(b) for b in self.arrays.values() if not isinstance(b, np.memmap))
+        in_memory = size_of(b for b in self.arrays.values() if not isinstance(b, np.memmap))
         return a if in_memory + a.nbytes <= self.share or not a.size else in_file(a)
 
 
@@ -58,5 +59,6 @@ def in_file(a: np.ndarray) -> np.memmap:
     return mapped
 
 
-def size(a: Any) -> int:
-    return int(np.prod(a.shape, dtype=np.int64)) * a.dtype.itemsize
+def size_of(arrays: Iterable[Any]) -> int:
+    """Bytes of arrays, or of what has their shapes and dtypes."""
+    return sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays)

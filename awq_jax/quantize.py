@@ -139,7 +139,8 @@ def _quantize(params: Any, calibration: Calibration, recipe: Recipe, prefix: str
     scales: dict[str, Array] = {}
     if todo.folds:
         used = tuple(calibration.traced.folds[k] for k in todo.folds)
-        check_folds(calibration.fn, params, used, *calibration.example)
+        if calibration.example:
+            check_folds(calibration.fn, params, used, *calibration.example)
         params, scales = fold_scales(params, calibration, recipe, todo)
     leaves = named_leaves(params)
     out, reports = dict(leaves), []

@@ -23,6 +23,7 @@ import jax
 import numpy as np
 
 from awq_jax.flat import Atom, Flat, Operation, Param, Value, flatten, needed
+from awq_jax.live import size_of
 from awq_jax.paths import named_leaves
 from awq_jax.program import Program, program, slot, written
 from awq_jax.sites import Traced, trace
@@ -59,7 +60,7 @@ class Segment:
     @property
     def nbytes(self) -> int:
         """Of its params."""
-        return sum(math.prod(a.shape) * a.dtype.itemsize for a in self.program.params.values())
+        return size_of(self.program.params.values())
 
     @property
     def sites(self) -> list[Param]:
@@ -154,7 +155,11 @@ class _Pieces:
         self.maker = {v: operation for operation in operations for v in operation.outs if not v.live}
         self.outputs = list(dict.fromkeys(v for v in flat.outputs if isinstance(v, Value) and v.live))
         self.last = {v: k for k, operation in enumerate(self.body) for v in operation.values if v.live}
-        self.behind: dict[Value, frozenset[Param]] = {}
+        read = {v: v.seen for o in operations for v in o.values if v.is_read and v.seen}
+        self.matrices = {seen.param for seen in read.values() if len(seen.view.base) > 1}
+        self.behind = {v: frozenset([seen.param]) for v, seen in read.items()}
+        for operation in operations:
+            self.behind |= dict.fromkeys((v for v in operation.outs if not v.live), self.params(operation))
         self.reading = [k for k, operation in enumerate(self.body) if self.params(operation)]
         self.programs: dict[str, Program] = {}
         changes = np.zeros(len(self.body) + 2, np.int64)
@@ -168,20 +173,13 @@ class _Pieces:
 
     def params(self, operation: Operation) -> frozenset[Param]:
         """What an operation reads, or what it reads is computed from."""
-        return frozenset().union(*(self.of(v) for v in operation.values if not v.live))
-
-    def of(self, v: Value) -> frozenset[Param]:
-        if v not in self.behind:
-            made = self.maker.get(v)
-            own = frozenset([v.seen.param]) if v.is_read and v.seen else frozenset()
-            self.behind[v] = own if made is None else self.params(made)
-        return self.behind[v]
+        return frozenset[Param]().union(*(self.behind.get(v, ()) for v in operation.values))
 
     def spans(self) -> list[tuple[int, int]]:
         """The function cut where the fewest bytes are live, so that each piece reads a matrix."""
         places = self.places()
         low = [places[k] for k in minima([int(self.live[k]) for k in places])]
-        matrices = [k for k, o in enumerate(self.body) if any(len(v.shape) > 1 for v in self.stored(o))]
+        matrices = [k for k, o in enumerate(self.body) if self.params(o) & self.matrices]
         cuts = [0]
         for k in low:
             if any(cuts[-1] <= m <= k for m in matrices) and any(m > k for m in matrices):
@@ -198,14 +196,6 @@ class _Pieces:
         """Between each operation that reads params and the next, the one after which the fewest bytes are live."""
         return [min(range(a, b), key=lambda k: (self.live[k], k)) for a, b in pairwise(self.reading)]
 
-    def stored(self, operation: Operation) -> Iterable[Value]:
-        """The params, as stored, that an operation reads or what it reads is computed from."""
-        for v in operation.values:
-            if v.is_read:
-                yield v
-            elif v in self.maker:
-                yield from self.stored(self.maker[v])
-
     def segment(self, start: int, stop: int) -> Segment:
         body = self.body[start:stop]
         made = [v for operation in body for v in operation.outs]
@@ -221,15 +211,14 @@ class _Pieces:
     def ordered(self, body: Iterable[Operation]) -> list[Operation]:
         """`body`, what it needs of params and constants computed just before."""
         order: dict[Operation, None] = {}
-
-        def add(operation: Operation) -> None:
-            for v in operation.values:
-                if v in self.maker and self.maker[v] not in order:
-                    add(self.maker[v])
-            order[operation] = None
-
         for operation in body:
-            add(operation)
+            todo = [operation]
+            while todo:
+                makers = (self.maker[v] for v in todo[-1].values if v in self.maker)
+                if missing := next((o for o in makers if o not in order), None):
+                    todo.append(missing)
+                else:
+                    order[todo.pop()] = None
         return list(order)
 
 

@@ -17,7 +17,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from awq_jax.flat import Param, Value
-from awq_jax.live import Live
+from awq_jax.live import Live, size_of
+from awq_jax.memory import check_memory, matmul_bytes
 from awq_jax.moments import Moments
 from awq_jax.paths import named_leaves
 from awq_jax.program import Program, slot
@@ -43,7 +44,8 @@ class Streamed:
     Args:
       reports: one for every site, or layer of a site.
       seconds: by stage.
-      largest: the largest |x| of what goes from segment to segment, or of what the sites read as far as moments tell.
+      largest: the largest |x| of what goes from segment to segment, of outputs that are no larger than that, or of what
+        the sites read as far as moments tell.
       held: the most bytes of params, of moments and of live values at a time.
       params: the quantized params, unless they were written.
     """
@@ -114,16 +116,21 @@ def stream(
     with clock("trace"):
         variants, live = _entered(fn, params, batches, budget)
         first = variants[0]
-        _check(recipe, first, leaves)
+        _check(recipe, first)
+        _refuse_too_large(variants, budget)
     reports: list[SiteReport] = []
     largest, held = 0.0, {"params": 0, "moments": 0, "live": 0}
-    needed_after = _needed_after(variants)
+    needed_after, tried = _needed_after(variants), set[Any]()
     for k, segment in enumerate(first.segments):
         with clock("load"):
             stored = {slot(j): _stored(p, leaves[p.name]) for j, p in enumerate(segment.params)}
         held["params"] = max(held["params"], segment.nbytes)
         parts = [variant.segments[k] for variant in variants]
-        example = tuple(live[0].get(parts[0].reads))
+        # That a fold changes nothing is a matter of the program: equal segments need not try it again.
+        rules = own_rules(recipe, segment)
+        case = segment.program, tuple(f.sites for f in segment.traced.folds), rules.rules
+        example = () if case in tried else tuple(live[0].get(parts[0].reads))
+        tried.add(case)
         inputs = [values.get(part.reads) for part, values in zip(parts, live, strict=True)]
         moments: dict[str, Moments] = {}
         with clock("statistics"):
@@ -136,7 +143,7 @@ def stream(
         held["moments"] = max(held["moments"], sum(a.nbytes for a in jax.tree.leaves(moments)))
         with clock("search"):
             calibration = Calibration(segment.program.fn, segment.traced, moments, example)
-            done, found = _solved(solve, stored, calibration, recipe, segment)
+            done, found = _solved(solve, stored, calibration, rules, segment)
         if feed == "quantized":
             with clock("statistics"):
                 for part, values, given in zip(parts, live, inputs, strict=True):
@@ -235,7 +242,16 @@ def _needed_after(variants: list[Segments]) -> list[list[set[Value]]]:
     return found[::-1]
 
 
-def _check(recipe: Recipe, found: Segments, leaves: Mapping[str, Any]) -> None:
+def _refuse_too_large(variants: list[Segments], budget: float) -> None:
+    """Refuse, before any work, batches that memory does not hold while they go through a segment."""
+    runs = {s.program for variant in variants for s in variant.segments}
+    most = max(matmul_bytes(p.fn, p.params, *p.reads) + size_of([*p.params.values(), *p.reads]) for p in runs)
+    live = sum(max(s.live for s in variant.segments) for variant in variants)
+    what = f"Calibration on {len(variants)} batches"
+    check_memory(what, int(most + min(live, budget)), "give smaller ones, or fewer")
+
+
+def _check(recipe: Recipe, found: Segments) -> None:
     """Refuse a function without sites, and rules that match none, before anything is read."""
     names = [name for s in found.segments for p in s.sites for name in dict.fromkeys((p.name, str(p)))]
     others = {
@@ -258,7 +274,7 @@ def _stored(param: Param, leaf: Any) -> Array:
 
 @cache
 def observed(program: Program, first: Program, block: int | None) -> Callable[..., Any]:
-    """`(params, *reads) -> (what is passed on, moments, largest |x| of what is passed on)`, compiled.
+    """`(params, *reads) -> (what is passed on, moments, largest |x| of that and of outputs no larger)`, compiled.
 
     Args:
       first: the program of the first batch; it has the names of the groups.
@@ -267,8 +283,10 @@ def observed(program: Program, first: Program, block: int | None) -> Callable[..
 
     def step(params: Any, *reads: Array) -> tuple[list[Array], dict[str, Moments], Float[Array, ""]]:
         outs, moments = run(params, *reads)
-        passed = outs[: program.passed]
-        floats = [x for x in passed if jnp.issubdtype(x.dtype, jnp.floating)]
+        passed, most = outs[: program.passed], max((x.size for x in reads), default=0)
+        # Not logits, which nothing else needs.
+        looked_at = [*passed, *(x for x in outs[program.passed :] if x.size <= most)]
+        floats = [x for x in looked_at if jnp.issubdtype(x.dtype, jnp.floating)]
         peaks = [jnp.abs(x).max(initial=0).astype(jnp.float32) for x in floats]
         return passed, moments, jnp.stack([jnp.zeros(()), *peaks]).max()
 
@@ -290,9 +308,13 @@ def largest_input(moments: dict[str, Moments]) -> Float[Array, ""]:
 def _solved(
     solve: Solve, params: Any, calibration: Calibration, recipe: Recipe, segment: Segment
 ) -> tuple[Any, list[SiteReport]]:
-    """What `solve` makes of a segment's params, its reports and errors with the params' own names."""
+    """What `solve` makes of a segment's params, its reports and errors with the params' own names.
+
+    Args:
+      recipe: whose rules see slots.
+    """
     try:
-        done, reports = jax.block_until_ready(solve(params, calibration, own_rules(recipe, segment)))
+        done, reports = jax.block_until_ready(solve(params, calibration, recipe))
     except ValueError as e:
         raise type(e)(own_names(str(e), segment)) from e
     owned = {slot(k) for k, p in enumerate(segment.params) if p in segment.owned}

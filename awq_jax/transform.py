@@ -35,7 +35,7 @@ class Calibration:
 
     Args:
       moments: by the name of the first site of each group.
-      example: the first batch; folds are tried on it.
+      example: the first batch; folds are tried on it. Empty where they were tried before.
     """
 
     fn: Function

@@ -311,6 +311,18 @@ def test_a_function_that_does_other_things_with_other_shapes_is_refused():
         segments(loose(fn), MATRICES[:2], X[:2], like=first)
 
 
+def test_long_chains_of_what_depends_on_params_alone():
+    def fn(p, x):
+        w = p["w"]
+        for _ in range(600):
+            w = w * 0.999 + p["b"]
+        return mixed(p["last"], mixed(w, x))
+
+    params = {"w": MATRICES[0], "b": np.zeros((WIDTH, WIDTH), np.float32), "last": MATRICES[1]}
+    found = segments(loose(fn), params, X)
+    assert [sorted(map(str, s.params)) for s in found.segments] == [["b", "w"], ["last"]]
+
+
 def test_minima_are_floors():
     assert minima([300, 100, 200, 100, 105, 300, 50]) == [1, 3, 4, 6]
     assert minima([1]) == [0]

@@ -1,6 +1,7 @@
 """Streaming any function: what calibration and quantization of the whole function give, with a part of it in memory."""
 
 import functools as ft
+import importlib
 import re
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ from test_segments import FAR, MATRICES, STACK, X, mixed
 from zoo import TOKENS, WIDTH, ZOO, Model
 
 import awq_jax as awq
+from awq_jax import memory
 from awq_jax.flat import Value
 from awq_jax.live import Live
 from awq_jax.paths import named_leaves
@@ -240,6 +242,34 @@ def test_rules_see_the_names_of_params_and_of_layers():
     done = stream(fn, {"layers": STACK}, BATCHES, replace(QUICK, rules=rules), (written := {}).__setitem__)
     assert {r.name: r.spec.bits for r in done.reports if r.spec} == {f"layers[{k}]": 8 for k in (0, 1, 3)}
     assert not is_quantized(written["layers[2]"])
+
+
+def test_folds_are_tried_once_a_program(monkeypatch):
+    tried = []
+    module = importlib.import_module("awq_jax.quantize")
+    monkeypatch.setattr(module, "check_folds", lambda fn, params, folds, *inputs: tried.append(len(folds)))
+    model = own_llama(3)
+    stream(model.fn, model.params, [model.inputs], replace(QUICK, fold=True))
+    assert tried == [2, 2, 1]  # attention, MLP, head
+    tried.clear()
+    skipped = (awq.Rule("layers_0/mlp/(gate|up)", skip=True),)
+    stream(model.fn, model.params, [model.inputs], replace(QUICK, fold=True, rules=skipped))
+    assert tried == [2, 1, 2, 1]  # attention, the MLP with down alone, the MLP, head
+
+
+def test_the_largest_activation_is_told():
+    loud = lambda ws, x: layers()(ws, x) * 1000
+    dense = lambda params, calibration, recipe: (params, ())
+    passed = np.abs(layers()(MATRICES[:1], X)).max()
+    one, both = (stream(fn, MATRICES[:2], [(X,)], QUICK, solve=dense).largest for fn in (layers(), loose(loud)))
+    assert one >= passed
+    assert both == pytest.approx(1000 * np.abs(layers()(MATRICES[:2], X)).max(), rel=1e-5)
+
+
+def test_batches_that_memory_does_not_hold_are_refused_before_any_work(monkeypatch):
+    monkeypatch.setattr(memory, "free_memory", lambda: 1000)
+    with pytest.raises(ValueError, match=r"Calibration on 2 batches takes about .* GB are free: give smaller ones"):
+        stream(IN_MEMORY.fn, [Lazy(w.shape, w.dtype, pytest.fail) for w in MATRICES], BATCHES, QUICK)
 
 
 def test_a_tied_matrix_is_written_once_dense_or_quantized_where_a_rule_names_it():

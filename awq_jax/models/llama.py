@@ -347,6 +347,11 @@ def head(config: Config, params: Params, hidden: Float[Array, "*b h"]) -> Float[
     return _apply(Llama(config), params, hidden, method="logits")
 
 
+def hidden(config: Config, params: Params, tokens: Int[Array, "b t"]) -> Float[Array, "b t h"]:
+    """What the last layer gives, before the final norm; needs neither that nor a head."""
+    return _apply(Llama(config), params, tokens, method="hidden")[0]
+
+
 def init_cache(config: Config, batch: int, length: int, dtype: Any = None) -> Cache:
     """An empty cache for `length` positions, {"layers_0": {"k", "v"}, ...}, in `dtype` or else the config's."""
     shape = (batch, config.kv_heads, length, config.head_dim)
