@@ -67,6 +67,7 @@ def started(
         stderr=stderr,
         text=True,
         cwd=ROOT,
+        env=os.environ | {"PYTHONUNBUFFERED": ""},
     )
     assert process.stdout is not None
     return process, process.stdout.readline().strip()
