@@ -97,9 +97,10 @@ def wait_for_the_start(process: subprocess.Popen) -> None:
         time.sleep(0.001)
 
 
-def wait_for_the_end(process: subprocess.Popen, home: Path) -> None:
-    """Until all is written but not yet in its place."""
-    while process.poll() is None and not list(home.glob(f"{PREFIX}*/new/**/{MANIFEST}")):
+def wait_for_the_end(process: subprocess.Popen, home: Path, stale: set[str]) -> None:
+    """Until all is written but not yet in its place; what earlier runs left counts not."""
+    written = lambda: {file.relative_to(home).parts[0] for file in home.glob(f"{PREFIX}*/new/**/{MANIFEST}")}
+    while process.poll() is None and not written() - stale:
         time.sleep(0.0005)
 
 
@@ -147,11 +148,11 @@ def kills(
         number = SIGNALS[k % 4]
         before = known[content(out)]
         run = start(program, model, out, next(v for v in VARIANTS if v != before), *more, terminal=terminal)
+        wait_for_the_start(run.process)
         if k // 4 % 4 == 3:
-            wait_for_the_end(run.process, home)
+            wait_for_the_end(run.process, home, stale)
             time.sleep(draw.uniform(0, 0.03))
         else:
-            wait_for_the_start(run.process)
             time.sleep(draw.uniform(0, seconds))
         if terminal and k // 4 % 2:
             run.gone.set()
