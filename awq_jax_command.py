@@ -71,14 +71,19 @@ def watch(heard: int) -> None:
     while (number := os.read(heard, 1)[0]) not in ENDINGS:
         pass
     ENDING.acquire()
-    scratch = sys.modules.get("awq_jax.formats.scratch")
     try:
-        for step in (let_out, say_stopped, end_children, getattr(scratch, "discard_all", lambda: None)):
+        for step in (let_out, say_stopped, end_children, discard_scratch):
             # The terminal may be gone, or the reader of the error stream: what is to be removed goes all the same.
             with suppress(Exception):
                 step()
     finally:
         os._exit(128 + number)
+
+
+def discard_scratch() -> None:
+    """Removes the scratch folders; looked up last, since the main thread may still be importing what makes them."""
+    if (scratch := sys.modules.get("awq_jax.formats.scratch")) is not None:
+        scratch.discard_all()
 
 
 def let_out() -> None:
