@@ -389,7 +389,7 @@ def test_an_output_that_is_there_stays_as_it_is(model, tmp_path, kind, no_work):
     else:
         out.mkdir()
         (out / "mine").write_text("mine")
-        says = "out holds mine, and no awq_jax_files.json, so awq_jax did not write it: move it away"
+        says = "out holds mine, and no awq_jax_files.json that lists it, so awq_jax did not write it: move it away"
     assert_says(quantize_refused(tmp_path, model), says)
 
 
