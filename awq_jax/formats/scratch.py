@@ -120,7 +120,7 @@ def lock_of(folder: Path) -> Path | None:
 
 
 def is_mine(folder: Path) -> bool:
-    """Whether this user made it: in a folder that all write to, a journal of somebody else's says what to move."""
+    """Whether this user made it: in a folder that all write to, somebody else's could hold files to be put back."""
     with suppress(OSError):
         found = folder.lstat()
         return stat.S_ISDIR(found.st_mode) and (not hasattr(os, "getuid") or found.st_uid == os.getuid())
