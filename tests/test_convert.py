@@ -22,6 +22,7 @@ from awq_jax import Recipe, Rule
 from awq_jax.convert import computed_in, fitted, halved
 from awq_jax.formats.errors import InputError
 from awq_jax.formats.written import written_whole
+from awq_jax.models.inputs import without_rows
 from awq_jax.models.llama import Config, Llama
 from awq_jax.paths import named_leaves
 from awq_jax.quantize import fold_scales
