@@ -21,8 +21,6 @@ def test_there_are_snippets():
 @pytest.mark.parametrize("code", SNIPPETS)
 def test_snippet(code, capsys, tmp_path, monkeypatch, doors):
     monkeypatch.chdir(tmp_path)
-    # optax takes a float to the power of an integer.
-    run = loose(exec) if "import optax" in code else exec
-    run(compile(code, "snippet", "exec"), {"__name__": "snippet"})
+    loose(exec)(compile(code, "snippet", "exec"), {"__name__": "snippet"})
     assert "Traceback" not in capsys.readouterr().out
     assert (doors["kernel"] > 0) == bool(re.search(r"^y = |small\(|\.call\(", code, re.MULTILINE))
