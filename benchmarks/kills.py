@@ -97,10 +97,11 @@ def wait_for_the_start(process: subprocess.Popen) -> None:
         time.sleep(0.001)
 
 
-def wait_for_the_end(process: subprocess.Popen, home: Path, out: Path) -> None:
-    """Until all is written but not yet in its place."""
+def wait_for_the_end(process: subprocess.Popen, home: Path, out: Path, stale: set[str]) -> None:
+    """Until all is written but not yet in its place; what earlier runs left counts not."""
     listed = Path("new", out.relative_to(home), MANIFEST)
-    while process.poll() is None and not list(home.glob(f"{PREFIX}*/{listed}")):
+    written = lambda: {file.relative_to(home).parts[0] for file in home.glob(f"{PREFIX}*/{listed}")}
+    while process.poll() is None and not written() - stale:
         time.sleep(0.0005)
 
 
@@ -150,7 +151,7 @@ def kills(
         run = start(program, model, out, next(v for v in VARIANTS if v != before), *more, terminal=terminal)
         wait_for_the_start(run.process)
         if k // 4 % 4 == 3:
-            wait_for_the_end(run.process, home, out)
+            wait_for_the_end(run.process, home, out, stale)
             time.sleep(draw.uniform(0, 0.03))
         else:
             time.sleep(draw.uniform(0, seconds))
