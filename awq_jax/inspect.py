@@ -20,6 +20,7 @@ from awq_jax.formats.checkpoint import Checkpoint, open_checkpoint
 from awq_jax.formats.errors import reading
 from awq_jax.formats.files import inside, parse_json
 from awq_jax.load import architecture
+from awq_jax.memory import nbytes_of
 from awq_jax.report import size
 
 MAIN = re.compile(r"/(kernel|scale|embedding)$")
@@ -92,7 +93,7 @@ def own_params(checkpoint: Checkpoint) -> dict[str, Stored]:
 
     def stored(leaf: Any) -> Stored:
         parts = jax.tree.leaves(leaf)
-        nbytes = sum(math.prod(part.shape) * part.dtype.itemsize for part in parts)
+        nbytes = nbytes_of(parts)
         spec = getattr(leaf, "spec", None)
         stored_as = f"{spec.bits}-bit g{spec.group_size}" if spec else str(leaf.dtype)
         return Stored(tuple(leaf.shape), stored_as, nbytes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from awq_jax.flat import Value
+from awq_jax.memory import nbytes_of
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Live:
     def put(self, values: Sequence[Value], arrays: Sequence[Any]) -> None:
         for v, a in zip(values, arrays, strict=True):
             self.arrays[v] = self.kept(a)
-        self.most = max(self.most, size_of(self.arrays.values()))
+        self.most = max(self.most, nbytes_of(self.arrays.values()))
 
     def get(self, values: Sequence[Value]) -> list[Any]:
         return [v.known if v.known is not None else self.arrays[v] for v in values]
@@ -46,7 +46,7 @@ class Live:
         if jnp.issubdtype(jnp.result_type(a), jax.dtypes.extended):
             return a
         a = np.asarray(a)
-        in_memory = size_of(b for b in self.arrays.values() if not isinstance(b, np.memmap))
+        in_memory = nbytes_of(b for b in self.arrays.values() if not isinstance(b, np.memmap))
         return a if in_memory + a.nbytes <= self.share or not a.size else in_file(a)
 
 
@@ -57,8 +57,3 @@ def in_file(a: np.ndarray) -> np.memmap:
     mapped[...] = a
     mapped.flush()
     return mapped
-
-
-def size_of(arrays: Iterable[Any]) -> int:
-    """Bytes of arrays, or of what has their shapes and dtypes."""
-    return sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -25,10 +26,14 @@ def check_memory(what: str, needed: int, remedy: str) -> None:
         )
 
 
+def nbytes_of(arrays: Iterable[Any]) -> int:
+    """Bytes of arrays, or of what has their shapes and dtypes."""
+    return sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays)
+
+
 def to_be_read(params: Any) -> int:
     """Bytes of those params that are not in memory yet, of which jax.ShapeDtypeStructs stand there."""
-    leaves = jax.tree.leaves(params)
-    return sum(w.size * w.dtype.itemsize for w in leaves if isinstance(w, jax.ShapeDtypeStruct))
+    return nbytes_of(w for w in jax.tree.leaves(params) if isinstance(w, jax.ShapeDtypeStruct))
 
 
 def matmul_bytes(f: Callable[..., Any], *args: Any) -> int:
@@ -44,6 +49,6 @@ def given_by_matmuls(jaxpr: Any) -> int:
     total = 0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
-            total += sum(v.aval.size * v.aval.dtype.itemsize for v in eqn.outvars)
+            total += nbytes_of(v.aval for v in eqn.outvars)
         total += sum(given_by_matmuls(getattr(sub, "jaxpr", sub)) for sub in core.jaxprs_in_params(eqn.params))
     return total

@@ -97,9 +97,10 @@ class Recipe:
                     "are regular expressions, searched anywhere in these names."
                 )
 
-    def rule_of(self, name: str) -> Rule | None:
-        """The last rule that matches the param at path `name`."""
-        return next((rule for rule in reversed(self.rules) if re.search(rule.pattern, name)), None)
+    def rule_of(self, *names: str) -> Rule | None:
+        """The last rule that matches the param at a path, or at one of the paths by which it is known."""
+        matches = lambda rule: any(re.search(rule.pattern, name) for name in names)
+        return next(filter(matches, reversed(self.rules)), None)
 
 
 def some(names: list[str]) -> str:

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from awq_jax.flat import Atom, Flat, Operation, Param, Value, flatten, needed
-from awq_jax.live import size_of
+from awq_jax.memory import nbytes_of
 from awq_jax.paths import named_leaves
 from awq_jax.program import Program, program, slot, written
 from awq_jax.sites import Traced, trace
@@ -60,7 +60,7 @@ class Segment:
     @property
     def nbytes(self) -> int:
         """Of its params."""
-        return size_of(self.program.params.values())
+        return nbytes_of(self.program.params.values())
 
     @property
     def sites(self) -> list[Param]:

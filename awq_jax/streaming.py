@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from awq_jax.flat import Param, Value
-from awq_jax.live import Live, size_of
-from awq_jax.memory import check_memory, matmul_bytes
+from awq_jax.live import Live
+from awq_jax.memory import check_memory, matmul_bytes, nbytes_of
 from awq_jax.moments import Moments
 from awq_jax.paths import named_leaves
 from awq_jax.program import Program, slot
@@ -26,12 +26,11 @@ from awq_jax.quantize import SiteReport, quantize
 from awq_jax.recipe import Recipe
 from awq_jax.segments import Segment, Segments, segments
 from awq_jax.spec import Rule
-from awq_jax.stream import Clock
+from awq_jax.stream import Clock, Feed
 from awq_jax.tensor import is_quantized
 from awq_jax.transform import UNFIT, Calibration, check_batch, quantized, with_moments
 from awq_jax.views import View
 
-Feed = Literal["dense", "quantized"]
 BUDGET = 4e9
 """Bytes of live values that memory holds."""
 Solve = Callable[[Any, Calibration, Recipe], tuple[Any, tuple[SiteReport, ...]]]
@@ -245,7 +244,7 @@ def _needed_after(variants: list[Segments]) -> list[list[set[Value]]]:
 def _refuse_too_large(variants: list[Segments], budget: float) -> None:
     """Refuse, before any work, batches that memory does not hold while they go through a segment."""
     runs = {s.program for variant in variants for s in variant.segments}
-    most = max(matmul_bytes(p.fn, p.params, *p.reads) + size_of([*p.params.values(), *p.reads]) for p in runs)
+    most = max(matmul_bytes(p.fn, p.params, *p.reads) + nbytes_of([*p.params.values(), *p.reads]) for p in runs)
     live = sum(max(s.live for s in variant.segments) for variant in variants)
     what = f"Calibration on {len(variants)} batches"
     check_memory(what, int(most + min(live, budget)), "give smaller ones, or fewer")
@@ -332,7 +331,7 @@ def own_rules(recipe: Recipe, segment: Segment) -> Recipe:
     rules, unclipped = [], []
     for k, p in enumerate(segment.params):
         pattern = f"^{re.escape(slot(k))}$"
-        rule = next((r for r in reversed(recipe.rules) if any(re.search(r.pattern, n) for n in (p.name, str(p)))), None)
+        rule = recipe.rule_of(p.name, str(p))
         if p not in segment.owned:
             rules.append(Rule(pattern, skip=True))
         elif rule is not None:

@@ -7,7 +7,6 @@ params/<part>, one orbax checkpoint of plain arrays for each part, so that a mod
 from __future__ import annotations
 
 import asyncio
-import math
 import re
 import threading
 from collections.abc import Iterator, Mapping
@@ -28,6 +27,7 @@ from awq_jax.formats.leaves import check_leaves
 from awq_jax.formats.scratch import scratch_folder
 from awq_jax.formats.text import unprinted
 from awq_jax.formats.written import size_of, written_whole
+from awq_jax.memory import nbytes_of
 from awq_jax.paths import named_leaves
 from awq_jax.sharding import placed_like
 from awq_jax.tensor import QuantizedTensor, in_rows, is_quantized, static_fields, static_json
@@ -201,7 +201,7 @@ def pieces(raw: Mapping[str, Any], tensors: Mapping[str, Any]) -> Iterator[dict[
         if size >= AT_ONCE:
             yield unflatten_dict(piece)
             size, piece = 0, {}
-        size, piece = size + sum(math.prod(a.shape) * a.dtype.itemsize for a in leaves.values()), piece | leaves
+        size, piece = size + nbytes_of(leaves.values()), piece | leaves
     yield unflatten_dict(piece)
 
 
