@@ -54,16 +54,22 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def weight(
-    *shape: int, spec: QuantSpec = SPEC, scaled: bool = False, seed: int = 0, implementation: str = "triton"
+    *shape: int,
+    spec: QuantSpec = SPEC,
+    scaled: bool = False,
+    seed: int = 0,
+    implementation: str = "triton",
+    steps: str = "float16",
 ) -> QuantizedTensor:
     scale = np.exp(normal(*shape[:-1], seed=seed + 1)) if scaled else None
-    return packed(normal(*shape, seed=seed) + 0.3, scale, spec, in_int4 if implementation == "direct" else in_tiles)
+    pack = in_int4 if implementation == "direct" else in_tiles
+    return packed(normal(*shape, seed=seed) + 0.3, scale, spec, pack, steps)
 
 
-@ft.partial(quick_jit, static_argnums=(2, 3))
-def packed(w, scale, spec, pack) -> QuantizedTensor:
+@ft.partial(quick_jit, static_argnums=(2, 3, 4))
+def packed(w, scale, spec, pack, steps) -> QuantizedTensor:
     """One program: the operations one by one take a compilation each, for every shape."""
-    w = quantize(w, spec)
+    w = quantize(w, spec, steps=steps)
     return pack(w if scale is None else with_input_scale(w, scale))
 
 
@@ -107,6 +113,7 @@ def cases(draw):
         n,
         spec,
         draw(st.booleans()),
+        draw(st.sampled_from(["float16", "float32"])),
         dtype,
         arch,
         draw(st.integers(0, 99)),
@@ -117,9 +124,9 @@ def cases(draw):
 @settings(max_examples=20)
 @given(case=cases())
 def test_the_product_is_within_its_bound(implementation, case):
-    rows, k, n, spec, scaled, dtype, arch, seed = case
+    rows, k, n, spec, scaled, steps, dtype, arch, seed = case
     x = jnp.asarray(normal(rows, k, seed=seed), dtype)
-    w = weight(k, n, spec=spec, scaled=scaled, seed=seed, implementation=implementation)
+    w = weight(k, n, spec=spec, scaled=scaled, seed=seed, implementation=implementation, steps=steps)
     with target(arch):
         y = int4_matmul(x, w, implementation=implementation)
     check(y, x, w)
@@ -488,7 +495,7 @@ def test_leading_axes_that_x_lacks_are_named():
 
 
 def test_more_matrices_than_a_grid_has_programs_are_refused():
-    w = jax.eval_shape(lambda: weight(70_000, 32, 1))
+    w = jax.eval_shape(lambda w: in_tiles(quantize(w, SPEC)), jax.ShapeDtypeStruct((70_000, 32, 1), jnp.float32))
     with pytest.raises(NotImplementedError, match="70000 matrices"):
         jax.eval_shape(triton.matmul, jax.ShapeDtypeStruct((70_000, 1, 32), jnp.bfloat16), w)
 
