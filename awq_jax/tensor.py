@@ -324,7 +324,7 @@ def quantize(w: Float[Array, "*lead i o"], spec: QuantSpec, *, steps: Any = None
       steps: their dtype. None for float16 where its normal numbers hold them all, else float32; in a traced function,
         which cannot ask, float32. With float16 those below 6e-8 or above 65504 are these, and small weights are lost.
     """
-    found = _quantize(w, spec, half=steps == SCALE_DTYPE)
+    found = _quantize(w, spec, half=steps is not None and jnp.dtype(steps) == SCALE_DTYPE)
     if steps is None and not isinstance(found.scales, Tracer):
         steps = step_dtype(*map(float, jax.device_get((found.scales.min(initial=1), found.scales.max(initial=1)))))
     return found if steps is None else replace(found, scales=found.scales.astype(steps))
