@@ -29,7 +29,7 @@ def main() -> None:
     # What is registered first runs last.
     atexit.register(end_regularly)
     end_at_signals()
-    from awq_jax.cli import main as run
+    from awq_jax.commands.cli import main as run
 
     run()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from awq_jax.formats.errors import InputError
+from awq_jax.errors import InputError
 
 
 def cache() -> Path:

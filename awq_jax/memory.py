@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from awq_jax.formats.errors import InputError
+from awq_jax.errors import InputError
 from awq_jax.machine import free_memory
 
 

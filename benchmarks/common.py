@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from awq_jax.calib import calibration_tokens
-from awq_jax.demo import fetch_smollm2
-from awq_jax.evaluate import windows
+from awq_jax.commands.demo import fetch_smollm2
 from awq_jax.formats.checkpoint import open_checkpoint
-from awq_jax.load import Model, load
 from awq_jax.models import for_config
-from awq_jax.stream import Decoder, Streamed, stream
-from awq_jax.tensor import dequantize
+from awq_jax.pipeline.calibration_text import calibration_tokens
+from awq_jax.pipeline.load import Model, load
+from awq_jax.pipeline.score import windows
+from awq_jax.pipeline.stream import Decoder, Streamed, stream
+from awq_jax.weights.tensor import dequantize
 
 RESULTS = Path(__file__).parent / "results"
 

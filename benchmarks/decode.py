@@ -28,14 +28,14 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parent))
 from common import save
 
-from awq_jax.demo import fetch_smollm2
+from awq_jax.commands.demo import fetch_smollm2
 from awq_jax.kernels.gpu import architecture
-from awq_jax.load import Model, load
 from awq_jax.models import for_config
 from awq_jax.models.generate import generate
 from awq_jax.models.llama import Llama
-from awq_jax.spec import QuantSpec
-from awq_jax.tensor import prepare, quantize
+from awq_jax.pipeline.load import Model, load
+from awq_jax.weights.spec import QuantSpec
+from awq_jax.weights.tensor import prepare, quantize
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parent))
 from common import opened, quantized_in_memory, save, with_params
 
-from awq_jax.evaluate import score
-from awq_jax.presets import PRESETS
-from awq_jax.recipe import Recipe
-from awq_jax.stream import Feed
+from awq_jax.pipeline.score import score
+from awq_jax.pipeline.stream import Feed
+from awq_jax.transforms.presets import PRESETS
+from awq_jax.transforms.recipe import Recipe
 
 
 @dataclass(frozen=True)

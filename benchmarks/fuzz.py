@@ -79,7 +79,7 @@ def restored(whole: Path, copy: Path) -> None:
 
 def serve() -> None:
     """The child: told a reader it makes its files, told a seed too it damages and reads them; answers in JSON."""
-    from awq_jax.ending import silence_libraries
+    from awq_jax.commands.ending import silence_libraries
 
     silence_libraries()
     out = os.fdopen(os.dup(1), "w")
@@ -127,7 +127,7 @@ def case(place: Place, seed: int) -> dict[str, Any]:
 
 
 def outcome(read: Callable[[Path, Path], None], path: Path, changed: Path) -> dict[str, Any]:
-    from awq_jax.formats.errors import InputError
+    from awq_jax.errors import InputError
 
     try:
         read(path, changed)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests/helpers"))
 
 CHAT = [{"role": "user", "content": "hi"}]
 TEXT = "Some words of a text that is long enough. " * 40
@@ -48,8 +48,8 @@ def quantized(folder: Path, format: str, **changes: Any) -> Path:
     from awq_jax import QuantSpec, Recipe
     from awq_jax.formats import autoawq, orbax
     from awq_jax.formats.checkpoint import open_checkpoint
-    from awq_jax.load import architecture
-    from awq_jax.tensor import quantize
+    from awq_jax.pipeline.load import architecture
+    from awq_jax.weights.tensor import quantize
 
     checkpoint = open_checkpoint(tiny(folder, **changes))
     module, config = architecture(checkpoint)
@@ -86,7 +86,7 @@ def params(folder: Path) -> Path:
     import jax.numpy as jnp
 
     from awq_jax import QuantSpec, save_params
-    from awq_jax.tensor import quantize, with_input_scale
+    from awq_jax.weights.tensor import quantize, with_input_scale
 
     w = jnp.asarray(np.random.default_rng(0).normal(size=(40, 6)), jnp.float32)
     scaled = with_input_scale(quantize(w[:32], QuantSpec(4, 32)), w[:32, 0])
@@ -162,9 +162,9 @@ def large_gguf(folder: Path) -> Path:
 
 
 def report(folder: Path) -> Path:
-    from awq_jax.convert import REPORT
-    from awq_jax.quantize import SiteReport
-    from awq_jax.spec import QuantSpec
+    from awq_jax.pipeline.quantize_checkpoint import REPORT
+    from awq_jax.transforms.quantize import SiteReport
+    from awq_jax.weights.spec import QuantSpec
 
     names = ("layers_0/attn/q/kernel", "layers_0/mlp/up/kernel")
     sites = [asdict(SiteReport(name, QuantSpec(4, 32), 0.01, 0.02)) for name in names]
@@ -236,7 +236,7 @@ def fill(new: Path, what: str) -> None:
 def read_model(path: Path, changed: Path) -> None:
     """What `load` and `quantize` read of a model; of one whose tokenizer alone is damaged, the tokenizer alone."""
     from awq_jax.formats.checkpoint import open_checkpoint
-    from awq_jax.load import architecture
+    from awq_jax.pipeline.load import architecture
 
     checkpoint = open_checkpoint(path)
     module, config = architecture(checkpoint)
@@ -248,7 +248,7 @@ def read_model(path: Path, changed: Path) -> None:
 
 
 def read_tokenizer(tokenizer: Any) -> None:
-    from awq_jax.formats.text import decode, encode
+    from awq_jax.text import decode, encode
 
     tokens = encode(tokenizer, "Hello, world! <|im_start|> é 日本 12", special=True)
     decode(tokenizer, tokens.tolist())
@@ -290,7 +290,7 @@ def forked(command: list[str], *, input: str, **options: Any) -> subprocess.Comp
 def read_calibration(path: Path, changed: Path) -> None:
     from checkpoints import tokenizer
 
-    from awq_jax.calib import calibration_tokens
+    from awq_jax.pipeline.calibration_text import calibration_tokens
 
     plain = tokenizer()
     plain.chat_template = None  # rendering is the business of the reader "template"
@@ -298,7 +298,7 @@ def read_calibration(path: Path, changed: Path) -> None:
 
 
 def read_report(path: Path, changed: Path) -> None:
-    from awq_jax.inspect import read_errors
+    from awq_jax.commands.inspect import read_errors
 
     read_errors(path)
 
@@ -314,7 +314,7 @@ def read_tables(path: Path, changed: Path) -> None:
     """What `inspect` prints of the checkpoint in which the damaged file is."""
     from rich.console import Console
 
-    from awq_jax.inspect import inspect
+    from awq_jax.commands.inspect import inspect
 
     Console(file=io.StringIO()).print(inspect(path / changed.relative_to(path).parts[0]))
 
@@ -336,8 +336,8 @@ def overwrite(path: Path, changed: Path) -> None:
     """Replaces the output whose manifest is damaged, in one step or file by file."""
     from unittest.mock import patch
 
+    from awq_jax.errors import InputError
     from awq_jax.formats import written
-    from awq_jax.formats.errors import InputError
 
     before, where = state(path), changed.parent
     ours = (

@@ -24,10 +24,11 @@ import numpy as np
 from gpu_record import Record, Row
 from jax import lax
 
-from awq_jax.kernels import grouped_int4_matmul, in_one_launch, int4_matmul, mosaic
+from awq_jax.kernels import grouped_int4_matmul, in_one_launch, int4_matmul
 from awq_jax.kernels.gpu import architecture
-from awq_jax.spec import QuantSpec
-from awq_jax.tensor import in_int4, in_tiles, quantize
+from awq_jax.kernels.mosaic import matmul as mosaic
+from awq_jax.weights.spec import QuantSpec
+from awq_jax.weights.tensor import in_int4, in_tiles, quantize
 
 SIZES = jnp.array([3, 0, 150, 40])
 """Rows of each expert, where rows are sorted; of 200 rows the last 7 belong to none."""

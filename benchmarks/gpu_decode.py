@@ -23,11 +23,11 @@ from decode import random_model, rounded
 from gpu_record import Record, Row
 from gpu_smoke import TOY, TWO_LAYERS
 
-from awq_jax.load import Model
 from awq_jax.models.generate import _generate
 from awq_jax.models.llama import init_cache
-from awq_jax.tensor import dot
-from awq_jax.tune import timed
+from awq_jax.pipeline.load import Model
+from awq_jax.transforms.tune import timed
+from awq_jax.weights.tensor import dot
 
 BATCHES = (1, 4, 16)
 NO_GRAPHS = {"xla_gpu_enable_command_buffer": ""}

@@ -19,11 +19,11 @@ from gpu_record import Record, Row, reason
 from peers import PEERS, Peer, copies, peer_seconds, usable
 
 from awq_jax import kernels
-from awq_jax.kernels import mosaic
 from awq_jax.kernels.gpu import architecture
-from awq_jax.spec import QuantSpec
-from awq_jax.tensor import SCALE_DTYPE, in_tiles, quantize
-from awq_jax.tune import Chain, distinct
+from awq_jax.kernels.mosaic import matmul as mosaic
+from awq_jax.transforms.tune import Chain, distinct
+from awq_jax.weights.spec import QuantSpec
+from awq_jax.weights.tensor import SCALE_DTYPE, in_tiles, quantize
 
 LLAMA_8B = ((4096, 4096), (4096, 6144), (4096, 14336), (14336, 4096))
 LARGER = ((4096, 28672), (8192, 57344), (8192, 8192), (8192, 10240), (28672, 8192))

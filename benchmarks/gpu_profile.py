@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from gpu_record import Record, Row
 
 from awq_jax.kernels import int4_matmul
-from awq_jax.spec import QuantSpec
-from awq_jax.tensor import in_tiles, quantize
+from awq_jax.weights.spec import QuantSpec
+from awq_jax.weights.tensor import in_tiles, quantize
 
 METRICS = {
     "gpu__time_duration.sum": "time",

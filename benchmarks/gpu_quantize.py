@@ -28,20 +28,20 @@ from peers import parts
 
 import awq_jax as awq
 from awq_jax.cache import cache
-from awq_jax.calib import calibration_tokens
-from awq_jax.convert import quantize_checkpoint
-from awq_jax.demo import evaluation_text
-from awq_jax.evaluate import score, windows
+from awq_jax.commands.demo import evaluation_text
 from awq_jax.formats.checkpoint import open_checkpoint
-from awq_jax.load import load
 from awq_jax.models import for_config
-from awq_jax.paths import named_leaves
-from awq_jax.presets import PRESETS
-from awq_jax.recipe import Recipe
-from awq_jax.refine import logits, together
-from awq_jax.spec import QuantSpec, Rule
-from awq_jax.stream import Decoder, stream
-from awq_jax.tensor import is_quantized, quantize
+from awq_jax.pipeline.calibration_text import calibration_tokens
+from awq_jax.pipeline.distill_decoder import logits, together
+from awq_jax.pipeline.load import load
+from awq_jax.pipeline.quantize_checkpoint import quantize_checkpoint
+from awq_jax.pipeline.score import score, windows
+from awq_jax.pipeline.stream import Decoder, stream
+from awq_jax.transforms.presets import PRESETS
+from awq_jax.transforms.recipe import Recipe
+from awq_jax.weights.paths import named_leaves
+from awq_jax.weights.spec import QuantSpec, Rule
+from awq_jax.weights.tensor import is_quantized, quantize
 
 
 def random_decoder(hf: dict[str, Any]) -> Decoder:
@@ -171,7 +171,7 @@ def distilled(model: Path, recipe: Recipe, samples: int, length: int, passes: in
 
 def real_model(toy: bool, folder: str) -> Path:
     if toy:
-        sys.path.append(str(Path(__file__).parents[1] / "tests"))
+        sys.path.append(str(Path(__file__).parents[1] / "tests/helpers"))
         from checkpoints import tiny_folder
 
         return tiny_folder(Path(folder) / "model", num_hidden_layers=1)

@@ -21,8 +21,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from awq_jax.kernels import target, triton
-from awq_jax.tune import Chain, distinct, timed
+from awq_jax.kernels import target
+from awq_jax.kernels.triton import matmul as triton
+from awq_jax.transforms.tune import Chain, distinct, timed
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def ceilings(toy: bool) -> dict[str, float]:
 @contextmanager
 def toy_gpu() -> Iterator[None]:
     """A CPU in the place of a GPU: Triton's interpreter runs the kernels, and everything once."""
-    sys.path.append(str(Path(__file__).parents[1] / "tests"))
+    sys.path.append(str(Path(__file__).parents[1] / "tests/helpers"))
     import interpreted
 
     def once(call: Callable[[], Any], repeats: int = 1) -> float:

@@ -14,11 +14,11 @@ from decode import random_model, rounded
 from gpu_checks import Case, cases, compiled, of_bound
 from gpu_record import Record, Row
 
-from awq_jax import doctor
+from awq_jax.commands import doctor
 from awq_jax.kernels.gpu import architecture
 from awq_jax.models.generate import generate
 from awq_jax.models.llama import Llama
-from awq_jax.tensor import dequantize
+from awq_jax.weights.tensor import dequantize
 
 PACKAGES = ("awq-jax", "jax", "jaxlib", "jax-triton", "triton", "flax", "torch", "numpy")
 TWO_LAYERS = {

@@ -1,4 +1,4 @@
-"""Step "tune": the fastest tiling of each shape and number of rows into the package's kernels/table.json."""
+"""Step "tune": the fastest tiling of each shape and number of rows into the package's kernels/tilings/table.json."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from gpu_kernels import LLAMA_8B
 from gpu_record import Record, Row
 
 from awq_jax import kernels
-from awq_jax.kernels import table
 from awq_jax.kernels.gpu import architecture
-from awq_jax.kernels.table import Case, Tiling
-from awq_jax.spec import QuantSpec
-from awq_jax.tensor import SCALE_DTYPE, in_tiles, quantize
-from awq_jax.tune import distinct, timings
+from awq_jax.kernels.tilings import table
+from awq_jax.kernels.tilings.table import Case, Tiling
+from awq_jax.transforms.tune import distinct, timings
+from awq_jax.weights.spec import QuantSpec
+from awq_jax.weights.tensor import SCALE_DTYPE, in_tiles, quantize
 
-TABLE = Path(kernels.__file__).with_name("table.json")
+TABLE = Path(kernels.__file__).with_name("tilings") / "table.json"
 ROWS = (1, 1024, 64, 4096, 16, 256, 4, 32, 128, 512, 2, 8, 2048)
 """Decoding and a prefill first, then what lies between them."""
 

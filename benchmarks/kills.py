@@ -32,7 +32,7 @@ from pathlib import Path
 from awq_jax.formats.manifest import MANIFEST
 from awq_jax.formats.scratch import PREFIX
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests/helpers"))
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL)
 QUICK = ("--group-size", "32", "--preset", "rtn", "--samples", "1", "--seq-len", "32", "--skip", "mlp", "attn/[qkv]")

@@ -19,9 +19,9 @@ import numpy as np
 from gpu_record import reason
 
 from awq_jax.formats.autoawq import to_autoawq
-from awq_jax.kernels import reference
-from awq_jax.spec import QuantSpec
-from awq_jax.tensor import QuantizedTensor, in_tiles, quantize
+from awq_jax.kernels.xla import dense as reference
+from awq_jax.weights.spec import QuantSpec
+from awq_jax.weights.tensor import QuantizedTensor, in_tiles, quantize
 
 
 @dataclass(frozen=True)

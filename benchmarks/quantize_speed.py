@@ -54,13 +54,13 @@ def work(a: Arguments) -> dict[str, Any]:
             compiling[1] += 1
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-    from awq_jax.convert import quantize_checkpoint
-    from awq_jax.demo import fetch_smollm2
+    from awq_jax.commands.demo import fetch_smollm2
     from awq_jax.formats.checkpoint import open_checkpoint
-    from awq_jax.load import load
     from awq_jax.machine import fast_dtype
     from awq_jax.models import for_config
-    from awq_jax.presets import PRESETS
+    from awq_jax.pipeline.load import load
+    from awq_jax.pipeline.quantize_checkpoint import quantize_checkpoint
+    from awq_jax.transforms.presets import PRESETS
 
     model = a.model or str(fetch_smollm2())
     recipe = replace(PRESETS[a.presets[0]], group_size=a.group_size)
@@ -97,7 +97,7 @@ def work(a: Arguments) -> dict[str, Any]:
 
 def scores(texts: tuple[Path, ...], dense: Any, small: Any) -> dict[str, float]:
     """KL by text, on 8 windows of 1024 tokens."""
-    from awq_jax.evaluate import score, windows
+    from awq_jax.pipeline.score import score, windows
 
     tokens = {text.stem: windows(text.read_text("utf-8"), dense.tokenizer, 8, 1024) for text in texts}
     return {name: score(small, ids, dense).kl or 0.0 for name, ids in tokens.items()}

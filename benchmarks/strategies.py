@@ -21,11 +21,9 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parent))
 from common import opened, save, with_params
 
-from awq_jax.evaluate import score
 from awq_jax.models import for_config
-from awq_jax.presets import PRESETS
-from awq_jax.quantize import quantize
-from awq_jax.recipe import Recipe
+from awq_jax.pipeline.score import score
+from awq_jax.pipeline.stream import Decoder, stream
 from awq_jax.search import (
     Clip,
     Feedback,
@@ -40,9 +38,11 @@ from awq_jax.search import (
     no_clip,
     to_nearest,
 )
-from awq_jax.stream import Decoder, stream
-from awq_jax.tensor import dequantize, is_quantized
-from awq_jax.transform import Calibration
+from awq_jax.transforms.calibrate import Calibration
+from awq_jax.transforms.presets import PRESETS
+from awq_jax.transforms.quantize import quantize
+from awq_jax.transforms.recipe import Recipe
+from awq_jax.weights.tensor import dequantize, is_quantized
 
 KINDS = {"W4 g64": (4, 64), "W4 g128": (4, 128), "W3 g128": (3, 128), "W3 g64": (3, 64)}
 TENTHS = tuple(i / 10 for i in range(10))

@@ -11,9 +11,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from awq_jax.kernels import direct, launch, mosaic, reference, rules, sharded, table, triton
+from awq_jax.kernels import custom_rules as rules
+from awq_jax.kernels import partitioning as sharded
 from awq_jax.kernels.contract import PackedWeight, check_shapes
 from awq_jax.kernels.gpu import OLDEST, architecture, for_each_architecture
+from awq_jax.kernels.mosaic import matmul as mosaic
+from awq_jax.kernels.tilings import table
+from awq_jax.kernels.triton import launch
+from awq_jax.kernels.triton import matmul as triton
+from awq_jax.kernels.xla import dense as reference
+from awq_jax.kernels.xla import int4 as direct
 
 Implementation = Callable[..., Any]
 

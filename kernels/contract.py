@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from awq_jax.kernels.tiles import WORDS
+from awq_jax.kernels.packing.tiles import WORDS
 
 CODES = {"rows": jnp.uint32, "tiles": jnp.int16, "int4": jnp.int4}
 """Of which dtype codes are, by packing."""

@@ -34,7 +34,7 @@ def programs_are_dropped():
 @pytest.fixture(autouse=True, scope="session")
 def _no_tilings_of_the_user(tmp_path_factory):
     """What this user measured on a GPU of theirs is not what the tests are about."""
-    from awq_jax.kernels import table
+    from awq_jax.kernels.tilings import table
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(table, "users_file", lambda: tmp_path_factory.getbasetemp() / "no_tilings.jsonl")
@@ -44,7 +44,7 @@ def _no_tilings_of_the_user(tmp_path_factory):
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The .gguf of SmolLM2-135M in the user's cache, fetched on first use."""
-    from awq_jax.demo import fetch_smollm2
+    from awq_jax.commands.demo import fetch_smollm2
 
     return fetch_smollm2()
 
@@ -52,7 +52,7 @@ def smollm2() -> Path:
 @pytest.fixture
 def doors(monkeypatch) -> dict[str, int]:
     """How often a quantized weight went through the kernel, and how often it was made dense instead."""
-    from awq_jax import tensor
+    from awq_jax.weights import tensor
 
     calls = {"kernel": 0, "dense": 0}
     doors = {

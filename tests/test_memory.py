@@ -11,9 +11,9 @@ from tiny import hf_config, random_params
 
 from awq_jax import memory
 from awq_jax.formats.checkpoint import Checkpoint
-from awq_jax.load import Model
 from awq_jax.models import llama
 from awq_jax.models.generate import generate, nbytes, stream
+from awq_jax.pipeline.load import Model
 
 
 def test_the_estimate_is_about_what_xla_takes():

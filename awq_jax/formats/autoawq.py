@@ -15,11 +15,11 @@ import numpy as np
 from jaxtyping import Array, Float, Float16, Int32, Shaped, UInt8
 
 import awq_jax.kernels as kernels
-from awq_jax.formats.errors import InputError
+from awq_jax.errors import InputError
 from awq_jax.formats.huggingface import Source, write_about
 from awq_jax.formats.shard_writer import ShardWriter
-from awq_jax.spec import QuantSpec
-from awq_jax.tensor import QuantizedTensor, in_rows
+from awq_jax.weights.spec import QuantSpec
+from awq_jax.weights.tensor import QuantizedTensor, in_rows
 
 BITS = 4
 PER_WORD = 8

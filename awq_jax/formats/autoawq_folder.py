@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from awq_jax.errors import InputError, reading
 from awq_jax.formats.autoawq import BITS, PER_WORD, from_autoawq
 from awq_jax.formats.declared import declaration, foreign
-from awq_jax.formats.errors import InputError, reading
 from awq_jax.formats.stored import StoredTensor
-from awq_jax.spec import QuantSpec
-from awq_jax.tensor import QuantizedTensor
+from awq_jax.weights.spec import QuantSpec
+from awq_jax.weights.tensor import QuantizedTensor
 
 LAYOUTS = ("version", "checkpoint_format", "format")
 """Fields that name the layout; old files leave them out."""

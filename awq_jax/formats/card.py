@@ -134,8 +134,8 @@ def hub_id(path: Path) -> str | None:
 
 def license_of(path: Path) -> str | None:
     """What the card beside the weights says, or a GGUF file's metadata."""
-    from awq_jax.formats.files import inside
-    from awq_jax.formats.gguf_header import read_header
+    from awq_jax.files import inside
+    from awq_jax.formats.gguf.header import read_header
 
     try:
         if path.is_file():

@@ -12,8 +12,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from awq_jax.errors import InputError, one_line
 from awq_jax.formats import chat_process
-from awq_jax.formats.errors import InputError, one_line
 
 SECONDS = 5.0
 """That the template may take for one chat."""

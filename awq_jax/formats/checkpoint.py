@@ -17,17 +17,17 @@ from flax.traverse_util import unflatten_dict
 from jaxtyping import Shaped
 from numpy import ndarray
 
+from awq_jax.errors import InputError, reading
+from awq_jax.files import inside, regular
 from awq_jax.formats import autoawq_folder, huggingface, orbax
-from awq_jax.formats.errors import InputError, reading
-from awq_jax.formats.files import inside, regular
-from awq_jax.formats.gguf import open_gguf
+from awq_jax.formats.gguf.file import open_gguf
+from awq_jax.formats.gguf.tokenizer import gguf_tokenizer
+from awq_jax.formats.safetensors import open_shards
 from awq_jax.formats.scratch import scratch_folder
-from awq_jax.formats.shards import open_shards
 from awq_jax.formats.stored import StoredTensor
-from awq_jax.formats.text import unprinted
-from awq_jax.formats.tokenizer import gguf_tokenizer
 from awq_jax.near import did_you_mean, names_in
-from awq_jax.tensor import QuantizedTensor, quantize
+from awq_jax.text import unprinted
+from awq_jax.weights.tensor import QuantizedTensor, quantize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

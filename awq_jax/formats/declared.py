@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from awq_jax.formats.errors import InputError
-from awq_jax.formats.files import children, inside, read_json
+from awq_jax.errors import InputError
+from awq_jax.files import children, inside, read_json
 
 FIELDS = {"quantization_config": None, "compression_config": "compressed-tensors", "quantization": "MLX"}
 """Fields of config.json that say it -> the tool that writes no name of its own there."""

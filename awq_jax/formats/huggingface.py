@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from awq_jax.formats.errors import InputError, one_line, reading
-from awq_jax.formats.files import LARGEST, inside, read_json, regular
+from awq_jax.errors import InputError, one_line, reading
+from awq_jax.files import LARGEST, inside, read_json, regular
 from awq_jax.formats.scratch import scratch_folder
-from awq_jax.formats.text import check_growth
+from awq_jax.text import check_growth
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

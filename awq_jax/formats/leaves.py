@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from awq_jax.tensor import Layout, QuantizedTensor
+from awq_jax.weights.tensor import Layout, QuantizedTensor
 
 
 def check_leaves(name: str, w: QuantizedTensor) -> None:

@@ -9,7 +9,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from awq_jax.formats.files import inside, read_json
+from awq_jax.files import inside, read_json
 
 MANIFEST = "awq_jax_files.json"
 READ = 1 << 20

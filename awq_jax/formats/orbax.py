@@ -19,18 +19,18 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from awq_jax.errors import InputError, reading
+from awq_jax.files import inside, read_json
 from awq_jax.formats import zarr
-from awq_jax.formats.errors import InputError, reading
-from awq_jax.formats.files import inside, read_json
 from awq_jax.formats.huggingface import Source, write_about, write_json
 from awq_jax.formats.leaves import check_leaves
 from awq_jax.formats.scratch import scratch_folder
-from awq_jax.formats.text import unprinted
 from awq_jax.formats.written import size_of, written_whole
 from awq_jax.memory import nbytes_of
-from awq_jax.paths import named_leaves
-from awq_jax.sharding import placed_like
-from awq_jax.tensor import QuantizedTensor, in_rows, is_quantized, static_fields, static_json
+from awq_jax.text import unprinted
+from awq_jax.weights.paths import named_leaves
+from awq_jax.weights.sharding import placed_like
+from awq_jax.weights.tensor import QuantizedTensor, in_rows, is_quantized, static_fields, static_json
 
 METADATA = "awq_jax.json"
 PARAMS = "params"

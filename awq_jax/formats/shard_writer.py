@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from awq_jax.formats.huggingface import write_json
-from awq_jax.formats.shards import DTYPES, INDEX, SINGLE
+from awq_jax.formats.safetensors import DTYPES, INDEX, SINGLE
 
 LIMIT = 4 * 10**9
 """Bytes of tensors in a file; one call's tensors stay together, so they alone may be more."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from awq_jax.spec import QuantSpec
+from awq_jax.weights.spec import QuantSpec
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from awq_jax.formats.errors import InputError
+from awq_jax.errors import InputError
 from awq_jax.formats.exchange import exchange
 from awq_jax.formats.manifest import MANIFEST, files_of, is_as_written, read_manifest, write_manifest
 from awq_jax.formats.moves import NEW, move_in

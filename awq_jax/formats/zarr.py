@@ -8,7 +8,7 @@ import json
 import math
 from pathlib import Path
 
-from awq_jax.formats.files import LARGEST, children, regular
+from awq_jax.files import LARGEST, children, regular
 
 HEADER = ".zarray"
 MOST = 1 << 15

@@ -18,12 +18,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from awq_jax.formats.errors import InputError
+from awq_jax.errors import InputError
 from awq_jax.machine import free_memory
 from awq_jax.memory import check_memory, matmul_bytes, to_be_read
 from awq_jax.models.inputs import check_length, check_tokens
 from awq_jax.models.llama import Cache, Config, Llama, init_cache
-from awq_jax.tensor import is_quantized
+from awq_jax.weights.tensor import is_quantized
 
 NO_TOKEN = -1
 """What is drawn from logits that are no numbers; `stream` refuses it."""

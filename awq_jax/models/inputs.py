@@ -9,7 +9,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Int
 
-from awq_jax.formats.errors import InputError
+from awq_jax.errors import InputError
 
 
 def check_length(config: Any, length: int, what: str, remedy: str | None = None) -> None:

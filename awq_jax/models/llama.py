@@ -21,9 +21,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from awq_jax.linen import QuantizedDense, projections
 from awq_jax.models.fields import flag, mapping, real, whole
-from awq_jax.tensor import QuantizedTensor, dot, is_quantized
+from awq_jax.models.linen import QuantizedDense, projections
+from awq_jax.weights.tensor import QuantizedTensor, dot, is_quantized
 
 Params = Mapping[str, Any]
 Cache = dict[str, dict[str, Float[Array, "b kv length d"]]]

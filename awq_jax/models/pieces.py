@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from awq_jax.formats.text import decode
+from awq_jax.text import decode
 
 
 def pieces(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:

@@ -9,16 +9,16 @@ A recipe names one of each. `find_scale` runs the first, and falls back to no sc
 off without it; `solve` runs the others on `w * s` and the moments of `x / s`.
 """
 
-from awq_jax.search.clip import Clip as Clip
-from awq_jax.search.clip import no_clip as no_clip
-from awq_jax.search.feedback_grid import FeedbackGrid as FeedbackGrid
-from awq_jax.search.golden import Golden as Golden
-from awq_jax.search.gradient import Gradient as Gradient
-from awq_jax.search.grid import Grid as Grid
-from awq_jax.search.importance import Importance as Importance
-from awq_jax.search.joint import Joint as Joint
-from awq_jax.search.learned_clip import LearnedClip as LearnedClip
-from awq_jax.search.rounding import Feedback as Feedback
-from awq_jax.search.rounding import to_nearest as to_nearest
-from awq_jax.search.signed import Signed as Signed
+from awq_jax.search.clip.importance import Importance as Importance
+from awq_jax.search.clip.learned import LearnedClip as LearnedClip
+from awq_jax.search.clip.shrink import Clip as Clip
+from awq_jax.search.clip.shrink import no_clip as no_clip
+from awq_jax.search.rounding.feedback import Feedback as Feedback
+from awq_jax.search.rounding.feedback import to_nearest as to_nearest
+from awq_jax.search.rounding.signed import Signed as Signed
+from awq_jax.search.scale.feedback_grid import FeedbackGrid as FeedbackGrid
+from awq_jax.search.scale.golden import Golden as Golden
+from awq_jax.search.scale.gradient import Gradient as Gradient
+from awq_jax.search.scale.grid import Grid as Grid
+from awq_jax.search.scale.joint import Joint as Joint
 from awq_jax.search.solve import solve as solve

@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from awq_jax.moments import Moments
-from awq_jax.spec import QuantSpec
+from awq_jax.search.moments import Moments
+from awq_jax.weights.spec import QuantSpec
 
 
 def blocks(moments: Moments, size: int) -> Float[Array, "groups g g"]:

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from awq_jax.moments import Moments
-from awq_jax.search.grid import scale_error
 from awq_jax.search.loss import output_error
-from awq_jax.search.rounding import Codes, to_nearest
-from awq_jax.spec import QuantSpec
-from awq_jax.tensor import group_ranges
+from awq_jax.search.moments import Moments
+from awq_jax.search.rounding.feedback import Codes, to_nearest
+from awq_jax.search.scale.grid import scale_error
+from awq_jax.weights.spec import QuantSpec
+from awq_jax.weights.tensor import group_ranges
 
 
 class Solution(NamedTuple):

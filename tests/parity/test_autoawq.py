@@ -9,8 +9,8 @@ from transformers import AutoConfig
 
 from awq_jax.formats.autoawq import Writer
 from awq_jax.formats.checkpoint import open_checkpoint
-from awq_jax.spec import QuantSpec
-from awq_jax.tensor import quantize
+from awq_jax.weights.spec import QuantSpec
+from awq_jax.weights.tensor import quantize
 
 NIBBLE_OF_COLUMN = [0, 4, 1, 5, 2, 6, 3, 7]
 

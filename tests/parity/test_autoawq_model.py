@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import awq_jax as awq
-from awq_jax.demo import evaluation_text
+from awq_jax.commands.demo import evaluation_text
 
 NEAREST = replace(awq.PRESETS["llm_awq"], group_size=32, clip=awq.PRESETS["rtn"].clip)
 SHIFTS = {column: 4 * nibble for column, nibble in enumerate([0, 4, 1, 5, 2, 6, 3, 7])}

@@ -7,7 +7,7 @@ Transcribed, in this zoo's names, from AutoAWQ 0.2.9 (`get_layers_for_scaling` o
 import pytest
 from zoo import ZOO, short
 
-from awq_jax.sites import sites
+from awq_jax.tracing.sites import sites
 
 LLAMA = ("attn_norm > q k v", "v > o", "mlp_norm > gate up", "up > down")
 AUTOAWQ = {

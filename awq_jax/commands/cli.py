@@ -1,0 +1,343 @@
+"""The `awq-jax` command: parse, call, print."""
+
+from __future__ import annotations
+
+import io
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from itertools import chain
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Union
+
+import tyro
+from tyro.conf import Positional, arg
+
+from awq_jax.cache import keep_compiled_programs
+from awq_jax.commands.ending import failed, silence_libraries
+from awq_jax.commands.flags import as_flags, one_of
+from awq_jax.commands.progress import progress_bar
+from awq_jax.commands.tables import console, scores_table, sites_table, summary, tunings_table
+from awq_jax.near import did_you_mean
+from awq_jax.pipeline.quantize_checkpoint import Format
+from awq_jax.pipeline.stream import Feed
+
+Preset = Literal["default", "fast", "rtn", "llm_awq", "autoawq", "llmcompressor"]
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """Make a model 4 times smaller: calibrate, search, write."""
+
+    spelled: ClassVar = {"fold=False": "--format orbax", "skip=True in a rule": "--skip"}
+
+    model: Annotated[Positional[str], arg(metavar="MODEL")]
+    """Hugging Face folder or hub id, or a GGUF file."""
+    out: Annotated[Positional[Path], arg(metavar="OUT")]
+    """Folder to write."""
+    bits: float = 4
+    """Width of the codes, 2 to 8 (awq files hold 4). 3.5, say, gives every site a width of its own, 3.5 in the mean."""
+    group_size: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: chosen)")] = None
+    """Input channels that share a step; without it the largest of 128, 64, 32 that divides all widths."""
+    format: Annotated[Format, one_of(Format)] = "awq"
+    """awq: AutoAWQ safetensors for vLLM, SGLang, transformers. orbax: ours, a scale for each site."""
+    preset: Annotated[Preset, one_of(Preset)] = "default"
+    """How the numbers are chosen; fast takes a quarter of the text, smaller statistics and a coarser search;
+    the last three do as others do."""
+    calib: tuple[str, ...] = ()
+    """Text files, files of chats or texts (.json, .jsonl, .csv, .parquet), ids of datasets, `self` for what the model
+    writes; the packaged text without it. Several share the samples."""
+    samples: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: 32; fast 8)")] = None
+    """Calibration sequences; the preset says how many."""
+    seq_len: int = 512
+    """Tokens a calibration sequence."""
+    skip: tuple[str, ...] = ()
+    """Regular expressions of param paths that stay dense, such as mlp/down; in awq files all of q, k, v or none, and
+    of gate, up."""
+    symmetric: bool = False
+    """The zero point is the middle code."""
+    feed: Annotated[Feed, one_of(Feed)] = "dense"
+    """What a block is calibrated on: the output of the dense blocks before it, or of the quantized ones."""
+    distill: int = 0
+    """Passes over the calibration text that train the steps against the dense model, after the search: closer, slower,
+    and all of the model in memory."""
+    overwrite: bool = False
+    """Replace what an earlier run wrote at OUT, and nothing else."""
+
+    def run(self) -> None:
+        from awq_jax.pipeline.quantize_checkpoint import quantize_checkpoint
+
+        with progress_bar() as progress:
+            done = quantize_checkpoint(
+                self.model,
+                self.out,
+                self.recipe(),
+                format=self.format,
+                calib=self.calib,
+                samples=self.samples,
+                seq_len=self.seq_len,
+                feed=self.feed,
+                average_bits=None if self.bits == int(self.bits) else self.bits,
+                distill=self.distill,
+                overwrite=self.overwrite,
+                progress=progress,
+                told=say,
+            )
+        console().print(sites_table(done.sites), summary(done.before, done.half, done.after, done.seconds))
+        for note in done.notes:
+            say(note)
+        where = shlex.quote(str(done.path))
+        say(f"Wrote {done.path}. Try: awq-jax generate {where} 'Why is the sky blue?'")
+
+    def recipe(self) -> Any:
+        from awq_jax.transforms.presets import PRESETS
+        from awq_jax.weights.spec import Rule
+
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"bits={self.bits:g}: codes are 2 to 8 bits wide.")
+        preset = PRESETS[self.preset]
+        return replace(
+            preset,
+            bits=int(self.bits) if self.bits == int(self.bits) else 4,
+            group_size=self.group_size,
+            symmetric=self.symmetric,
+            rules=tuple(Rule(pattern, skip=True) for pattern in self.skip),
+        )
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Perplexity of a text; with --dense also KL and top-1 agreement with that model."""
+
+    model: Annotated[Positional[str], arg(metavar="MODEL")]
+    """Any checkpoint, dense or quantized."""
+    text: Annotated[Positional[Path], arg(metavar="TEXT")]
+    """A text, or a file of chats or texts; best one that calibration never saw."""
+    dense: str | None = None
+    """The model to compare with."""
+    windows: int = 8
+    """Windows from the start of the text."""
+    length: int = 1024
+    """Tokens a window."""
+
+    def run(self) -> None:
+        import jax.numpy as jnp
+
+        from awq_jax.memory import check_memory, to_be_read
+        from awq_jax.models.inputs import check_tokens
+        from awq_jax.pipeline.chats import as_texts, is_row
+        from awq_jax.pipeline.documents import read_rows
+        from awq_jax.pipeline.load import opened
+        from awq_jax.pipeline.score import check_same_tokens, score, windows
+
+        rows = read_rows(self.text, is_row)
+        # In one dtype everywhere, so that scores of two machines can be compared.
+        model, read = opened(self.model, jnp.float32, say)
+        reference, read_reference = opened(self.dense, jnp.float32, say) if self.dense else (None, lambda: None)
+        found = as_texts(rows, model.tokenizer, str(self.text))
+        text = "\n".join(found.texts)
+        tokens = windows(text, model.tokenizer, self.windows, self.length, found.named(str(self.text)))
+        if reference is not None:
+            check_same_tokens(model, reference, text, tokens, str(self.dense))
+        for one in (model, reference or model):
+            check_tokens(one.config, tokens, f"{self.text} in windows of length={self.length}")
+        needed = model.nbytes_of_logits(self.length) + (to_be_read(reference.params) if reference else 0)
+        check_memory(f"A window of length={self.length}", needed, "give a smaller one, or more memory")
+        if len(tokens) < self.windows:
+            say(f"{self.text} fills {len(tokens)} of {self.windows} windows.")
+        with progress_bar() as progress:
+            progress("loading", 0, 1)
+            model, reference = read(), read_reference()
+            progress("loading", 1, 1)
+            scores = {self.model: score(model, tokens, reference, lambda k, n: progress("window", k, n))}
+            if reference is not None and self.dense is not None:
+                scores[self.dense] = score(reference, tokens)
+        console().print(scores_table(scores))
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Let a model answer."""
+
+    model: Annotated[Positional[str], arg(metavar="MODEL")]
+    """Any checkpoint, dense or quantized."""
+    prompt: Annotated[Positional[str], arg(metavar="PROMPT")]
+    """What to answer."""
+    max_new_tokens: int = 128
+    """The answer's tokens at most."""
+    temperature: float = 0.0
+    """0 takes the likeliest token."""
+    top_p: float = 1.0
+    """Draw from the fewest tokens whose probabilities reach this."""
+    seed: int = 0
+    """Of what is drawn: another one, another answer, where the temperature is above 0."""
+    raw: bool = False
+    """Continue the prompt as it is instead of answering it as a chat."""
+
+    def run(self) -> None:
+        from awq_jax.models.generate import Speed
+        from awq_jax.pipeline.load import opened
+
+        names = ("max_new_tokens", "temperature", "top_p", "seed")
+        options: dict[str, Any] = {name: getattr(self, name) for name in names}
+        speed = Speed()
+        with progress_bar() as progress:
+            progress("loading", 0, 1)
+            model, read = opened(self.model, told=lambda line: print(line, file=sys.stderr))
+            tokens = model.tokens_of(self.prompt, chat=not self.raw)
+            # Refuses what it can while the weights are not read.
+            model.stream(tokens, **options)
+            answer = read().stream(tokens, **options, speed=speed)
+            progress("loading", 1, 1)
+            progress("compiling, once", 0, 1)
+            begun = next(answer, "")
+        try:
+            for piece in chain([begun], answer):
+                print(piece, end="", flush=True)
+        finally:
+            print(flush=True)
+        print(speed, file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """What is in a checkpoint: params by kind, bits a weight, bytes on disk, and errors where it was quantized here."""
+
+    model: Annotated[Positional[str], arg(metavar="MODEL")]
+    """Any checkpoint, dense or quantized."""
+
+    def run(self) -> None:
+        from awq_jax.commands.inspect import inspect
+
+        console().print(inspect(self.model))
+
+
+@dataclass(frozen=True)
+class Demo:
+    """See it work: quantize a small model, compare it with the dense one, let both answer."""
+
+    model: Annotated[Positional[str | None], arg(metavar="[MODEL]")] = None
+    """Any model; without it SmolLM2-135M-Instruct, fetched once (98 MB)."""
+    prompt: str = "What is gravity?"
+    """What both models are asked."""
+
+    def run(self) -> None:
+        from awq_jax.commands.demo import demo
+
+        with progress_bar() as progress:
+            result = demo(self.model, self.prompt, progress)
+        console().print(*result)
+
+
+@dataclass(frozen=True)
+class Tune:
+    """Time the kernels on this GPU for the shapes of a quantized model, and use the fastest from then on."""
+
+    model: Annotated[Positional[str], arg(metavar="MODEL")]
+    """A quantized checkpoint."""
+    rows: tuple[int, ...] = (1, 1024, 16, 256, 4, 64)
+    """Of the activations, in the order in which they are timed: sequences of a decode step, tokens of a prefill."""
+    minutes: float = 5.0
+    """After which no further matmul is begun."""
+
+    def run(self) -> None:
+        import jax.numpy as jnp
+
+        from awq_jax.kernels.tilings.table import users_file
+        from awq_jax.pipeline.load import opened
+        from awq_jax.transforms.tune import check_gpu, tune
+
+        check_gpu()
+        if min(self.rows, default=0) < 1:
+            raise ValueError(f"rows={min(self.rows, default=0)}: give numbers of 1 or more.")
+        model, _ = opened(self.model)
+
+        def steps(params: Any) -> list[Any]:
+            return [replace(model, params=params).logits(jnp.zeros((m, 1), jnp.int32)) for m in self.rows]
+
+        with progress_bar() as progress:
+            found = tune(steps, model.params, limit=60 * self.minutes, progress=progress)
+        console().print(tunings_table(found))
+        say(f"Kept in {users_file()}; delete it to forget them.")
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """What is installed, which GPU is here, what would run the matmuls, and what to install."""
+
+    def run(self) -> None:
+        from awq_jax.commands.doctor import examine
+
+        for finding in examine():
+            say(f"{finding.what}: {finding.found}" + (f" ({finding.advice})" if finding.advice else ""))
+
+
+COMMANDS: dict[str, Any] = {
+    "quantize": Quantize,
+    "eval": Eval,
+    "generate": Generate,
+    "inspect": Inspect,
+    "demo": Demo,
+    "tune": Tune,
+    "doctor": Doctor,
+}
+Command: Any = Union[tuple(Annotated[command, tyro.conf.subcommand(name)] for name, command in COMMANDS.items())]  # noqa: UP007
+
+
+def say(text: str) -> None:
+    """Text as it is, whatever the width of the terminal."""
+    console().print(text, markup=False, soft_wrap=True)
+
+
+def parsed(words: list[str]) -> Any:
+    """The command that is asked for; --version, --help and what cannot be understood end the program."""
+    if words[:1] == ["--version"]:
+        from awq_jax import __version__
+
+        say(f"awq-jax {__version__}")
+        sys.exit(0)
+    if words and not words[0].startswith("-") and words[0] not in COMMANDS:
+        near = did_you_mean(words[0], COMMANDS)
+        print(f"awq-jax: there is no command {words[0]}{near}: give one of {', '.join(COMMANDS)}.", file=sys.stderr)
+        sys.exit(2)
+    description = "Activation-aware 4-bit weight quantization (AWQ) in JAX; --version tells which one this is."
+    return tyro.cli(
+        Command, prog="awq-jax", description=description, args=words, config=(tyro.conf.FlagCreatePairsOff,)
+    )
+
+
+@contextmanager
+def in_flags(command: Any) -> Iterator[None]:
+    """Puts errors of the block into the words of the command line."""
+    try:
+        yield
+    except (ValueError, OSError) as e:
+        if len(e.args) == 1 and isinstance(e.args[0], str):
+            names = [field.name for field in fields(command)]
+            e.args = (as_flags(e.args[0], names, getattr(command, "spelled", {}), sys.argv[1:]),)
+        raise
+
+
+def main() -> None:
+    """Run the command; what the user can mend is one line on the error stream and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A name of bytes that are no text, or a terminal without UTF-8, must not cost the work that is done.
+            stream.reconfigure(errors="backslashreplace")
+    command = parsed(sys.argv[1:])
+    silence_libraries()
+    keep_compiled_programs()
+    try:
+        with in_flags(command):
+            command.run()
+        sys.stdout.flush()
+    except SystemExit:
+        raise
+    except KeyboardInterrupt:
+        print("awq-jax: stopped.", file=sys.stderr)
+        sys.exit(130)
+    # A panic of a library in Rust is no Exception.
+    except BaseException as e:
+        sys.exit(failed(e))

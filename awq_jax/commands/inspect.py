@@ -1,0 +1,110 @@
+"""What is in a checkpoint."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+
+from awq_jax.commands.tables import size
+from awq_jax.errors import reading
+from awq_jax.files import inside, parse_json
+from awq_jax.formats import orbax
+from awq_jax.formats.checkpoint import Checkpoint, open_checkpoint
+from awq_jax.memory import nbytes_of
+from awq_jax.pipeline.agreement import check_params
+from awq_jax.pipeline.load import architecture
+from awq_jax.pipeline.quantize_checkpoint import REPORT
+
+MAIN = re.compile(r"/(kernel|scale|embedding)$")
+"""What the name of a layer's main param ends with."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A param on disk: its shape, [in, out] of matrices, how it is stored, and in how many bytes."""
+
+    shape: tuple[int, ...]
+    stored_as: str
+    nbytes: int
+
+
+def inspect(path: str | Path) -> Group:
+    """Tables of a checkpoint's params (layers of the same shape and storage as one row) and its totals.
+
+    Nothing but headers is read.
+    """
+    checkpoint = open_checkpoint(path)
+    found = own_params(checkpoint) if checkpoint.kind == "orbax" else params_of(checkpoint)
+    errors = read_errors(checkpoint.path)
+    # Short headings and names: with the sizes of a real model the table just fits a terminal.
+    table = Table(title=escape(str(path)))
+    for column in ("tensor", "shape", "stored as"):
+        table.add_column(column)
+    for column in ("n", "bytes", "bits", *(("error", "worst") if errors else ())):
+        table.add_column(column, justify="right")
+    inside = {name for name in found if name.startswith("layers_")}
+    for section in (found.keys() - inside, inside):
+        rows: dict[tuple[str, Stored], list[str]] = {}
+        for name in (name for name in found if name in section):
+            kind = name.split("/", 1)[1] if name in inside else name
+            rows.setdefault((MAIN.sub("", kind), found[name]), []).append(name)
+        for (kind, one), names in rows.items():
+            known = [errors[n] for n in names if n in errors]
+            shown = (f"{sum(known) / len(known):.2%}", f"{max(known):.2%}") if known else ()
+            shape, nbytes = " x ".join(map(str, one.shape)), len(names) * one.nbytes
+            bits = f"{8 * one.nbytes / math.prod(one.shape):.2f}"
+            table.add_row(kind, shape, one.stored_as, str(len(names)), size(nbytes), bits, *shown)
+        table.add_section()
+    weights = sum(math.prod(one.shape) for one in found.values())
+    totals = Table.grid(padding=(0, 2))
+    nbytes = checkpoint.nbytes
+    totals.add_row(
+        "tensors on disk",
+        size(nbytes),
+        f"{8 * nbytes / weights:.2f} bits a weight",
+        f"{2 * weights / nbytes:.2f} times smaller than 16 bits",
+    )
+    return Group(table, totals)
+
+
+def params_of(checkpoint: Checkpoint) -> dict[str, Stored]:
+    """The params of a checkpoint by the names that they have here."""
+    module, config = architecture(checkpoint)
+    shapes = module.param_shapes(config)
+    tensors = (checkpoint.tensors[name] for name in module.stored_shapes(config))
+    return {
+        name: Stored(shape, tensor.stored_as, tensor.nbytes)
+        for (name, shape), tensor in zip(shapes.items(), tensors, strict=True)
+    }
+
+
+def own_params(checkpoint: Checkpoint) -> dict[str, Stored]:
+    """The params of a folder in our own format."""
+    params = orbax.shapes(checkpoint.path)
+    check_params(checkpoint.path, params, *architecture(checkpoint))
+
+    def stored(leaf: Any) -> Stored:
+        parts = jax.tree.leaves(leaf)
+        nbytes = nbytes_of(parts)
+        spec = getattr(leaf, "spec", None)
+        stored_as = f"{spec.bits}-bit g{spec.group_size}" if spec else str(leaf.dtype)
+        return Stored(tuple(leaf.shape), stored_as, nbytes)
+
+    return {name: stored(leaf) for name, leaf in params.items()}
+
+
+def read_errors(folder: Path) -> dict[str, float]:
+    """Each site's relative error from the report that `quantize_checkpoint` leaves, {} without one."""
+    file = inside(folder, REPORT)
+    if file is None:
+        return {}
+    with reading(f"{file} is no report of awq_jax", "delete it"):
+        return {str(site["name"]): float(site["error"]) for site in parse_json(file) if site["spec"] is not None}

@@ -1,0 +1,120 @@
+"""Distillation of a whole decoder after its blocks were quantized one by one; all of it is in memory."""
+
+from __future__ import annotations
+
+import functools as ft
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from awq_jax.machine import fast_dtype
+from awq_jax.memory import matmul_bytes, to_be_read
+from awq_jax.pipeline.stream import Decoder
+from awq_jax.transforms.distill import distill
+
+BATCH = 1024
+"""Tokens a step."""
+RATE = 1e-3
+
+
+def refine(
+    model: Decoder,
+    parts: dict[str, Any],
+    tokens: Int[np.ndarray, "n t"],
+    *,
+    passes: int,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> dict[str, Any]:
+    """The parts of a quantized decoder, their steps distilled against the dense one on `passes` over the tokens.
+
+    Args:
+      parts: what `stream` handed over, by its name: "outer", "layers_<i>".
+      progress: called with a stage, steps done and steps in all.
+    """
+    observed = replace(model, config=replace(model.config, dtype=step_dtype()))
+    rows = rows_of_step(*tokens.shape)
+    total = passes * (len(tokens) // rows)
+    progress("distillation step", 0, total)
+    names = [f"layers_{i}" for i in model.layers]
+    dense = {"outer": parts["outer"], "layers": together([model.layer(i) for i in model.layers])}
+    small = {"outer": parts["outer"], "layers": together([parts[name] for name in names])}
+    done = iter(range(1, total + 1))
+    tuned = distill(
+        logits(observed),
+        dense,
+        small,
+        ((jnp.asarray(tokens[rows_]),) for rows_ in shuffled(len(tokens), rows, passes)),
+        rate=optax.linear_schedule(RATE, RATE / 10, total),
+        progress=lambda loss: progress("distillation step", next(done), total),
+    )
+    return {"outer": parts["outer"]} | dict(zip(names, apart(tuned["layers"], len(names)), strict=True))
+
+
+def step_dtype() -> Any:
+    """In which steps are computed; XLA's backward matmuls in bfloat16 are slow on every CPU."""
+    return jnp.float32 if jax.default_backend() == "cpu" else fast_dtype()
+
+
+def rows_of_step(n: int, t: int) -> int:
+    """How many of `n` sequences of `t` tokens a step takes."""
+    return max(1, min(BATCH // t, n))
+
+
+def nbytes(module: Any, config: Any, params: Any, n: int, t: int) -> int:
+    """About what `refine` takes: all layers, twice while they are put together, and what a step computes and keeps.
+
+    Args:
+      params: jax.ShapeDtypeStructs of the dense model's.
+      n, t: sequences, and tokens of each.
+    """
+    config = replace(config, dtype=step_dtype())
+    outer = {name: part for name, part in params.items() if not name.startswith("layers_")}
+    layers = jax.eval_shape(together, [params[f"layers_{i}"] for i in range(config.layers)])
+    tokens = jax.ShapeDtypeStruct((rows_of_step(n, t), t), jnp.int32)
+    run = logits(Decoder(module, config, lambda name: None))
+    loss = lambda layers, outer, tokens: run({"outer": outer, "layers": layers}, tokens).sum()
+    hidden = jax.eval_shape(ft.partial(module.embed, config), outer, tokens)
+    kept = config.layers * hidden.size * hidden.dtype.itemsize
+    return 2 * to_be_read(layers) + to_be_read(outer) + kept + matmul_bytes(jax.grad(loss), layers, outer, tokens)
+
+
+def logits(model: Decoder) -> Callable[[Any, Array], Float[Array, "b t v"]]:
+    """`(params, tokens) -> logits` of a decoder, its layers a stack or a list; blocks are computed again going back."""
+    module, config = model.module, model.config
+    block = jax.checkpoint(lambda h, layer: (module.block(config, layer, h), None))
+
+    def run(params: Any, tokens: Array) -> Array:
+        hidden = module.embed(config, params["outer"], tokens)
+        if isinstance(params["layers"], list):
+            for layer in params["layers"]:
+                hidden = block(hidden, layer)[0]
+        else:
+            hidden, _ = jax.lax.scan(block, hidden, params["layers"])
+        return module.head(config, params["outer"], hidden)
+
+    return run
+
+
+def together(layers: list[Any]) -> Any:
+    """Layers of one structure and one set of dtypes as a stack (one compiled block); others as a list."""
+    alike = {(jax.tree.structure(layer), tuple((w.shape, w.dtype) for w in jax.tree.leaves(layer))) for layer in layers}
+    return jax.tree.map(lambda *ws: jnp.stack(ws), *layers) if len(alike) == 1 else layers
+
+
+def apart(layers: Any, n: int) -> list[Any]:
+    """The inverse of `together`."""
+    return layers if isinstance(layers, list) else [jax.tree.map(lambda w, i=i: w[i], layers) for i in range(n)]
+
+
+def shuffled(n: int, rows: int, passes: int) -> Iterator[Int[np.ndarray, " rows"]]:
+    """Numbers of the sequences of each step: every pass in an order of its own."""
+    rng = np.random.default_rng(0)
+    for _ in range(passes):
+        order = rng.permutation(n)
+        yield from (order[k : k + rows] for k in range(0, n - n % rows, rows))

@@ -1,0 +1,143 @@
+"""Files of people as rows: JSON, JSON lines, tables or plain text, told apart by what is in them and by their name."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from awq_jax.errors import InputError, reading
+from awq_jax.files import regular
+from awq_jax.near import did_you_mean, names_in
+
+Row = tuple[str, Any]
+"""Where it stands, "line 3", and the row: a text, or what JSON holds."""
+
+FORMATS = "a text, .json, .jsonl, .csv or .parquet file"
+JSON = (".json", ".jsonl", ".ndjson", ".jsonlines")
+TABLES = {".csv": ",", ".tsv": "\t"}
+SEPARATORS = (",", ";", "\t", "|")
+SUFFIXES = (".txt", ".md", ".gz", ".parquet", *JSON, *TABLES)
+"""By which a name is that of a file, there or not."""
+STARTS_AS_JSON = re.compile(r'\s*(\{\s*["}]|\[\s*[\[{"\]])')
+HOLDS_OBJECTS = re.compile(r'[\[\s]*\{\s*"')
+AS_PYTHON = re.compile(r"[\[\s]*\{\s*'[^'\n]*'\s*:")
+BLANK = re.compile(r"[ \t\r\n]*")
+TOLD = {
+    b"\x1f\x8b": "is compressed: unpack it first, with gunzip",
+    b"PK\x03\x04": f"is a zip archive or an office document: give {FORMATS}",
+    b"%PDF": f"is a PDF: give {FORMATS}",
+    b"\xff\xfe": "is UTF-16 text: convert it, with iconv -f UTF-16 -t UTF-8",
+    b"\xfe\xff": "is UTF-16 text: convert it, with iconv -f UTF-16 -t UTF-8",
+}
+"""First bytes of what is not read -> what to do."""
+
+
+def read_rows(file: Path, is_row: Callable[[Any], bool]) -> list[Row]:
+    """The rows of a file, one or more; plain text is one row.
+
+    Args:
+      is_row: whether a JSON object is a row by itself; another one that holds one list stands for the list.
+
+    Raises:
+      InputError: a file that cannot be read, that is empty, or whose JSON or table is damaged.
+    """
+    if file.is_dir():
+        raise InputError(f"{file} is a folder: give {FORMATS}.")
+    if not file.exists():
+        near = did_you_mean(file.name, names_in(file.parent))
+        raise InputError(f"{file}: there is no such file{near}: give {FORMATS}.")
+    raw = regular(file).read_bytes()
+    if not (rows := parquet(file) if raw[:4] == b"PAR1" else rows_of(file, raw, is_row)):
+        raise InputError(f"{file} {'holds no rows' if raw.strip() else 'is empty'}: give {FORMATS}, with text in it.")
+    return rows
+
+
+def rows_of(file: Path, raw: bytes, is_row: Callable[[Any], bool]) -> list[Row]:
+    """The rows of what is in a file."""
+    if found := next((advice for start, advice in TOLD.items() if raw.startswith(start)), None):
+        raise InputError(f"{file} {found}.")
+    with reading(f"{file} is not UTF-8 text", f"give {FORMATS}"):
+        text = raw.decode("utf-8-sig")
+    if (suffix := file.suffix.lower()) in TABLES:
+        return list(table(file, text, TABLES[suffix]))
+    if AS_PYTHON.match(text):
+        raise InputError(f"{file} holds what Python shows of objects: write them as JSON, with json.dumps.")
+    if suffix in JSON or STARTS_AS_JSON.match(text):
+        try:
+            return unwrapped(list(json_values(file, text)), is_row)
+        except InputError:
+            # A text may start with a bracket too, as [[links]] of a wiki do.
+            if suffix in JSON or HOLDS_OBJECTS.match(text):
+                raise
+    return [("", text)] if text.strip() else []
+
+
+def table(file: Path, text: str, separator: str) -> Iterator[Row]:
+    """The rows of a table whose first line names its columns."""
+    with reading(f"{file} cannot be read as a table", "repair or replace it"):
+        csv.field_size_limit(max(csv.field_size_limit(), len(text)))
+        found = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator)
+        names = found.fieldnames or []
+        others = [other for other in SEPARATORS if len(names) == 1 and other in names[0]]
+        if others and separator not in names[0]:
+            raise InputError(
+                f"{file}: its first line separates columns by {others[0]!r}, expected is {separator!r}: save it with "
+                f"{separator!r} between columns."
+            )
+        for k, row in enumerate(found, 1):
+            if more := row.get(None):  # type: ignore[call-overload]
+                raise InputError(
+                    f"{file}, row {k} has {len(names) + len(more)} cells, the first line names {len(names)}: put text "
+                    f"with {separator!r} in it into double quotes."
+                )
+            yield f"row {k}", row
+
+
+def json_values(file: Path, text: str) -> Iterator[Row]:
+    """JSON values that follow each other, on lines of their own or not."""
+    decoder, at, line = json.JSONDecoder(), 0, 1
+    skip = lambda at: BLANK.match(text, at).end()  # type: ignore[union-attr]
+    while (start := skip(at)) < len(text):
+        line += text.count("\n", at, start)
+        where = f"line {line}"
+        with reading(f"{file}, {where}: not JSON", "repair or remove it"):
+            value, at = decoder.raw_decode(text, start)
+        line += text.count("\n", start, at)
+        yield where, value
+
+
+def unwrapped(values: list[Row], is_row: Callable[[Any], bool]) -> list[Row]:
+    """The rows of a list, or of an object with one list, that is all of a file; otherwise the values as they are."""
+    if len(values) > 1 and all(is_message(value) for _, value in values):
+        return [(values[0][0], [value for _, value in values])]
+    if len(values) != 1:
+        return values
+    where, value = values[0]
+    if isinstance(value, dict) and not is_row(value):
+        lists = [v for v in value.values() if isinstance(v, list)]
+        value = lists[0] if len(lists) == 1 else value
+    if isinstance(value, list) and not (value and all(map(is_message, value))):
+        return [(f"row {k}", row) for k, row in enumerate(value, 1)]
+    return [(where, value)]
+
+
+def is_message(value: Any) -> bool:
+    """Whether this is one turn of a chat rather than a row."""
+    fields = value.keys() if isinstance(value, dict) else set()
+    return {"from", "value"} <= fields or ("role" in fields and bool({"content", "tool_calls"} & fields))
+
+
+def parquet(file: Path) -> list[Row]:
+    try:
+        import pyarrow.parquet  # type: ignore[import-not-found]
+    except ImportError as e:
+        raise InputError(
+            f"{file} is a Parquet file: `pip install 'awq-jax[datasets]'` to read it, or convert it to .jsonl."
+        ) from e
+    with reading(f"{file} cannot be read as Parquet"):
+        return [(f"row {k}", row) for k, row in enumerate(pyarrow.parquet.read_table(file).to_pylist(), 1)]

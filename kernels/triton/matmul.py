@@ -1,0 +1,232 @@
+"""The matmul by the Triton kernels: NVIDIA GPUs, 4-bit weights in tiles.
+
+From compute capability 8.0 on bfloat16 and float16 are multiplied on the tensor cores. On 7.5, and in float32 anywhere,
+a few rows (decode) are multiplied without them; more are left to plain XLA, which makes the weight dense. So is a long
+prefill, where the table says so: a weight made dense once is then cheaper than one unpacked for every tile of rows.
+
+The input scale is multiplied into x before, by XLA, which does it where x is made: in a kernel's loop it would be done
+again for every tile of columns, and cost more instructions than the weights.
+"""
+
+from __future__ import annotations
+
+import functools as ft
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from awq_jax.kernels.contract import PackedWeight, check_tiles
+from awq_jax.kernels.gpu import OLDEST, TENSOR_CORES, architecture, multiprocessors
+from awq_jax.kernels.mosaic import matmul as mosaic
+from awq_jax.kernels.packing.tiles import BLOCK
+from awq_jax.kernels.tilings import table
+from awq_jax.kernels.tilings.table import Tiling
+from awq_jax.kernels.triton.launch import launch
+from awq_jax.kernels.xla import dense as reference
+from awq_jax.kernels.xla.dense import scaled
+
+MOST_EXPERTS = 65535
+
+
+def check(dtype: Any, w: PackedWeight) -> None:
+    """Raises NotImplementedError with the reason why the kernels cannot multiply w with an x of this dtype."""
+    check_tiles(w)
+    if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        raise NotImplementedError(f"x is {jnp.dtype(dtype)}, the kernels take bfloat16, float16 or float32: cast x")
+    arch = architecture()
+    if arch is not None and arch < OLDEST:
+        raise NotImplementedError(f"the GPU is sm_{arch}, Triton compiles from sm_{OLDEST}")
+
+
+def matmul(
+    x: Float[Array, "*b i"],
+    w: PackedWeight,
+    *,
+    layer: Int[Array, ""] | None = None,
+    dtype: Any = None,
+    lookup: Callable[..., Tiling] = table.tiling,
+    tiling: Tiling | None = None,
+) -> Float[Array, "*b o"]:
+    """`x @ w`, batched over the weight's leading axes; float32 accumulators.
+
+    Args:
+      x: bfloat16, float16 or float32; the weight's leading axes are leading axes of x too.
+      w: 4 bits, in tiles.
+      layer: w has an axis of layers in front, and this one is meant. It is read in place: a slice handed to a
+        custom call would be copied by XLA.
+      dtype: of the result; None for x's.
+      lookup: where a tiling is found: `table.tiling`, which may name another implementation, or
+        `table.triton_tiling`.
+      tiling: None for the one found.
+
+    Raises:
+      NotImplementedError: the kernels cannot run this case; the message says why.
+      ValueError: the tiling takes more shared memory than the GPU has.
+    """
+    check(x.dtype, w)
+    lead = w.codes.shape[:-2] if layer is None else w.codes.shape[1:-2]
+    n, k = w.scales.shape[-1], w.in_features
+    experts = math.prod(lead)
+    rows = math.prod(x.shape[len(lead) : -1])
+    dtype = jnp.dtype(dtype or x.dtype)
+    if 0 in (experts * rows, n, k):
+        return jnp.zeros((*x.shape[:-1], n), dtype)
+    if experts > MOST_EXPERTS:
+        raise NotImplementedError(f"{experts} matrices at once: a grid of programs has {MOST_EXPERTS} in its last axis")
+    arch = architecture() or TENSOR_CORES
+    known = lookup(arch, x.dtype.name, w.spec.group(k), rows, k, n)
+    t = tiling or known
+    if not t.fits(arch):
+        raise ValueError(
+            f"{t} takes {t.shared(arch)} bytes of shared memory, sm_{arch} has {table.limit(arch)}: "
+            f"lower stages, or leave it to the table, which gives {known}."
+        )
+    elsewhere = {"dense": reference.matmul, "mosaic": ft.partial(mosaic.matmul, tiling=t)}
+    if t.kernel in elsewhere:
+        one = w if layer is None else jax.tree.map(lambda leaf: leaf[layer], w)
+        return elsewhere[t.kernel](x, one, dtype=dtype)
+    n_tiles, m_tiles, blocks = -(-n // t.bn), -(-rows // t.bm), -(-k // BLOCK)
+    many = t.kernel == "tile"
+    splits = table.splits(n_tiles * m_tiles * experts, blocks, multiprocessors()) if many else 1
+    grid = {"decode": (n_tiles, m_tiles), "tile": (n_tiles * m_tiles, splits), "gemv": (m_tiles, n_tiles)}[t.kernel]
+    sizes = {"bm": t.bm, "bn": t.bn, "kb": min(t.kb, table.power_of_two(blocks)), "splits": splits}
+    unused = {"decode": ("splits",), "tile": ("kb",), "gemv": ("bm", "f16", "splits")}[t.kernel]
+    scale = w.input_scale if layer is None or w.input_scale is None else w.input_scale[layer]
+    y = launch(
+        t.kernel,
+        scaled(x, scale),
+        *pointers(w),
+        w.scales if layer is None else jnp.asarray(layer, jnp.int32)[None],
+        out=jax.ShapeDtypeStruct((experts, splits, rows, n), dtype if splits == 1 else jnp.float32),
+        grid=(*grid, experts),
+        warps=t.warps,
+        stages=t.stages,
+        M=rows,
+        layered=layer is not None,
+        E=experts,
+        **{name: value for name, value in (sizes | constants(x, w)).items() if name not in unused},
+    )
+    return y.sum(1).astype(dtype).reshape(*x.shape[:-1], n)
+
+
+def shared_matmul(x: Float[Array, "*b i"], *ws: PackedWeight) -> tuple[Float[Array, "*b o"], ...]:
+    """`x @ w` for each of two or three weights, few rows of x, in one launch: narrow weights fill a GPU together.
+
+    Raises:
+      NotImplementedError: one launch cannot run this case; the message says why.
+    """
+    for w in ws:
+        check(x.dtype, w)
+    rows, k, ns = math.prod(x.shape[:-1]), x.shape[-1], [w.scales.shape[-1] for w in ws]
+    alike = {(w.in_features, w.spec.group(k), w.zeros is None, w.codes.ndim) for w in ws}
+    if len(ws) not in (2, 3) or alike != {(k, ws[0].spec.group(k), ws[0].zeros is None, 2)} or 0 in (rows, k, *ns):
+        raise NotImplementedError("one launch multiplies two or three matrices with the same groups")
+    t = table.tiling(architecture() or TENSOR_CORES, x.dtype.name, ws[0].spec.group(k), rows, k, sum(ns))
+    if t.kernel != "decode":
+        raise NotImplementedError("one launch multiplies few rows, on the tensor cores")
+    padded = [*ws, ws[-1]][:3]
+    ns = [*ns, 0][:3]
+    fixed = {name: value for name, value in constants(x, ws[0]).items() if name != "N"}
+    ys = launch(
+        "decode_shared",
+        *(a for w in padded for a in (scaled(x, w.input_scale), *pointers(w))),
+        out=tuple(jax.ShapeDtypeStruct((rows, max(n, 1)), x.dtype) for n in ns),
+        grid=(sum(-(-n // t.bn) for n in ns), -(-rows // t.bm), 1),
+        warps=t.warps,
+        stages=t.stages,
+        M=rows,
+        **{f"N{i}": n for i, n in enumerate(ns)},
+        bm=t.bm,
+        bn=t.bn,
+        kb=min(t.kb, table.power_of_two(-(-k // BLOCK))),
+        **fixed,
+    )
+    return tuple(y.reshape(*x.shape[:-1], n) for y, n in zip(ys, ns, strict=True) if n)
+
+
+def grouped_matmul(
+    x: Float[Array, "m i"], w: PackedWeight, group_sizes: Int[Array, " e"], *, dtype: Any = None
+) -> Float[Array, "m o"]:
+    """Sorted rows, each times its group's matrix, as jax.lax.ragged_dot; rows beyond all groups give 0.
+
+    In x's dtype, or the one given.
+
+    Raises:
+      NotImplementedError: the kernels cannot run this case; the message says why.
+    """
+    check(x.dtype, w)
+    arch = architecture() or TENSOR_CORES
+    if arch < TENSOR_CORES or x.dtype == jnp.float32:
+        raise NotImplementedError(
+            f"sorted rows of {x.dtype} on sm_{arch} would need tensor cores that take them{table.remedy(arch)}"
+        )
+    experts, (rows, k), n = w.codes.shape[0], x.shape, w.scales.shape[-1]
+    dtype = jnp.dtype(dtype or x.dtype)
+    if 0 in (experts, rows, n, k):
+        return jnp.zeros((rows, n), dtype)
+    t = table.grouped_tiling(arch, x.dtype.name, w.spec.group(k), -(-rows // experts), n)
+    which = row_tiles(group_sizes, rows, t.bm)
+    if w.input_scale is not None:
+        owner = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(rows), side="right")
+        x = scaled(x, w.input_scale[jnp.minimum(owner, experts - 1)])
+    return launch(
+        "ragged",
+        x,
+        *pointers(w),
+        *which,
+        out=jax.ShapeDtypeStruct((rows, n), dtype),
+        grid=(which[0].size, -(-n // t.bn), 1),
+        warps=t.warps,
+        stages=t.stages,
+        M=rows,
+        E=experts,
+        bm=t.bm,
+        bn=t.bn,
+        **constants(x, w),
+    )
+
+
+def row_tiles(group_sizes: Int[Array, " e"], rows: int, bm: int) -> tuple[Int[Array, " t"], ...]:
+    """Tiles of at most bm rows, none across two groups: group, first row and end of the group of each.
+
+    The rows beyond all groups are tiles of group -1. As many tiles as any sizes need; those not needed are empty. Of
+    sizes that add up to more than `rows` the last rows are not there.
+    """
+    ends = jnp.append(jnp.minimum(jnp.cumsum(jnp.asarray(group_sizes, jnp.int32)), rows), rows).astype(jnp.int32)
+    sizes = jnp.diff(ends, prepend=0)
+    counts = -(-sizes // bm)
+    last = jnp.cumsum(counts)
+    t = jnp.arange(-(-rows // bm) + sizes.size, dtype=jnp.int32)
+    group = jnp.searchsorted(last, t, side="right").astype(jnp.int32)
+    at = jnp.minimum(group, sizes.size - 1)
+    first = ends[at] - sizes[at] + (t - (last[at] - counts[at])) * bm
+    used = group < sizes.size
+    return (
+        jnp.where(group < sizes.size - 1, group, -1),
+        jnp.where(used, first, rows).astype(jnp.int32),
+        jnp.where(used, ends[at], rows).astype(jnp.int32),
+    )
+
+
+def pointers(w: PackedWeight) -> tuple[Array, ...]:
+    """codes, scales, zeros; the scales again for zeros that the weight lacks, which the kernel will not read."""
+    return (
+        w.codes,
+        w.scales,
+        w.scales if w.zeros is None else w.zeros,
+    )
+
+
+def constants(x: Float[Array, "*b i"], w: PackedWeight) -> dict[str, Any]:
+    return {
+        "N": w.scales.shape[-1],
+        "K": w.in_features,
+        "G": w.spec.group(w.in_features),
+        "asymmetric": w.zeros is not None,
+        "f16": x.dtype == jnp.float16,
+        "asm": True,
+    }

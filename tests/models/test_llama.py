@@ -1,0 +1,362 @@
+"""The Llama decoder against itself: whole, streamed, cached, quantized. Against transformers: tests/parity."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from compilations import compilations
+from flax.traverse_util import flatten_dict
+from jax.tree_util import tree_map_with_path
+from tiny import CHANGES, LLAMA3, hf_config, random_params, random_tokens
+
+from awq_jax.models import for_config, llama
+from awq_jax.models.generate import generate
+from awq_jax.weights.spec import QuantSpec
+from awq_jax.weights.tensor import is_quantized, quantize
+
+BOTH = ("grouped heads", "tied head")
+
+
+def model(case="grouped heads", dtype=jnp.float32, **changes):
+    config = llama.Config.from_hf(hf_config(case, **changes), dtype=dtype)
+    return config, random_params(config)
+
+
+def logits(config, params, tokens, **rest):
+    return llama.Llama(config).apply({"params": params}, tokens, **rest)
+
+
+def stream(config, params, tokens):
+    hidden = llama.embed(config, params, tokens)
+    for i in range(config.layers):
+        hidden = llama.block(config, params[f"layers_{i}"], hidden)
+    return llama.head(config, params, hidden)
+
+
+def on_kernels(f, params):
+    return tree_map_with_path(lambda path, w: f(w) if path[-1].key == "kernel" else w, params, is_leaf=is_quantized)
+
+
+def hf_tensors(params):
+    """A checkpoint's tensors, by name and in Hugging Face orientation."""
+    tensors = {}
+    for path, value in flatten_dict(params).items():
+        layer = path[0].removeprefix("layers_") if path[0].startswith("layers_") else None
+        name = llama.OUTER_NAMES[path] if layer is None else f"model.layers.{layer}.{llama.LAYER_NAMES[path[1:]]}"
+        tensors[name] = np.asarray(value).T if path[-1] == "kernel" else np.asarray(value)
+    return tensors
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_layer_by_layer_is_the_whole_model(case):
+    config, params = model(case)
+    tokens = random_tokens(config)
+    np.testing.assert_array_equal(stream(config, params, tokens), logits(config, params, tokens))
+
+
+def test_all_layers_run_one_compiled_block():
+    config, params = model()
+    hidden = llama.embed(config, params, random_tokens(config))
+    step = jax.jit(llama.block, static_argnums=0)
+    with compilations() as compiled:
+        for i in range(config.layers):
+            hidden = step(config, params[f"layers_{i}"], hidden)
+    assert compiled["block"] == 1
+
+
+@pytest.mark.parametrize("case", BOTH)
+@pytest.mark.parametrize("filled", [None, 0])
+def test_prefill_and_decode_give_the_logits_of_the_full_forward(case, filled):
+    config, params = model(case)
+    tokens = random_tokens(config, length=10)
+    cache = llama.init_cache(config, batch=2, length=16)
+    step = jax.jit(lambda t, c, p: logits(config, params, t, cache=c, position=p))
+    parts = []
+    start, cache = logits(config, params, tokens[:, :6], cache=cache, position=filled)
+    parts.append(start)
+    for i, n in ((6, 1), (7, 1), (8, 2)):
+        more, cache = step(tokens[:, i : i + n], cache, jnp.asarray(i))
+        parts.append(more)
+    np.testing.assert_allclose(np.concatenate(parts, 1), logits(config, params, tokens), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("length", [1, 128, 129, 300, 1030])
+def test_attention_in_slices_is_attention(length):
+    rng = np.random.default_rng(0)
+    q = rng.normal(size=(1, 1, 2, length, 8)).astype(np.float32)
+    k, v = rng.normal(size=(2, 1, 1, length, 8)).astype(np.float32)
+    scores = np.einsum("bkgtd,bksd->bkgts", q, k).astype(np.float64) / np.sqrt(8)
+    scores[..., np.triu(np.ones((length, length), bool), 1)] = -np.inf
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    expected = np.einsum("bkgts,bksd->bkgtd", weights, v)
+    np.testing.assert_allclose(jax.jit(llama.causal_attention)(q, k, v), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_quantized_kernels_compute_what_their_dense_weights_do(case):
+    config, params = model(case)
+    tokens = random_tokens(config)
+    quantized = on_kernels(lambda w: quantize(w, QuantSpec(group_size=32)), params)
+    dense = on_kernels(lambda w: w.dequantize(), quantized)
+    expected = np.asarray(logits(config, dense, tokens))
+    np.testing.assert_allclose(logits(config, quantized, tokens), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+    assert np.abs(expected - logits(config, params, tokens)).max() > 1e-2
+
+
+@pytest.mark.parametrize("case", BOTH)
+def test_bfloat16_is_near_float32(case):
+    config, params = model(case)
+    half, _ = model(case, dtype=jnp.bfloat16)
+    tokens = random_tokens(config)
+    expected = np.asarray(logits(config, params, tokens))
+    found = logits(half, jax.tree.map(lambda w: w.astype(jnp.bfloat16), params), tokens)
+    assert found.dtype == jnp.float32
+    assert llama.embed(half, params, tokens).dtype == jnp.bfloat16
+    assert np.sqrt(np.mean((found - expected) ** 2)) < 0.05 * expected.std()
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_load_puts_each_tensor_where_it_was(case):
+    config, params = model(case)
+    tensors = hf_tensors(params)
+    asked = []
+    loaded = llama.load(lambda name: asked.append(name) or tensors[name], config)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    assert sorted(asked) == sorted(tensors)
+
+
+def test_a_part_is_written_under_the_names_it_is_read_by():
+    config, params = model("biases")
+    params["layers_0"] = on_kernels(lambda w: quantize(w, QuantSpec(group_size=32)), params["layers_0"])
+    outer = {k: v for k, v in params.items() if not k.startswith("layers_")}
+    tensors = llama.to_names("outer", outer)
+    for i in range(config.layers):
+        tensors |= llama.to_names(f"layers_{i}", params[f"layers_{i}"])
+    jax.tree.map(np.testing.assert_array_equal, llama.load(tensors.__getitem__, config), params)
+    for name, shape in llama.matrix_shapes(config).items():
+        layer, *path = name.split("/")
+        assert flatten_dict(params[layer])[tuple(path)].shape == shape
+
+
+def test_load_takes_quantized_matrices_as_they_are():
+    config, params = model()
+    quantized = on_kernels(lambda w: quantize(w, QuantSpec(group_size=32)), params)
+    tensors = hf_tensors(params)
+    tensors["model.layers.1.mlp.down_proj.weight"] = quantized["layers_1"]["mlp"]["down"]["kernel"]
+    loaded = llama.layer_params(tensors.__getitem__, config, 1)
+    assert loaded["mlp"]["down"]["kernel"] is quantized["layers_1"]["mlp"]["down"]["kernel"]
+    tensors["model.embed_tokens.weight"] = quantize(params["embed"]["embedding"], QuantSpec(group_size=32))
+    with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight is quantized"):
+        llama.outer_params(tensors.__getitem__, config)
+
+
+def test_load_names_the_tensor_that_does_not_fit():
+    config, params = model()
+    tensors = hf_tensors(params)
+    tensors["model.layers.1.self_attn.k_proj.weight"] = np.zeros((64, 32), np.float32)
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.k_proj\.weight.*\(32, 64\).*\(64, 32\)"):
+        llama.load(tensors.__getitem__, config)
+
+
+def greedy_by_full_forwards(config, params, tokens, count):
+    run = jax.jit(lambda t: logits(config, params, t))
+    start = tokens.shape[1]
+    text = np.pad(tokens, [(0, 0), (0, count)])
+    for end in range(start, start + count):
+        text[:, end] = run(text)[:, end - 1].argmax(-1)
+    return text
+
+
+@pytest.mark.parametrize("case", BOTH)
+def test_greedy_generation_takes_the_likeliest_token_of_full_forwards(case):
+    config, params = model(case)
+    tokens = random_tokens(config, length=5)
+    expected = greedy_by_full_forwards(config, params, tokens, 7)
+    np.testing.assert_array_equal(generate(config, params, tokens, max_new_tokens=7), expected)
+    np.testing.assert_array_equal(generate(config, params, tokens, max_new_tokens=1), expected[:, :6])
+
+
+def test_rows_end_at_their_first_eos():
+    config, params = model()
+    tokens = random_tokens(config, length=5)
+    free = np.asarray(generate(config, params, tokens, max_new_tokens=8))
+    eos = (int(free[0, 6]), int(free[1, 9]))
+    found = np.asarray(generate(config, params, tokens, max_new_tokens=8, eos=eos))
+    for row, expected in zip(found, free, strict=True):
+        end = 5 + np.isin(expected[5:], eos).argmax() + 1
+        np.testing.assert_array_equal(row[:end], expected[:end])
+        assert (row[end:] == eos[0]).all()
+    one = generate(config, params, tokens[:1], max_new_tokens=8, eos=eos[0])
+    np.testing.assert_array_equal(one, generate(config, params, tokens[:1], max_new_tokens=8, eos=(eos[0],)))
+
+
+def test_nothing_is_computed_once_all_rows_have_ended(monkeypatch):
+    config, params = model("tied head", vocab_size=96)
+    steps = []
+    rotate = llama.rotate
+
+    def counted(x, angles):
+        jax.debug.callback(lambda: steps.append(x.shape[-2]))
+        return rotate(x, angles)
+
+    monkeypatch.setattr(llama, "rotate", counted)
+    tokens = random_tokens(config, batch=1, length=5)
+    free = np.asarray(generate(config, params, tokens, max_new_tokens=9))
+    jax.effects_barrier()
+    per_step = 2 * config.layers
+    assert steps.count(1) == 8 * per_step
+    eos = int(free[0, 7])
+    steps.clear()
+    generate(config, params, tokens, max_new_tokens=9, eos=eos).block_until_ready()
+    jax.effects_barrier()
+    assert steps.count(1) == int((free[0, 5:] == eos).argmax()) * per_step
+
+
+def test_generation_is_compiled_once_a_shape_whatever_the_temperature_and_key():
+    config, params = model(vocab_size=95)
+    tokens = random_tokens(config, length=5)
+    with compilations() as compiled:
+        for seed, temperature in enumerate((0.5, 1.0, 2.0)):
+            generate(config, params, tokens, max_new_tokens=4, temperature=temperature, key=jax.random.key(seed))
+    assert compiled["_generate"] == 1
+
+
+def test_samples_follow_the_distribution():
+    config, params = model(vocab_size=11)
+    prompt = random_tokens(config, batch=1, length=5)
+    rows = np.repeat(prompt, 4000, 0)
+    drawn = generate(config, params, rows, max_new_tokens=1, temperature=2.0, key=jax.random.key(0))[:, -1]
+    expected = jax.nn.softmax(logits(config, params, prompt)[0, -1] / 2.0)
+    np.testing.assert_allclose(np.bincount(drawn, minlength=11) / 4000, expected, atol=0.03)
+
+
+@pytest.mark.parametrize("memory", [0, 2**40], ids=["from codes", "made dense before"])
+def test_generation_runs_on_quantized_params(memory, monkeypatch, doors):
+    config, params = model()
+    quantized = on_kernels(lambda w: quantize(w, QuantSpec(group_size=32)), params)
+    dense = on_kernels(lambda w: w.dequantize(), quantized)
+    doors["dense"] = 0
+    monkeypatch.setattr("awq_jax.models.generate.free_memory", lambda: memory)
+    tokens = random_tokens(config, length=5)
+    np.testing.assert_array_equal(
+        generate(config, quantized, tokens, max_new_tokens=6), generate(config, dense, tokens, max_new_tokens=6)
+    )
+    assert (doors["kernel"] > 0, doors["dense"] > 0) == (memory == 0, memory > 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"max_new_tokens": 1, "temperature": -1.0}, "temperature=-1.0"),
+        ({"max_new_tokens": 1, "temperature": 1.0}, "needs a key"),
+    ],
+)
+def test_generation_refuses(arguments, message):
+    config, params = model()
+    with pytest.raises(ValueError, match=message):
+        generate(config, params, random_tokens(config), **arguments)
+    with pytest.raises(ValueError, match="give \\[batch, length\\]"):
+        generate(config, params, np.zeros(3, np.int32), max_new_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn'.*'llama3'"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "linear rope parameters lacks 'factor'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}}, "partial_rotary"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'.*'silu'"),
+        ({"hidden_size": None}, "lacks 'hidden_size'"),
+        ({"num_key_value_heads": 3}, "4 heads do not divide by 3"),
+        ({"head_dim": 15}, "head_dim=15"),
+        (
+            {"num_attention_heads": 5, "num_key_value_heads": 1},
+            "hidden_size=64 does not divide by num_attention_heads=5",
+        ),
+        ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "low_freq_factor=4.0 and high_freq_factor=4.0"),
+    ],
+)
+def test_a_config_that_this_model_does_not_compute_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        llama.Config.from_hf(hf_config(**changes))
+
+
+SIZES = [k for k in hf_config() if k.endswith("size") or k.startswith("num_")]
+ODD = {
+    **dict.fromkeys((*SIZES, "head_dim", "max_position_embeddings"), (0, -1, True, 64.0, "64", [64], 10**9)),
+    **dict.fromkeys(("rms_norm_eps", "rope_theta"), (0, -1e-5, "1e-5", True, float("nan"), float("inf"), 10**400, [1])),
+    **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias"), (0, 1, "true", 1.0, [True])),
+    **dict.fromkeys(("rope_scaling", "rope_parameters"), (0, False, "linear", [1])),
+}
+
+
+@pytest.mark.parametrize("key", ODD)
+def test_a_field_of_another_type_or_out_of_range_is_named(key):
+    for value in ODD[key]:
+        with pytest.raises(ValueError, match=rf"the config has {key}=.*: expected"):
+            llama.Config.from_hf(hf_config() | {key: value})
+    for field in LLAMA3.keys() - {"rope_type"} if key == "rope_scaling" else ():
+        with pytest.raises(ValueError, match=rf"the llama3 rope parameters has {field}='8': expected"):
+            llama.Config.from_hf(hf_config(rope_scaling=LLAMA3 | {field: "8"}))
+
+
+def test_null_is_as_if_left_out():
+    sizes = {k: v for k, v in hf_config().items() if k in SIZES and k != "num_key_value_heads"}
+    null = dict.fromkeys((hf_config() | ODD).keys() - sizes.keys())
+    assert llama.Config.from_hf(sizes | null) == llama.Config.from_hf(sizes)
+    for key in sizes:
+        with pytest.raises(ValueError, match=f"lacks '{key}'"):
+            llama.Config.from_hf(hf_config() | {key: None})
+
+
+def test_theta_is_found_wherever_it_stands():
+    bare = {key: value for key, value in hf_config().items() if key != "rope_theta"}
+    newer = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    for changes in (newer, newer | {"rope_scaling": LLAMA3}, {"rope_parameters": LLAMA3, "rope_theta": 5e5}):
+        assert llama.Config.from_hf(bare | changes).rope.theta == 5e5
+
+
+def test_ropes_by_layer_type_are_refused():
+    nested = {"full_attention": {"rope_type": "default", "rope_theta": 5e5}}
+    with pytest.raises(ValueError, match=r"rope parameters for \['full_attention'\]: this model has one rope"):
+        llama.Config.from_hf(hf_config() | {"rope_parameters": nested})
+
+
+def test_positions_are_those_after_linear_scaling():
+    assert llama.Config.from_hf(hf_config()).positions == 512
+    assert llama.Config.from_hf(hf_config("linear rope")).positions == 2048
+    assert llama.Config.from_hf(hf_config("llama3 rope, v4 style")).positions == 512
+
+
+def test_a_config_may_leave_out_what_transformers_has_defaults_for():
+    sizes = {k: v for k, v in hf_config().items() if k.endswith("size") or k.startswith("num_")}
+    config = llama.Config.from_hf({**sizes, "num_key_value_heads": None, "head_dim": None})
+    assert (config.kv_heads, config.head_dim, config.norm_eps, config.tied) == (4, 16, 1e-6, False)
+    assert config.rope == llama.Rope(theta=10000.0)
+
+
+@pytest.mark.parametrize("found", ["LlamaForCausalLM", [1], {"a": 1}])
+def test_architectures_are_a_list_of_names(found):
+    with pytest.raises(ValueError, match="expected a list of names"):
+        for_config({"architectures": found})
+
+
+def test_an_architecture_is_found_by_its_name():
+    assert for_config(hf_config()) is llama
+    assert for_config({"architectures": ["MistralForCausalLM"], "sliding_window": None}) is llama
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 4096}, "sliding_window=4096"),
+        ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
+        ({}, r"architectures=\[\]"),
+    ],
+)
+def test_an_unknown_architecture_is_refused_with_those_that_are_known(config, found):
+    with pytest.raises(ValueError, match=rf"{found}.*Supported: LlamaForCausalLM"):
+        for_config(config)
