@@ -6,9 +6,10 @@ It runs in an environment of its own, beside awq_jax's and not in it, and needs 
   peer/bin/python benchmarks/llmcompressor.py MODEL tokens.npy w3g64 awq OUT
 
 tokens.npy holds the calibration tokens, (samples, length) integers: what calibration_tokens of
-awq_jax.pipeline.calibration_text gives, so that both calibrate on the same ones. OUT gets the weights after dequantization, with AWQ's scales folded into norms and
-linears: loaded as a plain model it computes the quantized one. llm-compressor refuses a group that does not divide a
-linear's inputs; such linears get the largest group that divides both (64 for 576 inputs and a group of 128).
+awq_jax.pipeline.calibration_text gives, so that both calibrate on the same ones. OUT gets the weights after
+dequantization, with AWQ's scales folded into norms and linears: loaded as a plain model it computes the quantized one.
+llm-compressor refuses a group that does not divide a linear's inputs; such linears get the largest group that divides
+both (64 for 576 inputs and a group of 128).
 """
 
 from __future__ import annotations

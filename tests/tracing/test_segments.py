@@ -8,7 +8,7 @@ from blocks import BLOCKS, FAR, MATRICES, STACK, X, mixed
 from jax import lax
 from loose import loose
 from quick import quick_compilation
-from zoo import MLP, TOKENS, WIDTH, ZOO
+from zoo import MLP, TOKENS, WIDTH, ZOO, Draw
 
 from awq_jax.tracing.flat import Constant, Value
 from awq_jax.tracing.live import Live
