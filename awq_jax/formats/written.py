@@ -53,8 +53,15 @@ def written_whole(folder: str | Path, *, overwrite: bool = False, inputs: Iterab
 
 
 def resolved(folder: str | Path) -> Path:
-    """The absolute path behind `~` and links."""
-    return Path(os.path.expanduser(folder)).resolve()
+    """The absolute path behind `~` and links.
+
+    Raises:
+      InputError: a link leads back to itself.
+    """
+    path = os.path.realpath(os.path.expanduser(folder))
+    if os.path.islink(path):
+        raise InputError(f"{folder} is a link that leads back to itself: remove it, or choose another folder.")
+    return Path(path)
 
 
 def check_destination(out: str | Path, *, overwrite: bool = False, inputs: Iterable[str | Path] = ()) -> Path:

@@ -139,5 +139,5 @@ def parquet(file: Path) -> list[Row]:
         raise InputError(
             f"{file} is a Parquet file: `pip install 'awq-jax[datasets]'` to read it, or convert it to .jsonl."
         ) from e
-    with reading(f"{file} cannot be read as Parquet"):
+    with reading(f"{file} cannot be read as Parquet", "repair or replace it"):
         return [(f"row {k}", row) for k, row in enumerate(pyarrow.parquet.read_table(file).to_pylist(), 1)]

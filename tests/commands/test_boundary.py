@@ -49,7 +49,16 @@ def test_whatever_a_parser_raises_is_one_line(error, says):
 
 
 @pytest.mark.parametrize(
-    "error", [InputError("said"), PermissionError(13, "denied"), KeyboardInterrupt(), SystemExit(1), GeneratorExit()]
+    "error",
+    [
+        InputError("said"),
+        PermissionError(13, "denied"),
+        KeyboardInterrupt(),
+        SystemExit(1),
+        GeneratorExit(),
+        MemoryError("Unable to allocate 9 TiB"),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes"),
+    ],
 )
 def test_what_needs_no_word_passes(error):
     assert raised(error) is error

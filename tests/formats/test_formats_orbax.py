@@ -194,6 +194,19 @@ def test_any_path_can_be_read(tmp_path, name, below):
     assert sorted(p.name for p in tmp_path.iterdir()) == [folder.parent.name]
 
 
+def test_temporary_files_of_a_path_that_orbax_cannot_read_are_refused_before_any_work(tmp_path, monkeypatch):
+    (tmp_path / "t\\mp").mkdir()
+    (tmp_path / "[out]").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "t\\mp"))
+    with pytest.raises(InputError, match="set TMPDIR to another folder"):
+        orbax.Writer(tmp_path / "[out]", None)
+
+
+def test_nothing_is_printed(tmp_path, capfd):
+    orbax.save_params(tmp_path / "out", {"a": weight(3)})
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("read", [orbax.load, orbax.shapes])
 @pytest.mark.parametrize("odd", ["folder link", "pipe", "link"])
 def test_nothing_outside_of_the_folder_is_read_or_waited_for(tmp_path, read, odd):
