@@ -341,10 +341,11 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     if file is None:
         raise InputError(f"{folder} has no {METADATA}: awq_jax did not write it, or writing it was cut short.")
     about = read_json(file)
-    if about.get("version") != VERSION:
-        raise InputError(
-            f"{folder} has version {about.get('version')} of awq_jax's format, this awq_jax reads {VERSION}: upgrade."
-        )
+    version = about.get("version")
+    if isinstance(version, int) and version > VERSION:
+        raise InputError(f"{folder} has version {version} of awq_jax's format, this awq_jax reads {VERSION}: upgrade.")
+    if version != VERSION:
+        raise InputError(f"{file}: version is {version!r}, not {VERSION}: write or download it again.")
     parts, tensors = about.get("parts"), about.get("tensors")
     if not (isinstance(parts, list) and all(map(is_name, parts)) and isinstance(tensors, dict)):
         raise InputError(f"{file} lacks its parts or tensors: write or download it again.")
@@ -391,9 +392,7 @@ def plainly_named(folder: Path) -> Iterator[Path]:
         return
     with scratch_folder() as scratch:
         if not PLAIN.fullmatch(str(scratch)):
-            raise InputError(
-                f"{folder} and {scratch} have signs orbax cannot read: set TMPDIR to another folder."
-            )
+            raise InputError(f"{folder} and {scratch} have signs orbax cannot read: set TMPDIR to another folder.")
         (scratch / "link").symlink_to(folder, target_is_directory=True)
         yield scratch / "link"
 

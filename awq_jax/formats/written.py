@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,6 +80,12 @@ def check_destination(out: str | Path, *, overwrite: bool = False, inputs: Itera
             f"{home if not writable(home) else out} cannot be written: choose another folder. {NOTHING}"
         )
     remove_stale(home)
+    try:
+        # Some file systems promise with their modes what they refuse.
+        with SETTLING:
+            os.rmdir(tempfile.mkdtemp(dir=home))
+    except OSError as e:
+        raise PermissionError(f"{home} cannot be written ({e.strerror}): choose another folder. {NOTHING}") from e
     if out.exists():
         refuse_occupied(out, overwrite)
     return home

@@ -93,6 +93,9 @@ def test_folders_that_are_not_whole_or_not_ours(tmp_path):
     with pytest.raises(InputError, match="outer is damaged"):
         orbax.load(out)
     about = json.loads((out / "awq_jax.json").read_text())
+    (out / "awq_jax.json").write_text("{}")
+    with pytest.raises(InputError, match=r"awq_jax\.json: version is None, not 1: write or download it again"):
+        orbax.load(out)
     (out / "awq_jax.json").write_text(json.dumps(about | {"version": 2}))
     with pytest.raises(InputError, match="has version 2 of awq_jax's format, this awq_jax reads 1: upgrade"):
         orbax.load(out)

@@ -356,6 +356,11 @@ class TestAround:
                     tmp_path / "work" / out if out[0] == "." else tmp_path / out, inputs=["~/../models/dense"]
                 )
 
+    @pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc, whose modes promise what it refuses")
+    def test_a_file_system_that_refuses(self):
+        with pytest.raises(PermissionError, match=r"/proc cannot be written .*: choose another folder"):
+            check_destination("/proc/out")
+
     def test_a_link_to_itself(self, tmp_path):
         (tmp_path / "loop").symlink_to(tmp_path / "loop")
         with pytest.raises(InputError, match="loop is a link that leads back to itself"):
