@@ -42,7 +42,8 @@ def is_mark(found: Any) -> bool:
     """Whether this holds nothing, or is one number or name between brackets."""
     if not found or not isinstance(found, list | dict | tuple | set | bytes):
         return True
-    return len(found) == 1 and isinstance(found, list | tuple | set) and isinstance(*found, int | float | None)
+    single = isinstance(found, list | tuple | set) and len(found) == 1
+    return single and all(isinstance(one, int | float | None) for one in found)
 
 
 def is_data(text: str) -> bool:

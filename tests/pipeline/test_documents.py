@@ -97,7 +97,7 @@ def test_tables_are_rows(tmp_path):
         ("a.csv", "text;label\nhi;1\n", "a.csv: its first line separates columns by ';', expected is ','"),
         ("a.csv", "question\tanswer\na\tb\n", r"a.csv: its first line separates columns by '\\t', expected is ','"),
         ("a.tsv", "question,answer\na,b\n", r"a.tsv: its first line separates columns by ',', expected is '\\t'"),
-        ("a.csv", "id,text,text\n1,a,b\n", "a.csv: its first line names 'text' twice: give each column"),
+        ("a.csv", "id,text,text\n1,a,b\n", "a.csv: its first line names 'text' twice: give each"),
         ("a.csv", 'text\na\n"b\nc\n', "a.csv, row 2 cannot be read as one of a table .*: close its quotes"),
         ("a.csv", '"text\na\n', "a.csv: its first line cannot be read as that of a table"),
         (

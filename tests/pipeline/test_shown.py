@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from awq_jax.errors import InputError
 from awq_jax.pipeline.calibration_text import read_texts
-from awq_jax.pipeline.chats import as_chat, as_texts
+from awq_jax.pipeline.chats import Chat, as_chat, as_texts
 from awq_jax.pipeline.shown import is_data, shown
 
 ROW = {"text": "Some words, and 'some' more."}
@@ -128,11 +128,11 @@ def test_data_is_refused_wherever_it_stands(tmp_path, name, content, where):
 @pytest.mark.parametrize("content", ['{"answer": 3}', "['a', 'b']", "[1, 2]", '[{"type": "dog", "text": "bark"}]'])
 def test_turns_of_a_chat_may_be_json(content):
     row = [TURNS[0], {"role": "assistant", "content": content}]
-    assert as_chat(row).messages[1]["content"] == content
+    assert as_chat(row) == Chat(tuple(row))
     assert content in as_texts([("row 1", row)], tokenizer(), "a.json").texts[0]
 
 
 def test_parts_of_a_message_as_a_string_are_its_text():
     parts = [{"type": "text", "text": "Wh"}, {"type": "text", "text": "o?"}]
     for write in (json.dumps, repr):
-        assert as_chat([{"role": "user", "content": write(parts)}]).messages == (TURNS[0],)
+        assert as_chat([{"role": "user", "content": write(parts)}]) == Chat((TURNS[0],))
