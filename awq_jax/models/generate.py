@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -130,6 +131,8 @@ def stream(
       ValueError: see `generate`; before the first token is asked for.
       InputError: logits that are NaN or infinite; when their token is asked for.
     """
+    if np.ndim(tokens) != 1:
+        raise InputError(f"the prompt's tokens have shape {np.shape(tokens)}: give those of one prompt, [length].")
     t = jnp.shape(tokens)[0]
     check_tokens(config, tokens, "the prompt")
     how = sampling(config, t, max_new_tokens, temperature, key, top_p)
