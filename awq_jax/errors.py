@@ -11,11 +11,11 @@ class InputError(ValueError):
 
 
 @contextmanager
-def reading(fault: str, remedy: str = "download it again") -> Iterator[None]:
+def reading(fault: str, remedy: str) -> Iterator[None]:
     """Whatever the block raises as an InputError: "<fault> (<what was raised>): <remedy>."
 
     Stands where foreign files meet parsers and libraries, which may raise anything, Rust's panics included. What the
-    operating system refuses stays an OSError, an InputError as it is.
+    operating system refuses stays an OSError, an InputError as it is, and what says that memory ran out.
     """
     try:
         yield
@@ -24,9 +24,17 @@ def reading(fault: str, remedy: str = "download it again") -> Iterator[None]:
         foreign = isinstance(e, Exception) or type(e).__name__ == "PanicException"
         if not foreign or isinstance(e, InputError) or (isinstance(e, OSError) and e.errno is not None):
             raise
+        if out_of_memory(e):
+            raise
         # 'rope_theta' alone, say, would not tell that it is missing; what libraries define speaks for itself.
         bare = isinstance(e, LookupError | TypeError | AttributeError | ArithmeticError)
         raise InputError(f"{fault} ({type(e).__name__ + ': ' if bare else ''}{one_line(e)}): {remedy}.") from e
+
+
+def out_of_memory(e: BaseException) -> bool:
+    """Whether memory ran out, the machine's or an accelerator's."""
+    words = ("RESOURCE_EXHAUSTED", "out of memory", "bad_alloc")
+    return isinstance(e, MemoryError) or (isinstance(e, RuntimeError) and any(word in str(e) for word in words))
 
 
 def one_line(error: object, most: int = 300) -> str:

@@ -76,7 +76,7 @@ def parse_json(file: Path) -> Any:
       OSError: it is not there or cannot be read.
     """
     text = read_text(file, "download it again", LARGEST)
-    with reading(f"{file} is not JSON"):
+    with reading(f"{file} is not JSON", "download it again"):
         found = json.loads(text)
         level, depth = [found], 0
         while level := [child for node in level for child in children(node)]:

@@ -26,6 +26,15 @@ def check_memory(what: str, needed: int, remedy: str) -> None:
         )
 
 
+def size(n: float) -> str:
+    """Bytes in a readable unit."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000 or unit == "GB":
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    raise AssertionError
+
+
 def nbytes_of(arrays: Iterable[Any]) -> int:
     """Bytes of arrays, or of what has their shapes and dtypes."""
     return sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays)

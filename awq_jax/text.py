@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 import tempfile
 import time
@@ -19,9 +20,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
-from awq_jax.errors import reading
+from awq_jax.errors import InputError, reading
 from awq_jax.files import children
 
+SURROGATE = re.compile("[\ud800-\udfff]")
+"""Halves of letters, as which Python shows bytes that are no text and JSON may hold them."""
 REMEDY = "repair or replace its tokenizer.json"
 BEGINNINGS = (8, 64, 512, 4096)
 """Characters, tried while they are less than an eighth of the text."""
@@ -35,8 +38,12 @@ def encode(tokenizer: Any, text: str, *, special: bool = False) -> Int32[np.ndar
     """The tokens of a text of any length, with the special tokens around it that the tokenizer asks for or without.
 
     Raises:
-      InputError: the tokenizer fails, or takes far too long.
+      InputError: the text is none in UTF-8; the tokenizer fails, or takes far too long.
     """
+    if odd := SURROGATE.search(text):
+        raise InputError(
+            f"The text holds {odd[0]!r}, which UTF-8 does not have, at letter {odd.start()}: give it in UTF-8."
+        )
     # verbose=False: a text may be longer than the model's context, what becomes of it is not.
     ids = lambda text: tokenizer(text, add_special_tokens=special, verbose=False).input_ids
     with reading("The model's tokenizer cannot encode the text", REMEDY), unprinted():

@@ -4,9 +4,13 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from tiny import hf_config, random_params
 
 import awq_jax as awq
+from awq_jax.models import llama
+from awq_jax.models.generate import generate
 from awq_jax.search.solve import solve
 
 KEYS = jax.random.split(jax.random.key(0), 3)
@@ -28,10 +32,24 @@ def test_nothing_is_nan_or_infinite_on_the_way(setting):
             assert jnp.isfinite(jax.jit(awq.quantized(fn))(small, X)).all()
 
 
-def test_no_tracer_leaks():
-    with jax.checking_leaks():
-        small, _ = awq.quantize(PARAMS, awq.calibrate(fn, PARAMS, [(X,)]), replace(awq.PRESETS["rtn"], group_size=32))
+SETTINGS = {"leaks": jax.checking_leaks, "nans": lambda: jax.debug_nans(True)}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("preset", ["default", "fast", "rtn"])
+def test_no_tracer_leaks_and_nothing_is_nan_with_any_preset(preset, setting):
+    with SETTINGS[setting]():
+        small, _ = awq.quantize(PARAMS, awq.calibrate(fn, PARAMS, [(X,)]), replace(awq.PRESETS[preset], group_size=32))
         jax.jit(jax.grad(lambda x: awq.quantized(fn)(small, x).sum()))(X)
+        if preset == "rtn":
+            awq.distill(fn, PARAMS, small, [(X,)])
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_generation_leaks_no_tracers_and_no_nans(setting):
+    config = llama.Config.from_hf(hf_config())
+    with SETTINGS[setting]():
+        generate(config, random_params(config), np.zeros((1, 3), np.int32), max_new_tokens=4)
 
 
 def test_what_runs_often_moves_nothing_between_host_and_device():

@@ -7,9 +7,8 @@ import os
 import sys
 
 import absl.logging
-import jax
 
-from awq_jax.errors import one_line
+from awq_jax.errors import one_line, out_of_memory
 
 TRACEBACK = "AWQ_JAX_TRACEBACK"
 INPUT, FAULT = 2, 1
@@ -45,11 +44,3 @@ def silence_libraries() -> None:
     """Let no library print the traceback of what it raises as well; the line of `failed` says it."""
     absl.logging.set_verbosity(absl.logging.FATAL)  # orbax
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # what orbax does not wait for
-
-
-def out_of_memory(e: BaseException) -> bool:
-    """Whether memory ran out, the machine's or an accelerator's."""
-    words = ("RESOURCE_EXHAUSTED", "out of memory")
-    return isinstance(e, MemoryError) or (
-        isinstance(e, jax.errors.JaxRuntimeError) and any(word in str(e) for word in words)
-    )

@@ -13,12 +13,11 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
-from awq_jax.commands.tables import size
 from awq_jax.errors import reading
 from awq_jax.files import inside, parse_json
 from awq_jax.formats import orbax
 from awq_jax.formats.checkpoint import Checkpoint, open_checkpoint
-from awq_jax.memory import nbytes_of
+from awq_jax.memory import nbytes_of, size
 from awq_jax.pipeline.agreement import check_params
 from awq_jax.pipeline.load import architecture
 from awq_jax.pipeline.quantize_checkpoint import REPORT

@@ -9,16 +9,9 @@ from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
 
+from awq_jax.memory import size
 from awq_jax.transforms.quantize import SiteReport
 from awq_jax.transforms.tune import Tuned
-
-
-def size(n: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000 or unit == "GB":
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1000
-    raise AssertionError
 
 
 def sites_table(sites: Iterable[SiteReport], worst: int = 10) -> Table:

@@ -113,7 +113,7 @@ def quantized_tensor(
 
     def read() -> QuantizedTensor:
         arrays: Any = {"qzeros": None} | {name: part.read() for name, part in parts.items()}
-        with reading(f"{where} cannot be read"):
+        with reading(f"{where} cannot be read", "download it again"):
             return from_autoawq(**arrays, group_size=spec.group_size, dtype=arrays["scales"].dtype)
 
     nbytes = sum(part.nbytes for part in parts.values())

@@ -22,7 +22,7 @@ TEMPLATE = """\
 
 # {title}
 
-{base} quantized by [awq_jax](https://pypi.org/project/awq-jax/), activation-aware weight quantization (AWQ) in JAX.
+{base} quantized by awq_jax, activation-aware weight quantization (AWQ) in JAX.
 
 | | |
 |---|---|
@@ -46,7 +46,6 @@ HERE = """
 awq_jax:
 
 ```
-pip install awq-jax
 awq-jax generate FOLDER "Why is the sky blue?"
 ```
 """

@@ -72,7 +72,7 @@ class Checkpoint:
           InputError: there is no such parameter.
         """
         found = self._find(name)
-        with reading(f"{self.path}: {name} cannot be read"):
+        with reading(f"{self.path}: {name} cannot be read", "download it again"):
             return found.read()
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -89,7 +89,7 @@ class Checkpoint:
         Raises:
           InputError: a tensor is missing or damaged.
         """
-        with reading(f"{self.path}: its params cannot be read"):
+        with reading(f"{self.path}: its params cannot be read", "download it again"):
             if self.kind == "orbax":
                 parts, _ = orbax.load(self.path)
                 found = parts.pop("outer", {}) | parts
@@ -114,7 +114,7 @@ class Checkpoint:
         Raises:
           InputError: there is none, or it cannot be read.
         """
-        with reading(f"{self.path}: its tokenizer cannot be read"), unprinted():
+        with reading(f"{self.path}: its tokenizer cannot be read", "download it again"), unprinted():
             return self.load_tokenizer()
 
     @cached_property
@@ -200,7 +200,7 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
       >>> checkpoint.read("model.norm.weight").shape
       (576,)
     """
-    with reading(f"{model} cannot be read"):
+    with reading(f"{model} cannot be read", "download it again"):
         path = Path(model).expanduser()
         if path.is_dir():
             return open_folder(path)

@@ -12,8 +12,6 @@ from pathlib import Path
 from awq_jax.files import inside, read_json
 
 MANIFEST = "awq_jax_files.json"
-READ = 1 << 20
-"""Bytes of a file that its mark depends on, beside its size."""
 
 
 def write_manifest(folder: Path) -> list[str]:
@@ -43,14 +41,14 @@ def is_as_written(folder: Path, name: str, marks: Mapping[str, str]) -> bool:
 def mark(file: Path) -> str:
     """What tells a file from another of its name, also in a copy; "" for what this project writes nowhere, a link say.
 
-    Its size and a digest of its first MiB: all of most files, of weights the header and the first of them.
+    Its size and a digest of all of it.
     """
     try:
         found = file.lstat()
         if not stat.S_ISREG(found.st_mode):
             return ""
         with file.open("rb") as opened:
-            return f"{found.st_size} {hashlib.sha256(opened.read(READ)).hexdigest()}"
+            return f"{found.st_size} {hashlib.file_digest(opened, 'sha256').hexdigest()}"
     except OSError:
         return ""
 

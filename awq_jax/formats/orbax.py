@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
+import absl.logging
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -36,6 +37,7 @@ METADATA = "awq_jax.json"
 PARAMS = "params"
 VERSION = 1
 NAME_MAX = 255
+PLAIN = re.compile(r"[\w ./-]*")
 """Bytes of a file's name on all common file systems."""
 LOOPS = threading.RLock()
 """Held while event loops are made in another way."""
@@ -65,6 +67,8 @@ class Writer:
         self.folder, self.source, self.recipe = Path(folder).resolve(), source, recipe
         self.parts: dict[str, int] = {}
         self.tensors: dict[str, Any] = {}
+        with plainly_named(self.folder):
+            pass  # Refused here, before any work.
 
     def write(self, part: str, params: Mapping[str, Any]) -> None:
         """Writes a part.
@@ -82,6 +86,7 @@ class Writer:
         longest = max((len(name.replace("/", ".")) for name in named_leaves(plain)), default=0)
         with (
             plainly_named(self.folder) as folder,
+            quiet(),
             closing(ocp.PyTreeCheckpointHandler(use_ocdbt=longest > NAME_MAX)) as handler,
         ):
             # Typed as a path of etils, but any will do.
@@ -336,10 +341,11 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     if file is None:
         raise InputError(f"{folder} has no {METADATA}: awq_jax did not write it, or writing it was cut short.")
     about = read_json(file)
-    if about.get("version") != VERSION:
-        raise InputError(
-            f"{folder} has version {about.get('version')} of awq_jax's format, this awq_jax reads {VERSION}: upgrade."
-        )
+    version = about.get("version")
+    if isinstance(version, int) and version > VERSION:
+        raise InputError(f"{folder} has version {version} of awq_jax's format, this awq_jax reads {VERSION}: upgrade.")
+    if version != VERSION:
+        raise InputError(f"{file}: version is {version!r}, not {VERSION}: write or download it again.")
     parts, tensors = about.get("parts"), about.get("tensors")
     if not (isinstance(parts, list) and all(map(is_name, parts)) and isinstance(tensors, dict)):
         raise InputError(f"{file} lacks its parts or tensors: write or download it again.")
@@ -376,13 +382,30 @@ def unquoted(key: str) -> str:
 
 @contextmanager
 def plainly_named(folder: Path) -> Iterator[Path]:
-    """`folder`, through a link if its path has what tensorstore takes for a pattern, an escape or a scheme."""
-    if re.fullmatch(r"[\w ./-]*", str(folder)):
+    """`folder`, through a link if its path has what tensorstore takes for a pattern, an escape or a scheme.
+
+    Raises:
+      InputError: the path of temporary files has some too.
+    """
+    if PLAIN.fullmatch(str(folder)):
         yield folder
         return
     with scratch_folder() as scratch:
+        if not PLAIN.fullmatch(str(scratch)):
+            raise InputError(f"{folder} and {scratch} have signs orbax cannot read: set TMPDIR to another folder.")
         (scratch / "link").symlink_to(folder, target_is_directory=True)
         yield scratch / "link"
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """orbax warns of files that it does not merge, which need not be."""
+    level = absl.logging.get_verbosity()
+    absl.logging.set_verbosity(min(level, absl.logging.ERROR))
+    try:
+        yield
+    finally:
+        absl.logging.set_verbosity(level)
 
 
 def shown(recipe: Any) -> str:

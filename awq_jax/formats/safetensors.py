@@ -60,7 +60,7 @@ def open_shards(folder: Path) -> dict[str, StoredTensor]:
 def open_indexed(index: Path) -> dict[str, StoredTensor]:
     """The tensors that an index names, each in the shard that the index says."""
     folder, found = index.parent, read_json(index)
-    with reading(f"{index} is not an index of safetensors files"):
+    with reading(f"{index} is not an index of safetensors files", "download it again"):
         where = {str(name): str(shard) for name, shard in found["weight_map"].items()}
     shards = {shard: inside(folder, shard) for shard in sorted(set(where.values()))}
     missing = [shard for shard, file in shards.items() if file is None]
@@ -91,7 +91,7 @@ def open_shard(file: Path) -> dict[str, StoredTensor]:
         start = f.read(8)
     if start == b"version ":
         raise InputError(f"{file} is a Git LFS pointer, not the weights: run `git lfs pull` in its folder.")
-    with reading(f"{file} is cut short or no safetensors file"), safe_open(file, "np") as header:
+    with reading(f"{file} is cut short or no safetensors file", "download it again"), safe_open(file, "np") as header:
         parts = [(name, header.get_slice(name)) for name in header.offset_keys()]
         entries = [(name, tuple(part.get_shape()), part.get_dtype()) for name, part in parts]
     tensors, at = {}, 8 + int.from_bytes(start, "little")

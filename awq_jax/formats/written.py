@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,8 +54,15 @@ def written_whole(folder: str | Path, *, overwrite: bool = False, inputs: Iterab
 
 
 def resolved(folder: str | Path) -> Path:
-    """The absolute path behind `~` and links."""
-    return Path(os.path.expanduser(folder)).resolve()
+    """The absolute path behind `~` and links.
+
+    Raises:
+      InputError: a link leads back to itself.
+    """
+    path = os.path.realpath(os.path.expanduser(folder))
+    if os.path.islink(path):
+        raise InputError(f"{folder} is a link that leads back to itself: remove it, or choose another folder.")
+    return Path(path)
 
 
 def check_destination(out: str | Path, *, overwrite: bool = False, inputs: Iterable[str | Path] = ()) -> Path:
@@ -72,6 +80,12 @@ def check_destination(out: str | Path, *, overwrite: bool = False, inputs: Itera
             f"{home if not writable(home) else out} cannot be written: choose another folder. {NOTHING}"
         )
     remove_stale(home)
+    try:
+        # Some file systems promise with their modes what they refuse.
+        with SETTLING:
+            os.rmdir(tempfile.mkdtemp(dir=home))
+    except OSError as e:
+        raise PermissionError(f"{home} cannot be written ({e.strerror}): choose another folder. {NOTHING}") from e
     if out.exists():
         refuse_occupied(out, overwrite)
     return home

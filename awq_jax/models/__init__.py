@@ -31,6 +31,6 @@ def for_config(hf_config: Mapping[str, Any]) -> ModuleType:
     window = f" with sliding_window={hf_config['sliding_window']}" if hf_config.get("sliding_window") else ""
     raise ValueError(
         f"architectures={found}{window}: no model here computes that. Supported: "
-        f"{'; '.join(m.SUPPORTED for m in modules)}. Any other pure function of params and inputs can still be "
-        "quantized, only its model and checkpoint names have to come from you."
+        f"{'; '.join(m.SUPPORTED for m in modules)}. Read by code of yours, any model that is a function of params "
+        "and inputs can be quantized: awq.calibrate, awq.quantize."
     )

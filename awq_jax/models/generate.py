@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -130,6 +131,8 @@ def stream(
       ValueError: see `generate`; before the first token is asked for.
       InputError: logits that are NaN or infinite; when their token is asked for.
     """
+    if np.ndim(tokens) != 1:
+        raise InputError(f"the prompt's tokens have shape {np.shape(tokens)}: give those of one prompt, [length].")
     t = jnp.shape(tokens)[0]
     check_tokens(config, tokens, "the prompt")
     how = sampling(config, t, max_new_tokens, temperature, key, top_p)
@@ -184,7 +187,7 @@ def sampling(
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature={temperature}: give 0 (greedy) or more.")
     if not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p}: give a probability above 0, 1 for all tokens.")
+        raise ValueError(f"top_p={top_p}: give a probability above 0 and at most 1 (all tokens).")
     if temperature > 0 and key is None:
         raise ValueError(f"temperature={temperature} samples and needs a key: pass key=jax.random.key(seed).")
     # The last token is not read again.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import reprlib
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Int
@@ -39,14 +40,17 @@ def without_rows(config: Any, tokenizer: Any) -> str | None:
 
 
 def check_tokens(config: Any, tokens: Int[Array | np.ndarray, "*b t"], what: str) -> None:
-    """Refuse no tokens, too many, and any without a row in the embedding; of traced ones only the number is known."""
-    length = np.shape(tokens)[-1]
+    """Refuse no tokens, too many, what is no integer, and any without a row in the embedding; of traced ones the values
+    are not known."""
     if np.size(tokens) == 0:
         raise InputError(f"{what} gives no token: give a text that is not empty.")
-    check_length(config, length, what)
-    if isinstance(tokens, Tracer):
+    traced = isinstance(tokens, Tracer)
+    ids = tokens if traced else np.asarray(tokens)
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise InputError(f"{what}: tokens are {ids.dtype}, expected are integers: give those of a tokenizer.")
+    check_length(config, np.shape(tokens)[-1], what)
+    if traced:
         return
-    ids = np.asarray(tokens)
     if (odd := ids[(ids < 0) | (ids >= config.vocab)]).size:
         raise InputError(
             f"{what}: token {odd[0]} is none of the embedding's {config.vocab} rows. The tokenizer has more tokens "

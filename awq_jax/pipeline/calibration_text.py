@@ -67,9 +67,9 @@ def calibration_tokens(
     Args:
       sources: one or several of: a file of text or of rows (JSON, JSON lines, CSV, Parquet) that are texts or chats,
         see `pipeline.chats`; the id of a dataset on the hub; "self". None for the packaged text. Several share the
-        samples equally; the shortest decides the length of them all.
+        samples equally; the shortest decides the length of them all. One named twice is read once, for two shares.
       own: `(samples, seq_len) -> tokens` that the model itself writes, for "self".
-      told: called with what was read of each source.
+      told: called with what was read of each source, and in the last one's notes whether all is too little.
 
     Raises:
       InputError: a source that cannot be read, or that has too little text; a number that is not positive.
@@ -78,13 +78,20 @@ def calibration_tokens(
     if samples < len(named) or seq_len < 1:
         raise InputError(f"samples={samples} seq_len={seq_len}: give 1 or more of each, and a sample a source.")
     each, more = divmod(samples, len(named))
-    shares = [each + (k < more) for k in range(len(named))]
-    found = [_of_source(source, tokenizer, n, seq_len, own) for source, n in zip(named, shares, strict=True)]
+    shares: dict[str | None, int] = {}
+    for k, source in enumerate(named):
+        shares[source] = shares.get(source, 0) + each + (k < more)
+    found = [_of_source(source, tokenizer, n, seq_len, own) for source, n in shares.items()]
     shortest = min(part.shape[1] for part, _ in found)
     parts = [part[:, :shortest] for part, _ in found]
-    for part, (_, read) in zip(parts, found, strict=True):
-        told(replace(read, used=part.size))
-    return np.concatenate(parts)
+    tokens = np.concatenate(parts)
+    reads = [replace(read, used=part.size) for part, (_, read) in zip(parts, found, strict=True)]
+    if tokens.size < SHORTEST:
+        few = f"{tokens.size:,} used in all are few, of fewer than {SHORTEST} statistics mean little: take more samples"
+        reads[-1] = replace(reads[-1], notes=(*reads[-1].notes, f"{few}, or longer ones"))
+    for read in reads:
+        told(read)
+    return tokens
 
 
 def _of_source(

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import reprlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from awq_jax.errors import InputError
 from awq_jax.formats.chat import render
 from awq_jax.pipeline.documents import Row, is_message
+from awq_jax.pipeline.shown import is_data, shown
 
 CHATS = ("messages", "conversations", "conversation", "chosen")
 ASKED = ("instruction", "prompt", "question", "query", "problem", "input")
@@ -23,10 +22,18 @@ ANSWERED = ("output", "completion", "response", "answer", "chosen", "solution")
 SYSTEM = ("system", "system_prompt")
 TEXTS = ("text", "content", "chosen")
 IMAGES = ("image", "images")
+PARTS = ("text", "image", "image_url", "input_audio", "audio", "video")
+"""Types of parts of a message, each with what it is in a field of that name."""
+REASONS = ("reasoning_content", "reasoning", "thinking")
+"""Fields of what the model thought before it answered."""
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "function_call": "assistant", "observation": "tool"}
 """What ShareGPT calls them -> what chat templates do."""
 KNOWN = '{"messages": [...]}, {"text": "..."} or a question and its answer ({"prompt": ..., "completion": ...})'
 PROBE = "Answer in words of one syllable."
+
+
+Fields = Mapping[str, Any]
+Turns = tuple[Mapping[str, Any], ...]
 
 
 class NoText(ValueError):
@@ -37,7 +44,7 @@ class NoText(ValueError):
 class Chat:
     """Messages as a chat template takes them, and the tools that it may be told."""
 
-    messages: tuple[Mapping[str, Any], ...]
+    messages: Turns
     tools: Sequence[Any] | None = None
 
 
@@ -61,7 +68,7 @@ def is_row(value: Mapping[str, Any]) -> bool:
 
 
 def as_chat(row: Any) -> str | Chat:
-    """A row as a text or a chat.
+    """A row as a text or a chat: as the first of KINDS that it is.
 
     Raises:
       ValueError: fields that are not known, or not of text.
@@ -69,54 +76,89 @@ def as_chat(row: Any) -> str | Chat:
     """
     if isinstance(row, str):
         return row
-    if isinstance(row, list):
-        row = {"messages": row}
-    if not isinstance(row, dict):
+    fields = {"messages": row} if isinstance(row, list) else row
+    if not isinstance(fields, dict):
         raise ValueError(f"found {reprlib.repr(row)}")
-    if any(row.get(field) for field in IMAGES):
+    if any(fields.get(field) for field in IMAGES):
         raise NoText("an image")
-    row = row | {field: listed(row[field]) for field in row.keys() & {*CHATS, *ASKED, *ANSWERED}}
-    first = lambda fields: next(((f, row[f]) for f in fields if row.get(f) is not None), (None, None))
-    asked, question = first(ASKED)
-    _, answer = first(ANSWERED)
-    _, chat = first(CHATS[:-1])
-    if chat is None and asked is None and isinstance(row.get("chosen"), list):
-        chat = row["chosen"]
-    if isinstance(chat, str):
-        raise ValueError(f"{reprlib.repr(chat)} is no list of messages, nor one as JSON")
-    if chat is not None:
-        found = turns(chat, "user")
-    elif asked is not None and answer is not None:
+    read = fields | {field: listed(fields[field], is_message) for field in fields.keys() & {*CHATS, *ASKED, *ANSWERED}}
+    found = next((found for kind in KINDS if (found := kind(read)) is not None), None)
+    if found is None:
+        raise ValueError(f"found the fields {reprlib.repr(sorted(map(str, row)))}")
+    if isinstance(found, str):
+        return found
+    return Chat((*system(read, found), *found), parsed(read.get("tools")) or None)
+
+
+def messages(row: Fields) -> Turns | None:
+    """{"messages": [...]}, ShareGPT's {"conversations": [...]}."""
+    _, found = first(row, CHATS[:-1])
+    if isinstance(found, str):
+        raise ValueError(f"{reprlib.repr(found)} is no list of messages, nor one as JSON")
+    return None if found is None else turns(found, "user")
+
+
+def preference(row: Fields) -> Turns | None:
+    """{"chosen": [...], "rejected": [...]} without a prompt."""
+    return (
+        turns(row["chosen"], "user") if isinstance(row.get("chosen"), list) and first(row, ASKED)[0] is None else None
+    )
+
+
+def pair(row: Fields) -> Turns | None:
+    """A question and its answer, Alpaca's {"instruction": ..., "input": ..., "output": ...}, after earlier ones."""
+    (asked, question), (_, answer) = first(row, ASKED), first(row, ANSWERED)
+    if question is None or answer is None:
+        return None
+    if isinstance(question, str):
         context = [row[f] for f in CONTEXT if f != asked and isinstance(row.get(f), str) and row[f].strip()]
-        if isinstance(question, str):
-            question = "\n\n".join([question, *context])
-        found = turns(answer, "assistant")
-        # What was chosen may hold the question too.
-        if found and found[0]["role"] == "assistant":
-            found = (*turns(question, "user"), *found)
-    else:
-        _, text = first(TEXTS)
-        if not isinstance(text, str):
-            raise ValueError(f"found the fields {sorted(map(str, row))}")
-        return text
-    _, system = first(SYSTEM)
-    if isinstance(system, str) and system.strip() and not (found and found[0]["role"] == "system"):
-        found = ({"role": "system", "content": system}, *found)
-    return Chat(found, parsed(row.get("tools")) or None)
+        question = "\n\n".join([question, *context])
+    answered = turns(answer, "assistant")
+    # What was chosen may hold the question too.
+    if answered and answered[0]["role"] != "assistant":
+        return answered
+    return (*earlier(row.get("history")), *turns(question, "user"), *answered)
 
 
-def listed(value: Any) -> Any:
-    """The messages that a string holds as JSON, or as Python shows them; anything else as it is."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        for parse in (json.loads, ast.literal_eval):
-            with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-                found = parse(value.strip())
-                if isinstance(found, list) and found and all(map(is_message, found)):
-                    return found
-    return value
+def text(row: Fields) -> str | None:
+    """{"text": "..."}."""
+    _, found = first(row, TEXTS)
+    return found if isinstance(found, str) else None
 
 
-def turns(value: Any, role: str) -> tuple[dict[str, Any], ...]:
+KINDS: tuple[Callable[[Fields], str | Turns | None], ...] = (messages, preference, pair, text)
+"""Of rows, each a function to the turns or the text of a row that is of that kind."""
+
+
+def first(row: Fields, fields: Iterable[str]) -> tuple[str | None, Any]:
+    """The first of some fields that a row has, and what is in it."""
+    return next(((f, row[f]) for f in fields if row.get(f) is not None), (None, None))
+
+
+def system(row: Fields, found: Turns) -> Turns:
+    """The system turn that stands in a field of its own, where the turns begin with none."""
+    _, said = first(row, SYSTEM)
+    has = isinstance(said, str) and said.strip() and not (found and found[0]["role"] == "system")
+    return ({"role": "system", "content": said},) if has else ()
+
+
+def earlier(history: Any) -> Turns:
+    """The turns before a question: pairs of one and its answer, or messages."""
+    found = (shown(history) if isinstance(history, str) else history) or []
+    if isinstance(found, list) and all(map(is_message, found)):
+        return turns(found, "user")
+    if not isinstance(found, list) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in found):
+        raise ValueError(f"history is {reprlib.repr(history)}, no list of questions with their answers")
+    return tuple(turn for asked, answer in found for turn in (*turns(asked, "user"), *turns(answer, "assistant")))
+
+
+def listed(value: Any, is_one: Callable[[Any], bool]) -> Any:
+    """The list that a string holds as JSON, or as Python shows it, if it is one of such; anything else as it is."""
+    found = shown(value) if isinstance(value, str) and value.lstrip().startswith("[") else None
+    return found if isinstance(found, list) and all(map(is_one, found)) else value
+
+
+def turns(value: Any, role: str) -> Turns:
     """A text as one turn of `role`, a list of messages as it is."""
     if isinstance(value, str):
         return ({"role": role, "content": value},)
@@ -130,7 +172,7 @@ def turn(message: Any) -> dict[str, Any]:
     role = isinstance(message, dict) and (message.get("role") or message.get("from"))
     if not isinstance(role, str):
         raise ValueError('a message is not {"role": ..., "content": ...}')
-    content = message.get("content", message.get("value"))
+    content = listed(message.get("content", message.get("value")), is_part)
     kept = {key: value for key, value in message.items() if key not in ("from", "value") and value is not None}
     if calls := message.get("tool_calls"):
         kept["tool_calls"] = [called(call) for call in calls]
@@ -146,6 +188,11 @@ def plain(content: Any) -> str:
     if not isinstance(content, list):
         raise ValueError(f"the content {reprlib.repr(content)} is neither a text nor a list of parts")
     return "".join(map(part, content))
+
+
+def is_part(value: Any) -> bool:
+    """Whether this is a part of a message's content."""
+    return isinstance(value, dict) and value.get("type") in PARTS and value["type"] in value
 
 
 def part(found: Any) -> str:
@@ -173,6 +220,17 @@ def parsed(value: Any) -> Any:
         return value
 
 
+def check_words(found: str | Chat) -> None:
+    """Refuse a text that is data. Turns of a chat may be JSON, which many answer in, yet not messages themselves."""
+    texts = [found] if isinstance(found, str) else [m["content"] for m in found.messages]
+    amiss = is_data if isinstance(found, str) else lambda content: listed(content, is_message) is not content
+    if odd := next(filter(amiss, texts), None):
+        raise ValueError(
+            f"{reprlib.repr(odd)} is JSON, or what Python shows of objects, and no words: put the words there, "
+            "or the object itself as the row"
+        )
+
+
 def as_texts(rows: Iterable[Row], tokenizer: Any, source: str) -> Texts:
     """The text of every row, chats through the chat template.
 
@@ -187,6 +245,7 @@ def as_texts(rows: Iterable[Row], tokenizer: Any, source: str) -> Texts:
         name = ", ".join(filter(None, (source, where)))
         try:
             found = as_chat(row)
+            check_words(found)
         except NoText as e:
             left_out[f"rows with {e} left out"] += 1
             continue
@@ -206,16 +265,17 @@ def through_template(chats: list[Chat], tokenizer: Any, names: Sequence[str]) ->
     """The text of each chat, and what the template did not take."""
     if not chats:
         return [], ()
+    notes, told = [], "the chat template leaves out or changes"
     if not tokenizer.chat_template:
         texts = ["\n\n".join(filter(None, (m["content"] for m in chat.messages))) for chat in chats]
-        return texts, ("the model has no chat template, so turns just follow each other",)
-    notes = []
-    if any(m["role"] == "system" for chat in chats for m in chat.messages) and not takes_system(tokenizer):
-        chats = [replace(chat, messages=system_in_first_turn(chat.messages)) for chat in chats]
-        notes.append("the chat template has no system role: its text stands in the first user turn")
-    texts = render(tokenizer, [c.messages for c in chats], [c.tools for c in chats], names=names)
+        notes, told = ["the model has no chat template, so turns just follow each other"], "left out"
+    else:
+        if any(m["role"] == "system" for chat in chats for m in chat.messages) and not takes_system(tokenizer):
+            chats = [replace(chat, messages=system_in_first_turn(chat.messages)) for chat in chats]
+            notes.append("the chat template has no system role: its text stands in the first user turn")
+        texts = render(tokenizer, [c.messages for c in chats], [c.tools for c in chats], names=names)
     lost = Counter(what for chat, text in zip(chats, texts, strict=True) for what in set(lacking(chat, text)))
-    notes += [f"the chat template leaves out or changes {what} in {n:,} chats" for what, n in sorted(lost.items())]
+    notes += [f"{told} {what} in {n:,} chats" for what, n in sorted(lost.items())]
     return texts, tuple(notes)
 
 
@@ -228,10 +288,10 @@ def takes_system(tokenizer: Any) -> bool:
         return False
 
 
-def system_in_first_turn(messages: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
+def system_in_first_turn(messages: Turns) -> Turns:
     """The system turn that a chat begins with as the beginning of the user's first turn."""
     if not messages or messages[0]["role"] != "system":
-        return tuple(messages)
+        return messages
     system, *rest = messages
     if rest and rest[0]["role"] == "user":
         return ({**rest[0], "content": f"{system['content']}\n\n{rest[0]['content']}"}, *rest[1:])
@@ -243,6 +303,8 @@ def lacking(chat: Chat, text: str) -> Iterable[str]:
     for m in chat.messages:
         if m["content"].strip() not in text:
             yield f"the {m['role']}'s turns"
+        if any(isinstance(m.get(f), str) and m[f].strip() not in text for f in REASONS):
+            yield "reasoning"
         if any(name_of(call) not in text for call in m.get("tool_calls", ())):
             yield "tool calls"
     if any(name_of(tool) not in text for tool in chat.tools or ()):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
 import re
+import reprlib
+from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +29,16 @@ SUFFIXES = (".txt", ".md", ".gz", ".parquet", *JSON, *TABLES)
 """By which a name is that of a file, there or not."""
 STARTS_AS_JSON = re.compile(r'\s*(\{\s*["}]|\[\s*[\[{"\]])')
 HOLDS_OBJECTS = re.compile(r'[\[\s]*\{\s*"')
-AS_PYTHON = re.compile(r"[\[\s]*\{\s*'[^'\n]*'\s*:")
 BLANK = re.compile(r"[ \t\r\n]*")
 TOLD = {
     b"\x1f\x8b": "is compressed: unpack it first, with gunzip",
     b"PK\x03\x04": f"is a zip archive or an office document: give {FORMATS}",
     b"%PDF": f"is a PDF: give {FORMATS}",
-    b"\xff\xfe": "is UTF-16 text: convert it, with iconv -f UTF-16 -t UTF-8",
-    b"\xfe\xff": "is UTF-16 text: convert it, with iconv -f UTF-16 -t UTF-8",
+    # UTF-32 begins as UTF-16 does.
+    codecs.BOM_UTF32_LE: "is UTF-32 text: convert it, with iconv -f UTF-32 -t UTF-8",
+    codecs.BOM_UTF32_BE: "is UTF-32 text: convert it, with iconv -f UTF-32 -t UTF-8",
+    codecs.BOM_UTF16_LE: "is UTF-16 text: convert it, with iconv -f UTF-16 -t UTF-8",
+    codecs.BOM_UTF16_BE: "is UTF-16 text: convert it, with iconv -f UTF-16 -t UTF-8",
 }
 """First bytes of what is not read -> what to do."""
 
@@ -61,12 +67,15 @@ def rows_of(file: Path, raw: bytes, is_row: Callable[[Any], bool]) -> list[Row]:
     """The rows of what is in a file."""
     if found := next((advice for start, advice in TOLD.items() if raw.startswith(start)), None):
         raise InputError(f"{file} {found}.")
+    if b"\0" in raw:
+        raise InputError(
+            f"{file} holds bytes of zero, as programs do and UTF-16 text without a mark: give {FORMATS}, such text "
+            "converted with iconv -f UTF-16LE -t UTF-8."
+        )
     with reading(f"{file} is not UTF-8 text", f"give {FORMATS}"):
         text = raw.decode("utf-8-sig")
     if (suffix := file.suffix.lower()) in TABLES:
-        return list(table(file, text, TABLES[suffix]))
-    if AS_PYTHON.match(text):
-        raise InputError(f"{file} holds what Python shows of objects: write them as JSON, with json.dumps.")
+        return list(table(file, text, TABLES[suffix], is_row))
     if suffix in JSON or STARTS_AS_JSON.match(text):
         try:
             return unwrapped(list(json_values(file, text)), is_row)
@@ -77,25 +86,47 @@ def rows_of(file: Path, raw: bytes, is_row: Callable[[Any], bool]) -> list[Row]:
     return [("", text)] if text.strip() else []
 
 
-def table(file: Path, text: str, separator: str) -> Iterator[Row]:
+def table(file: Path, text: str, separator: str, is_row: Callable[[Any], bool]) -> Iterator[Row]:
     """The rows of a table whose first line names its columns."""
-    with reading(f"{file} cannot be read as a table", "repair or replace it"):
-        csv.field_size_limit(max(csv.field_size_limit(), len(text)))
-        found = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator)
-        names = found.fieldnames or []
-        others = [other for other in SEPARATORS if len(names) == 1 and other in names[0]]
-        if others and separator not in names[0]:
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
+    # Strict: a quote that is never closed would make one text of all rows after it.
+    found = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    with reading(f"{file}: its first line cannot be read as that of a table", "repair or replace it"):
+        names = list(found.fieldnames or [])
+    check_names(file, names, separator, is_row)
+    for k in count(1):
+        with reading(f"{file}, row {k} cannot be read as one of a table", "close its quotes, double those in a text"):
+            row = next(found, None)
+        if row is None:
+            return
+        if more := row.get(None):  # type: ignore[call-overload]
             raise InputError(
-                f"{file}: its first line separates columns by {others[0]!r}, expected is {separator!r}: save it with "
-                f"{separator!r} between columns."
+                f"{file}, row {k} has {len(names) + len(more)} cells, the first line names {len(names)}: put text "
+                f"with {separator!r} in it into double quotes."
             )
-        for k, row in enumerate(found, 1):
-            if more := row.get(None):  # type: ignore[call-overload]
-                raise InputError(
-                    f"{file}, row {k} has {len(names) + len(more)} cells, the first line names {len(names)}: put text "
-                    f"with {separator!r} in it into double quotes."
-                )
-            yield f"row {k}", row
+        yield f"row {k}", row
+
+
+def check_names(file: Path, names: list[str], separator: str, is_row: Callable[[Any], bool]) -> None:
+    """Refuse a first line that names no columns of texts or chats, or one of them twice."""
+    named = lambda names: is_row(dict.fromkeys(names, ""))
+    if not any(map(str.strip, names)):
+        return
+    if named(names):
+        if twice := [name for name, n in Counter(names).items() if n > 1 and name.strip()]:
+            raise InputError(
+                f"{file}: its first line names {reprlib.repr(twice[0])} twice: give each column its own name."
+            )
+        return
+    if other := next((s for s in SEPARATORS if len(names) == 1 and named(names[0].split(s))), None):
+        raise InputError(
+            f"{file}: its first line separates columns by {other!r}, expected is {separator!r}: save it with "
+            f"{separator!r} between columns."
+        )
+    raise InputError(
+        f"{file}: its first line is {reprlib.repr(names)}, expected are names of columns: put text above a column of "
+        "texts, prompt and completion above questions and their answers."
+    )
 
 
 def json_values(file: Path, text: str) -> Iterator[Row]:
@@ -139,5 +170,5 @@ def parquet(file: Path) -> list[Row]:
         raise InputError(
             f"{file} is a Parquet file: `pip install 'awq-jax[datasets]'` to read it, or convert it to .jsonl."
         ) from e
-    with reading(f"{file} cannot be read as Parquet"):
+    with reading(f"{file} cannot be read as Parquet", "repair or replace it"):
         return [(f"row {k}", row) for k, row in enumerate(pyarrow.parquet.read_table(file).to_pylist(), 1)]

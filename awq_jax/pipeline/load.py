@@ -51,8 +51,11 @@ class Model:
         """What the last layer gives; one compiled program a shape, whatever the number of layers.
 
         Raises:
-          InputError: no tokens, more than the model was trained for, or some beyond its embedding.
+          InputError: no tokens, more than the model was trained for, some beyond its embedding, or what is none.
         """
+        if np.ndim(tokens) != 2:
+            raise InputError(f"tokens have shape {np.shape(tokens)}: give [batch, length].")
+        tokens = tokens if isinstance(tokens, jax.Array) else np.asarray(tokens)
         check_tokens(self.config, tokens, "tokens")
         embed, block, _ = steps(self.module, self.config)
         h = embed(self.outer, tokens)
@@ -127,7 +130,7 @@ class Model:
         new = stream(
             self.config,
             self.params,
-            jnp.asarray(tokens),
+            np.asarray(tokens),
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,

@@ -14,13 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from awq_jax.clock import Clock
-from awq_jax.commands.tables import size
 from awq_jax.errors import InputError, one_line
 from awq_jax.formats import autoawq, orbax
 from awq_jax.formats.card import CARD, card
 from awq_jax.formats.checkpoint import Checkpoint, open_checkpoint
 from awq_jax.formats.written import check_destination, resolved, size_of, written_whole
-from awq_jax.memory import check_memory
+from awq_jax.memory import check_memory, size
 from awq_jax.models.inputs import check_length, check_tokens, without_rows
 from awq_jax.pipeline.calibration_text import Read, calibration_tokens
 from awq_jax.pipeline.decoder import (

@@ -50,11 +50,18 @@ def find_scale(
     seen = jnp.maximum(jax.ops.segment_sum(jnp.ones_like(moments.abs_sum), number, n + 1), 1)
     pooled = (jax.ops.segment_sum(moments.abs_sum, number, n + 1) / seen)[number]
     s = strategy(w, Moments(moments.count, pooled, moments.gram), spec)
+    require_shape("the scale", s, w.shape[:1], "one for each input")
     factor = jnp.exp(jax.ops.segment_sum(jnp.log(s), number, n + 1) / seen).at[n].set(1.0)
     found = scale_error(w, factor[number], moments, spec)
     none = scale_error(w, jnp.ones_like(s), moments, spec)
     factor = jnp.where(found < none, factor, jnp.ones_like(factor))
     return factor[:n], factor[number], jnp.where(found < none, found, none) + 0 * found
+
+
+def require_shape(what: str, found: Any, shape: tuple[int, ...], meaning: str) -> None:
+    """Refuse what a strategy gave before it meets an operation that would not say whose it is."""
+    if jnp.shape(found) != shape:
+        raise ValueError(f"{what} that the strategy gave has shape {jnp.shape(found)}, expected {shape}: {meaning}.")
 
 
 def rounding_error(
@@ -82,6 +89,8 @@ def solve(w: Float[Array, "i o"], moments: Moments, *, spec: QuantSpec, clip: An
     A column whose error ends above that of rounding to nearest is rounded to nearest.
     """
     low, high = clip(w, moments, spec)
+    for name, bounds in (("the clip's low", low), ("the clip's high", high)):
+        require_shape(name, bounds, (-(-len(w) // spec.group(len(w))), w.shape[1]), "one for each group and output")
     low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
     chosen = rounding(w, low, high, moments, spec)
     error = rounding_error(w, *chosen, moments=moments)

@@ -19,6 +19,7 @@ from awq_jax.commands import ending
 from awq_jax.errors import InputError, one_line, reading
 from awq_jax.formats import huggingface
 from awq_jax.formats.checkpoint import open_checkpoint
+from awq_jax.pipeline import load
 from awq_jax.text import decode, encode, unprinted
 
 
@@ -49,7 +50,16 @@ def test_whatever_a_parser_raises_is_one_line(error, says):
 
 
 @pytest.mark.parametrize(
-    "error", [InputError("said"), PermissionError(13, "denied"), KeyboardInterrupt(), SystemExit(1), GeneratorExit()]
+    "error",
+    [
+        InputError("said"),
+        PermissionError(13, "denied"),
+        KeyboardInterrupt(),
+        SystemExit(1),
+        GeneratorExit(),
+        MemoryError("Unable to allocate 9 TiB"),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes"),
+    ],
 )
 def test_what_needs_no_word_passes(error):
     assert raised(error) is error
@@ -264,6 +274,16 @@ def test_a_tokenizer_that_fills_the_memory_with_a_letter_is_refused(tmp_path):
         open_checkpoint(m).tokenizer()
 
 
+def test_a_text_that_is_none_is_not_the_tokenizers_fault():
+    asked = os.fsdecode(b"caf\xe9")
+    model = load.Model(None, None, None, tokenizer())
+    for chat in (True, False):
+        with pytest.raises(
+            InputError, match=r"The text holds '\\udce9', which UTF-8 does not have, at letter \d+: give"
+        ):
+            model.tokens_of(asked, chat=chat)
+
+
 def test_a_tokenizer_that_fails_is_one_line(capfd):
     backend = Tokenizer(models.BPE({"a": 0}, []))
     backend.post_processor = processors.TemplateProcessing(single="a $A", special_tokens=[("a", 7)])
@@ -272,7 +292,7 @@ def test_a_tokenizer_that_fails_is_one_line(capfd):
     fast = PreTrainedTokenizerFast(tokenizer_object=backend)
     assert encode(fast, "aa").tolist() == [0, 0]
     with pytest.raises(InputError, match=r"tokenizer cannot encode the text .*: repair or"):
-        encode(fast, "\ud800")
+        encode(lambda words, **options: fast.decode(words), "a")
     backend.decoder = decoders.ByteFallback()
     assert decode(PreTrainedTokenizerFast(tokenizer_object=backend), encode(fast, "a")) == "a"
     capfd.readouterr()

@@ -93,6 +93,9 @@ def test_folders_that_are_not_whole_or_not_ours(tmp_path):
     with pytest.raises(InputError, match="outer is damaged"):
         orbax.load(out)
     about = json.loads((out / "awq_jax.json").read_text())
+    (out / "awq_jax.json").write_text("{}")
+    with pytest.raises(InputError, match=r"awq_jax\.json: version is None, not 1: write or download it again"):
+        orbax.load(out)
     (out / "awq_jax.json").write_text(json.dumps(about | {"version": 2}))
     with pytest.raises(InputError, match="has version 2 of awq_jax's format, this awq_jax reads 1: upgrade"):
         orbax.load(out)
@@ -192,6 +195,19 @@ def test_any_path_can_be_read(tmp_path, name, below):
     assert_same(orbax.load_params(folder), params)
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
     assert sorted(p.name for p in tmp_path.iterdir()) == [folder.parent.name]
+
+
+def test_temporary_files_of_a_path_that_orbax_cannot_read_are_refused_before_any_work(tmp_path, monkeypatch):
+    (tmp_path / "t\\mp").mkdir()
+    (tmp_path / "[out]").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "t\\mp"))
+    with pytest.raises(InputError, match="set TMPDIR to another folder"):
+        orbax.Writer(tmp_path / "[out]", None)
+
+
+def test_nothing_is_printed(tmp_path, capfd):
+    orbax.save_params(tmp_path / "out", {"a": weight(3)})
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("read", [orbax.load, orbax.shapes])

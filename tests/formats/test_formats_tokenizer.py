@@ -68,6 +68,13 @@ def test_llama_3_takes_a_known_word_before_any_merge():
     assert pieces(byte_level("gpt-2"), "world") == list("world")
 
 
+def test_a_byte_level_vocabulary_without_merges_is_refused():
+    metadata = byte_level()
+    del metadata["tokenizer.ggml.merges"]
+    with pytest.raises(InputError, match=r"has no tokenizer\.ggml\.merges"):
+        gguf_tokenizer(metadata)
+
+
 def test_merges_apply_in_order_and_special_tokens_stay_whole():
     found = pieces(byte_level(), "hello<|im_start|> a<think>")
     assert found == ["hello", "<|im_start|>", "Ġa", "<think>"]

@@ -249,6 +249,15 @@ class TestForeignFiles:
             fill(out, overwrite=True)
         assert contents(out)[name] == "mine"
 
+    def test_the_last_byte_of_a_large_file_counts(self, tmp_path):
+        with written_whole(tmp_path / "out") as scratch:
+            (scratch / "weights").write_bytes(bytes(3 << 20))
+        with (tmp_path / "out" / "weights").open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"1")
+        with pytest.raises(FileExistsError, match="holds weights, which is not as awq_jax wrote it"):
+            fill(tmp_path / "out", overwrite=True)
+
     def test_a_link_in_the_place_of_a_file_is_named(self, tmp_path):
         out = earlier(tmp_path / "out")
         (out / "config.json").rename(tmp_path / "mine")
@@ -346,6 +355,16 @@ class TestAround:
                 check_destination(
                     tmp_path / "work" / out if out[0] == "." else tmp_path / out, inputs=["~/../models/dense"]
                 )
+
+    @pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc, whose modes promise what it refuses")
+    def test_a_file_system_that_refuses(self):
+        with pytest.raises(PermissionError, match=r"/proc cannot be written .*: choose another folder"):
+            check_destination("/proc/out")
+
+    def test_a_link_to_itself(self, tmp_path):
+        (tmp_path / "loop").symlink_to(tmp_path / "loop")
+        with pytest.raises(InputError, match="loop is a link that leads back to itself"):
+            check_destination(tmp_path / "loop")
 
     @pytest.mark.parametrize("out", ["models/dense/new", "work/new", "home/new", "elsewhere"])
     def test_allowed(self, tmp_path, out):

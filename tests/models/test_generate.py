@@ -73,6 +73,32 @@ def test_numbers_out_of_range_are_refused_before_the_first_token(options, says):
         stream(CONFIG, PARAMS, random_tokens(CONFIG, 1, 5)[0], **options)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "says"),
+    [
+        (np.array([[5, 6, 7]]), r"the prompt's tokens have shape \(1, 3\): give those of one prompt"),
+        (5, r"the prompt's tokens have shape \(\)"),
+        (b"text", r"the prompt's tokens have shape \(\)"),
+        ([5.7, 6.2], "the prompt: tokens are float64, expected are integers"),
+        (np.array([True]), "the prompt: tokens are bool"),
+    ],
+)
+def test_tokens_of_another_shape_or_type_are_refused(tokens, says):
+    model = Model(llama, CONFIG, PARAMS, tokenizer())
+    with pytest.raises(InputError, match=says):
+        model.stream(tokens)
+    assert "".join(model.stream([5, 6], max_new_tokens=1)) == model.generate(np.array([5, 6]), max_new_tokens=1)
+
+
+def test_a_batch_of_another_shape_or_type_is_refused():
+    model = Model(llama, CONFIG, PARAMS, tokenizer())
+    with pytest.raises(InputError, match=r"tokens have shape \(2,\): give \[batch, length\]"):
+        model.logits(np.array([5, 6]))
+    for call in (model.logits, lambda tokens: generate(CONFIG, PARAMS, tokens, max_new_tokens=1)):
+        with pytest.raises(InputError, match="tokens are float32, expected are integers"):
+            call(np.array([[5.7]], np.float32))
+
+
 @given(seed=st.integers(0, 2**32 - 1), p=st.floats(0.01, 0.999), temperature=st.sampled_from([0.5, 1.0, 3.0]))
 def test_top_p_draws_from_the_fewest_tokens_that_reach_it(seed, p, temperature):
     logits = np.random.default_rng(seed).normal(size=7).astype(np.float32) * 2

@@ -245,6 +245,31 @@ def test_more_sources_than_samples_are_refused():
         calibration_tokens(("self", "self"), Letters(), samples=1, seq_len=8)
 
 
+def test_a_source_named_twice_is_read_once_for_two_shares(tmp_path):
+    asked, told = [], []
+
+    def own(samples, seq_len):
+        asked.append(samples)
+        return np.arange(samples * seq_len, dtype=np.int32).reshape(samples, seq_len)
+
+    (tmp_path / "a.txt").write_text(numbered(2000), "utf-8")
+    sources = ["self", str(tmp_path / "a.txt"), "self", str(tmp_path / "a.txt")]
+    found = calibration_tokens(sources, Letters(), samples=7, seq_len=60, own=own, told=told.append)
+    assert asked == [4]
+    assert found.shape == (7, 60)
+    assert len(np.unique(found, axis=0)) == 7
+    assert [read.used for read in told] == [240, 180]
+
+
+@pytest.mark.parametrize(("samples", "seq_len", "few"), [(1, 1, True), (2, 127, True), (2, 128, False)])
+def test_that_few_tokens_are_used_is_told(samples, seq_len, few):
+    own = lambda samples, seq_len: np.zeros((samples, seq_len), np.int32)
+    for sources in (None, "self", [None, "self"][:samples]):
+        told = []
+        calibration_tokens(sources, tokenizer(), samples=samples, seq_len=seq_len, own=own, told=told.append)
+        assert [" used in all are few" in str(read) for read in told] == [False] * (len(told) - 1) + [few]
+
+
 def test_what_was_read_is_told(tmp_path):
     told = []
     rows = [{"text": f"sample {k}."} for k in range(90)]

@@ -26,6 +26,16 @@ CASES = {
     "parts": ({"messages": [{"role": "user", "content": PARTS}, TELL]}, [ASK, TELL]),
     "no content": ({"messages": [{"role": "user", "content": None}]}, [{"role": "user", "content": ""}]),
     "Alpaca": ({"instruction": "Who?", "input": "", "output": "Me.", "text": "### Who?"}, [ASK, TELL]),
+    "Alpaca with history": (
+        {"instruction": "Why?", "output": "So.", "history": [["Who?", "Me."]], "system": "Be brief."},
+        [SYSTEM, ASK, TELL, {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}],
+    ),
+    "history as a string": (
+        {"prompt": "Why?", "response": "So.", "history": "[['Who?', 'Me.']]"},
+        [ASK, TELL, {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}],
+    ),
+    "history of messages": ({"prompt": "Who?", "response": "Me.", "history": [SYSTEM]}, [SYSTEM, ASK, TELL]),
+    "no history": ({"prompt": "Who?", "response": "Me.", "history": []}, [ASK, TELL]),
     "Alpaca with input": (
         {"instruction": "Add.", "input": "1, 2", "output": "3"},
         [{"role": "user", "content": "Add.\n\n1, 2"}, {"role": "assistant", "content": "3"}],
@@ -64,6 +74,12 @@ def test_rows_that_are_chats(case):
 def test_a_field_of_messages_that_holds_none_is_refused(value):
     with pytest.raises(ValueError, match="is no list of messages, nor one as JSON"):
         as_chat({"messages": value})
+
+
+@pytest.mark.parametrize("history", [7, ["Who?"], [["Who?"]]])
+def test_a_history_of_something_else_is_refused(history):
+    with pytest.raises(ValueError, match="no list of questions with their answers"):
+        as_chat({"prompt": "Who?", "response": "Me.", "history": history})
 
 
 @pytest.mark.parametrize("row", ["a", {"text": "a", "url": "b"}, {"content": "a"}, {"text": "a", "prompt": "b"}])
@@ -151,6 +167,18 @@ def test_what_the_template_does_not_write_is_told():
     taken = through("{{ tools | tojson }}" + PLAIN + "{{ messages[1].tool_calls | tojson }}", chat)
     assert taken.notes == ()
     assert json.dumps([TOOL]) in taken.texts[0]
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_that_is_left_out_is_told(field):
+    chat = [ASK, TELL | {field: "One who asks."}]
+    told = "the chat template leaves out or changes reasoning in 1 chats"
+    assert told in through(PLAIN, chat).notes
+    assert through(PLAIN + "{{ messages[1]." + field + " }}", chat).notes == ()
+    assert through(None, {"messages": chat, "tools": [TOOL]}).notes[1:] == (
+        "left out reasoning in 1 chats",
+        "left out the tools in 1 chats",
+    )
 
 
 def test_without_a_template_turns_follow_each_other():

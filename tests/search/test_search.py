@@ -43,6 +43,17 @@ def scales_of(x, ratio):
     return s / np.sqrt(s.max() * s.min())
 
 
+def test_a_strategy_that_gives_another_shape_is_named():
+    x, w = problem()
+    i, o = w.shape
+    three = lambda w, moments, spec: jnp.ones(3)
+    with pytest.raises(ValueError, match=rf"scale that the strategy gave has shape \(3,\), expected \({i},\): one for"):
+        find_scale(w, of(x, None), np.arange(i), n=i, spec=G32, strategy=three)
+    one = lambda w, moments, spec: (jnp.zeros(()), jnp.ones(()))
+    with pytest.raises(ValueError, match=rf"low that the strategy gave has shape \(\), expected \({i // 32}, {o}\)"):
+        solve(w, of(x, None), spec=G32, clip=one, rounding=to_nearest)
+
+
 RATIOS = tuple(i / 8 for i in range(9))
 
 

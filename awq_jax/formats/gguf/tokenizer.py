@@ -104,10 +104,12 @@ def byte_level(metadata: Mapping[str, Any]) -> Tokenizer:
             "The GGUF file does not say how text is split (tokenizer.ggml.pre), so its tokens would be wrong: add "
             "the name (gguf-new-metadata --pre-tokenizer llama-bpe OLD NEW, say), or convert it with a newer llama.cpp."
         )
+    if "tokenizer.ggml.merges" not in metadata:
+        raise InputError("The GGUF file has no tokenizer.ggml.merges, so its tokens would be wrong: download it again.")
     tokenizer = Tokenizer(
         BPE(
             vocab={t: i for i, t in enumerate(metadata["tokenizer.ggml.tokens"])},
-            merges=[pair(m) for m in metadata.get("tokenizer.ggml.merges", [])],
+            merges=[pair(m) for m in metadata["tokenizer.ggml.merges"]],
             ignore_merges=pre in WHOLE_WORDS_FIRST,
         )
     )
