@@ -16,9 +16,10 @@ from awq_jax.commands.demo import fetch_smollm2
 from awq_jax.formats.checkpoint import open_checkpoint
 from awq_jax.models import for_config
 from awq_jax.pipeline.calibration_text import calibration_tokens
+from awq_jax.pipeline.decoder import lazy_params, outer, read, stream_decoder
 from awq_jax.pipeline.load import Model, load
 from awq_jax.pipeline.score import windows
-from awq_jax.pipeline.stream import Decoder, Streamed, stream
+from awq_jax.transforms.stream import Streamed
 from awq_jax.weights.tensor import dequantize
 
 RESULTS = Path(__file__).parent / "results"
@@ -51,13 +52,14 @@ def quantized_in_memory(checkpoint: Any, tokens: np.ndarray, recipe: Any, **opti
     """The params of a checkpoint's model, every QuantizedTensor made dense again, and what streaming reports."""
     module = for_config(checkpoint.config)
     config = module.Config.from_hf(checkpoint.config)
-    parts: dict[str, Any] = {}
+    lazy = lazy_params(checkpoint, module, config, wide=recipe.fold)
+    parts: dict[str, Any] = read(outer(lazy))
 
     def keep(part: str, params: Any) -> None:
         parts[part] = jax.tree.map(jnp.asarray, dequantize(params))
 
-    done = stream(Decoder(module, config, checkpoint.read), tokens, recipe, keep, **options)
-    return parts.pop("outer") | parts, done
+    done = stream_decoder(module, config, lazy, tokens, recipe, keep, **options)
+    return parts, done
 
 
 class Remembered:

@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from common import opened, quantized_in_memory, save, with_params
 
 from awq_jax.pipeline.score import score
-from awq_jax.pipeline.stream import Feed
 from awq_jax.transforms.presets import PRESETS
 from awq_jax.transforms.recipe import Recipe
+from awq_jax.transforms.stream import Feed
 
 
 @dataclass(frozen=True)

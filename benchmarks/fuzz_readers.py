@@ -56,11 +56,11 @@ def quantized(folder: Path, format: str, **changes: Any) -> Path:
     recipe, out = Recipe(bits=4, group_size=32), folder / format
     out.mkdir()
     writer: Any = (autoawq if format == "awq" else orbax).Writer(out, checkpoint, recipe)
-    layer = module.layer_params(checkpoint.read, config, 0)
-    down = layer["mlp"]["down"]
+    params = checkpoint.params(module, config)
+    down = params["layers_0"]["mlp"]["down"]
     down["kernel"] = quantize(down["kernel"], QuantSpec(4, 32))
-    for part, params in {"outer": module.outer_params(checkpoint.read, config), "layers_0": layer}.items():
-        writer.write(part, module.to_names(part, params) if format == "awq" else params)
+    for part in params:
+        writer.write(part, module.to_names({part: params[part]}) if format == "awq" else params[part])
     writer.finish()
     return out
 

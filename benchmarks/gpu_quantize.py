@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from gpu_record import Record, Row
 from gpu_smoke import TOY, TWO_LAYERS
 from peers import parts
@@ -32,26 +33,31 @@ from awq_jax.commands.demo import evaluation_text
 from awq_jax.formats.checkpoint import open_checkpoint
 from awq_jax.models import for_config
 from awq_jax.pipeline.calibration_text import calibration_tokens
+from awq_jax.pipeline.decoder import lazy_params, outer, read, stream_decoder
 from awq_jax.pipeline.distill_decoder import logits, together
 from awq_jax.pipeline.load import load
 from awq_jax.pipeline.quantize_checkpoint import quantize_checkpoint
 from awq_jax.pipeline.score import score, windows
-from awq_jax.pipeline.stream import Decoder, stream
 from awq_jax.transforms.presets import PRESETS
 from awq_jax.transforms.recipe import Recipe
+from awq_jax.transforms.stream import Lazy
 from awq_jax.weights.paths import named_leaves
 from awq_jax.weights.spec import QuantSpec, Rule
 from awq_jax.weights.tensor import is_quantized, quantize
 
 
-def random_decoder(hf: dict[str, Any]) -> Decoder:
+def random_decoder(hf: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+    """A module, its Config, and lazy params."""
     module = for_config(hf)
     config = module.Config.from_hf(hf, jnp.bfloat16)
-    shapes = module.stored_shapes(config)
     draw = jax.jit(
         lambda seed, shape: jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16) / 50, static_argnums=1
     )
-    return Decoder(module, config, lambda name: draw(np.uint32(zlib.crc32(name.encode())), shapes[name]))
+    lazy = lambda name, shape: Lazy(
+        shape, jnp.dtype(jnp.bfloat16), lambda index: draw(np.uint32(zlib.crc32(name.encode())), shape)[index]
+    )
+    params = {name: lazy(name, shape) for name, shape in module.param_shapes(config).items()}
+    return module, config, unflatten_dict(params, sep="/")
 
 
 def random_tokens(vocab: int, number: int, length: int) -> np.ndarray:
@@ -67,7 +73,9 @@ def peak() -> Row:
     return Row("peak memory of the device since the step began", used / 1e9, "GB")
 
 
-def streamed(decoder: Decoder, tokens: np.ndarray, recipe: Recipe, record: Record) -> Iterator[Row]:
+def streamed(
+    module: Any, config: Any, params: Any, tokens: np.ndarray, recipe: Recipe, record: Record
+) -> Iterator[Row]:
     start, packed = time.perf_counter(), {}
 
     def keep(part: str, params: Any) -> None:
@@ -77,24 +85,24 @@ def streamed(decoder: Decoder, tokens: np.ndarray, recipe: Recipe, record: Recor
         if record.over():
             raise TimeoutError(f"{part} was done after {time.perf_counter() - start:.0f} s, the step's time was over")
 
-    done = stream(decoder, tokens, recipe, keep)
+    done = stream_decoder(module, config, params, tokens, recipe, keep)
     seconds = time.perf_counter() - start
-    yield Row(f"streamed, {decoder.config.layers} layers, {tokens.size} tokens", seconds, "s", 60, most=True)
+    yield Row(f"streamed, {config.layers} layers, {tokens.size} tokens", seconds, "s", 60, most=True)
     for stage, part in done.seconds.items():
         yield Row(f"streamed: {stage}", part, "s")
-    yield Row("streamed: packed layers", gigabytes({k: v for k, v in packed.items() if k != "outer"}), "GB")
+    yield Row("streamed: packed layers", gigabytes(packed), "GB")
     yield peak()
 
 
-def in_memory(decoder: Decoder, tokens: np.ndarray, recipe: Recipe) -> Iterator[Row]:
+def in_memory(module: Any, config: Any, lazy: Any, tokens: np.ndarray, recipe: Recipe) -> Iterator[Row]:
     """`calibrate` and `quantize` of the whole function, its layers scanned."""
-    outer = jax.tree.map(jnp.asarray, decoder.module.outer_params(decoder.read, decoder.config))
-    params = {"outer": outer, "layers": together([decoder.layer(i) for i in decoder.layers])}
+    layers = together([read(lazy[f"layers_{i}"]) for i in range(config.layers)])
+    params = {"outer": read(outer(lazy)), "layers": layers}
     jax.block_until_ready(params)
     recipe = replace(recipe, rules=(Rule("outer/", skip=True),))
     batches = [(jnp.asarray(tokens[k : k + 4]),) for k in range(0, len(tokens), 4)]
     start = time.perf_counter()
-    calibration = awq.calibrate(logits(decoder), params, batches)
+    calibration = awq.calibrate(logits(module, config), params, batches)
     jax.block_until_ready(calibration.moments)
     middle = time.perf_counter()
     jax.block_until_ready(awq.quantize(params, calibration, recipe)[0])
@@ -126,13 +134,14 @@ def same_codes(model: Path, recipe: Recipe, layers: int, samples: int, length: i
     checkpoint = open_checkpoint(model)
     module = for_config(checkpoint.config)
     config = replace(module.Config.from_hf(checkpoint.config), layers=layers)
+    params = lazy_params(checkpoint, module, config)
     tokens = calibration_tokens(None, checkpoint.tokenizer(), samples=samples, seq_len=length)
 
     def run() -> tuple[dict[str, Any], Any]:
         found: dict[str, Any] = {}
         with jax.default_matmul_precision("highest"):
-            decoder = Decoder(module, config, checkpoint.read)
-            done = stream(decoder, tokens, recipe, found.__setitem__, dtype=jnp.float32)
+            keep = found.__setitem__
+            done = stream_decoder(module, config, params, tokens, recipe, keep, dtype=jnp.float32)
         return {name: w for name, w in named_leaves(found).items() if is_quantized(w)}, done.reports
 
     start = time.perf_counter()
@@ -184,17 +193,17 @@ def run(record: Record) -> None:
     toy = record.toy
     hf = TWO_LAYERS | TOY if toy else json.loads(Path(__file__).with_name("llama_3_8b.json").read_text())
     number, length = (64, 32) if toy else (16384, 512)
-    decoder = random_decoder(hf)
-    tokens = random_tokens(decoder.config.vocab, number, length)
+    model = random_decoder(hf)
+    tokens = random_tokens(model[1].vocab, number, length)
     recipe = PRESETS["rtn" if toy else "default"]
     narrow = replace(recipe, group_size=32 if toy else 64)
     with tempfile.TemporaryDirectory() as folder:
         real = ft.cache(lambda: real_model(toy, folder))
-        record.attempt("streamed", ft.partial(streamed, decoder, tokens, recipe, record))
+        record.attempt("streamed", ft.partial(streamed, *model, tokens, recipe, record))
         record.attempt("ties", ties)
         sizes = (1, 2, 32) if toy else (2, 16, 512)
         record.attempt("codes on GPU and CPU", lambda: same_codes(real(), narrow, *sizes))
-        record.attempt("in memory", lambda: in_memory(decoder, tokens, recipe))
+        record.attempt("in memory", lambda: in_memory(*model, tokens, recipe))
         # Three passes of the packaged text's 87,000 tokens: 260,000 are seen.
         sizes = (2, 32, 1) if toy else (170, 512, 3)
         record.attempt("distillation", lambda: distilled(real(), narrow, *sizes))

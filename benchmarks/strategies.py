@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import tyro
+from flax.traverse_util import unflatten_dict
 from rich.console import Console
 from rich.table import Table
 
@@ -22,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from common import opened, save, with_params
 
 from awq_jax.models import for_config
+from awq_jax.pipeline.decoder import as_function, chunks, lazy_params
 from awq_jax.pipeline.score import score
-from awq_jax.pipeline.stream import Decoder, stream
 from awq_jax.search import (
     Clip,
     Feedback,
@@ -38,10 +39,13 @@ from awq_jax.search import (
     no_clip,
     to_nearest,
 )
+from awq_jax.tracing.program import slot
+from awq_jax.tracing.segments import Segment, segments
 from awq_jax.transforms.calibrate import Calibration
 from awq_jax.transforms.presets import PRESETS
 from awq_jax.transforms.quantize import quantize
 from awq_jax.transforms.recipe import Recipe
+from awq_jax.transforms.stream import stream
 from awq_jax.weights.tensor import dequantize, is_quantized
 
 KINDS = {"W4 g64": (4, 64), "W4 g128": (4, 128), "W3 g128": (3, 128), "W3 g64": (3, 64)}
@@ -103,23 +107,40 @@ class Arguments:
     """Of the JSON file under benchmarks/results."""
 
 
-def calibrations(model: Decoder, tokens: Any) -> list[tuple[Any, Calibration]]:
-    """Params and statistics of every block, whole Gram matrices."""
-    found: list[tuple[Any, Calibration]] = []
+Piece = tuple[Segment, Any, Calibration]
 
-    def keep(name: str, params: Any, calibration: Calibration, recipe: Recipe) -> tuple[Any, tuple[()]]:
-        found.append((params, calibration))
+
+def pieces(module: Any, config: Any, params: Any, tokens: Any) -> list[Piece]:
+    """Every segment with its params and statistics, whole Gram matrices."""
+    fn, given, tokens = as_function(module, config, params, tokens)
+    batches, found = chunks(tokens), list[Piece]()
+    todo = iter(segments(fn, given, *batches[0]).segments)
+
+    def keep(params: Any, calibration: Calibration, recipe: Recipe) -> tuple[Any, tuple[()]]:
+        found.append((next(todo), params, calibration))
         return params, ()
 
-    nothing = lambda part, params: None
-    stream(model, tokens, Recipe(gram_block=None), nothing, dtype=model.config.dtype, solve=keep)
+    stream(fn, given, batches, Recipe(gram_block=None), lambda name, leaf: None, solve=keep)
     return found
+
+
+def layers(found: list[Piece], quantized: list[Any]) -> dict[str, Any]:
+    """The params of the layers, made dense again."""
+    named = {
+        str(param): dequantize(part[slot(k)])
+        for (segment, *_), part in zip(found, quantized, strict=True)
+        for k, param in enumerate(segment.params)
+        if str(param).startswith("layers_")
+    }
+    return unflatten_dict(named, sep="/")
 
 
 def main(a: Arguments) -> None:
     checkpoint, dense, tokens, texts, reference = opened(a)
     module = for_config(checkpoint.config)
-    blocks = calibrations(Decoder(module, module.Config.from_hf(checkpoint.config), checkpoint.read), tokens)
+    config = module.Config.from_hf(checkpoint.config)
+    found = pieces(module, config, lazy_params(checkpoint, module, config), tokens)
+    solved = lambda piece, recipe: jax.block_until_ready(quantize(piece[1], piece[2], recipe)[0])
     columns = ["kind", "strategy", "seconds", "MB", *(f"{of} {text}" for text in texts for of in ("KL", "perplexity"))]
     table, result = Table(*columns, title=f"Strategies, {tokens.size} tokens"), []
     for kind in a.kinds:
@@ -128,14 +149,14 @@ def main(a: Arguments) -> None:
             if a.rows and not any(part in name for part in a.rows):
                 continue
             recipe = replace(recipe, bits=bits, group_size=group_size)
-            jax.block_until_ready(quantize(*blocks[0], recipe)[0])
+            for piece in found[:3]:  # compiles
+                solved(piece, recipe)
             start = time.perf_counter()
-            parts = [jax.block_until_ready(quantize(*block, recipe)[0]) for block in blocks]
+            parts = [solved(piece, recipe) for piece in found]
             seconds = time.perf_counter() - start
             leaves = jax.tree.leaves(parts, is_leaf=is_quantized)
             mb = sum(w.nbytes for w in leaves if is_quantized(w)) / 1e6
-            layers = {f"layers_{i}": p for i, p in enumerate(dequantize(parts))}
-            model = with_params(dense, dense.outer | layers)
+            model = with_params(dense, dense.outer | layers(found, parts))
             scores = {text: score(model, ids, reference) for text, ids in texts.items()}
             entry = {text: {"kl": s.kl, "perplexity": s.perplexity, "top1": s.top1} for text, s in scores.items()}
             result.append({"kind": kind, "strategy": name, "seconds": seconds, "mb": mb, "scores": entry})

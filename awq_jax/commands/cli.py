@@ -22,7 +22,7 @@ from awq_jax.commands.progress import progress_bar
 from awq_jax.commands.tables import console, scores_table, sites_table, summary, tunings_table
 from awq_jax.near import did_you_mean
 from awq_jax.pipeline.quantize_checkpoint import Format
-from awq_jax.pipeline.stream import Feed
+from awq_jax.transforms.stream import Feed
 
 Preset = Literal["default", "fast", "rtn", "llm_awq", "autoawq", "llmcompressor"]
 

@@ -1,7 +1,7 @@
 """Decoders in flax.linen, one file an architecture.
 
-Each module offers Config (with from_hf), the linen module, embed / block / head to run it layer by layer,
-init_cache, LAYER_NAMES, OUTER_NAMES and IGNORED (Hugging Face names), load / layer_params / outer_params,
+Each module offers Config (with from_hf), the linen module, hidden, or embed / block / head to run it layer by layer,
+init_cache, LAYER_NAMES, OUTER_NAMES and IGNORED (Hugging Face names), load / param / to_names,
 param_shapes / stored_shapes / matrix_shapes, and fused (what servers make one matrix of).
 """
 

@@ -402,27 +402,29 @@ def load(read: Read, config: Config) -> dict[str, Any]:
     Raises:
       ValueError: a tensor's shape is not what the config asks for.
     """
-    layers = {_layer(i): layer_params(read, config, i) for i in range(config.layers)}
-    return outer_params(read, config) | layers
+    return unflatten_dict({name: param(read, config, name) for name in param_shapes(config)}, sep="/")
 
 
-def layer_params(read: Read, config: Config, i: int) -> dict[str, Any]:
-    """The params of layer i, see `load`."""
-    names = {path: f"model.layers.{i}.{name}" for path, name in LAYER_NAMES.items()}
-    return _read_all(read, names, _layer_shapes(config))
+def param(read: Read, config: Config, name: str) -> Any:
+    """The param of a path, "layers_0/attn/q/kernel"; see `load`."""
+    stored, shape = _stored(config)[name]
+    is_matrix, value = name.endswith("/kernel"), read(stored)
+    if is_quantized(value) and not is_matrix:
+        raise ValueError(f"{stored} is quantized: only matrices of linear layers may be. Dequantize it.")
+    value = value.T if is_matrix and not is_quantized(value) else value
+    if value.shape != shape:
+        raise ValueError(
+            f"{stored}: found shape {value.shape} (as [in, out] if a matrix), the config asks for "
+            f"{shape}. Is config.json that of these weights?"
+        )
+    return value
 
 
-def outer_params(read: Read, config: Config) -> dict[str, Any]:
-    """The params outside of the layers, see `load`."""
-    return _read_all(read, OUTER_NAMES, _outer_shapes(config))
-
-
-def to_names(part: str, params: Params) -> dict[str, Any]:
-    """The params of "outer" or "layers_<i>" by Hugging Face name; dense matrices as [out, in], others as they are."""
-    prefix, names = ("", OUTER_NAMES) if part == "outer" else (f"model.layers.{part.split('_')[1]}.", LAYER_NAMES)
+def to_names(params: Params) -> dict[str, Any]:
+    """Params, all or some, by Hugging Face name; dense matrices as [out, in], others as they are."""
     flat = flatten_dict(dict(params), is_leaf=lambda _, v: is_quantized(v))
     turn = lambda path, w: w.T if path[-1] == "kernel" and not is_quantized(w) else w
-    return {prefix + names[path]: turn(path, w) for path, w in flat.items()}
+    return {_name(path): turn(path, w) for path, w in flat.items()}
 
 
 def param_shapes(config: Config) -> dict[str, tuple[int, ...]]:
@@ -452,30 +454,22 @@ def fused(config: Config) -> dict[str, tuple[str, ...]]:
 
 def _shapes_of_all(config: Config) -> Iterator[tuple[tuple[str, ...], str, tuple[int, ...]]]:
     """Path, Hugging Face name and shape of every param."""
-    for path, shape in _outer_shapes(config).items():
-        yield path, OUTER_NAMES[path], shape
-    for i in range(config.layers):
-        for path, shape in _layer_shapes(config).items():
-            yield (_layer(i), *path), f"model.layers.{i}.{LAYER_NAMES[path]}", shape
+    layer = _layer_shapes(config).items()
+    layers = (((_layer(i), *path), shape) for i in range(config.layers) for path, shape in layer)
+    for path, shape in (*_outer_shapes(config).items(), *layers):
+        yield path, _name(path), shape
 
 
-def _read_all(read: Read, names: Mapping[tuple, str], shapes: Mapping[tuple, tuple]) -> dict[str, Any]:
-    flat = {path: _oriented(names[path], path, read(names[path])) for path in shapes}
-    for path, value in flat.items():
-        if value.shape != shapes[path]:
-            raise ValueError(
-                f"{names[path]}: found shape {value.shape} (as [in, out] if a matrix), the config asks for "
-                f"{shapes[path]}. Is config.json that of these weights?"
-            )
-    return unflatten_dict(flat)
+def _name(path: tuple[str, ...]) -> str:
+    """The Hugging Face name of a param."""
+    outer, number = path[0].partition("layers_")[::2]
+    return OUTER_NAMES[path] if outer else f"model.layers.{number}.{LAYER_NAMES[path[1:]]}"
 
 
-def _oriented(name: str, path: tuple[str, ...], value: np.ndarray | QuantizedTensor) -> Any:
-    if path[-1] != "kernel":
-        if is_quantized(value):
-            raise ValueError(f"{name} is quantized: only matrices of linear layers may be. Dequantize it.")
-        return jnp.asarray(value)
-    return value if is_quantized(value) else jnp.asarray(np.asarray(value).T)
+@ft.cache
+def _stored(config: Config) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Hugging Face name and shape of every param by its path."""
+    return {"/".join(path): (name, shape) for path, name, shape in _shapes_of_all(config)}
 
 
 @ft.cache

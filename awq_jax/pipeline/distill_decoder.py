@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools as ft
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from awq_jax.machine import fast_dtype
 from awq_jax.memory import matmul_bytes, to_be_read
-from awq_jax.pipeline.stream import Decoder
+from awq_jax.pipeline.decoder import Progress, outer, read
 from awq_jax.transforms.distill import distill
 
 BATCH = 1024
@@ -24,36 +24,36 @@ RATE = 1e-3
 
 
 def refine(
-    model: Decoder,
-    parts: dict[str, Any],
+    module: Any,
+    config: Any,
+    dense: Mapping[str, Any],
+    small: Mapping[str, Any],
     tokens: Int[np.ndarray, "n t"],
     *,
     passes: int,
-    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    progress: Progress = lambda stage, done, total: None,
 ) -> dict[str, Any]:
-    """The parts of a quantized decoder, their steps distilled against the dense one on `passes` over the tokens.
+    """The params of a quantized decoder, their steps distilled against the dense one on `passes` over the tokens.
 
     Args:
-      parts: what `stream` handed over, by its name: "outer", "layers_<i>".
+      dense: its params, lazy; of those outside of the layers `small` has the same.
       progress: called with a stage, steps done and steps in all.
     """
-    observed = replace(model, config=replace(model.config, dtype=step_dtype()))
     rows = rows_of_step(*tokens.shape)
     total = passes * (len(tokens) // rows)
     progress("distillation step", 0, total)
-    names = [f"layers_{i}" for i in model.layers]
-    dense = {"outer": parts["outer"], "layers": together([model.layer(i) for i in model.layers])}
-    small = {"outer": parts["outer"], "layers": together([parts[name] for name in names])}
+    rest = outer(small)
+    layers = [name for name in small if name not in rest]
     done = iter(range(1, total + 1))
     tuned = distill(
-        logits(observed),
-        dense,
-        small,
+        logits(module, replace(config, dtype=step_dtype())),
+        {"outer": rest, "layers": together([read(dense[name]) for name in layers])},
+        {"outer": rest, "layers": together([small[name] for name in layers])},
         ((jnp.asarray(tokens[rows_]),) for rows_ in shuffled(len(tokens), rows, passes)),
         rate=optax.linear_schedule(RATE, RATE / 10, total),
         progress=lambda loss: progress("distillation step", next(done), total),
     )
-    return {"outer": parts["outer"]} | dict(zip(names, apart(tuned["layers"], len(names)), strict=True))
+    return rest | dict(zip(layers, apart(tuned["layers"], len(layers)), strict=True))
 
 
 def step_dtype() -> Any:
@@ -74,19 +74,18 @@ def nbytes(module: Any, config: Any, params: Any, n: int, t: int) -> int:
       n, t: sequences, and tokens of each.
     """
     config = replace(config, dtype=step_dtype())
-    outer = {name: part for name, part in params.items() if not name.startswith("layers_")}
-    layers = jax.eval_shape(together, [params[f"layers_{i}"] for i in range(config.layers)])
+    rest = outer(params)
+    layers = jax.eval_shape(together, [part for name, part in params.items() if name not in rest])
     tokens = jax.ShapeDtypeStruct((rows_of_step(n, t), t), jnp.int32)
-    run = logits(Decoder(module, config, lambda name: None))
-    loss = lambda layers, outer, tokens: run({"outer": outer, "layers": layers}, tokens).sum()
-    hidden = jax.eval_shape(ft.partial(module.embed, config), outer, tokens)
+    run = logits(module, config)
+    loss = lambda layers, rest, tokens: run({"outer": rest, "layers": layers}, tokens).sum()
+    hidden = jax.eval_shape(ft.partial(module.embed, config), rest, tokens)
     kept = config.layers * hidden.size * hidden.dtype.itemsize
-    return 2 * to_be_read(layers) + to_be_read(outer) + kept + matmul_bytes(jax.grad(loss), layers, outer, tokens)
+    return 2 * to_be_read(layers) + to_be_read(rest) + kept + matmul_bytes(jax.grad(loss), layers, rest, tokens)
 
 
-def logits(model: Decoder) -> Callable[[Any, Array], Float[Array, "b t v"]]:
+def logits(module: Any, config: Any) -> Callable[[Any, Array], Float[Array, "b t v"]]:
     """`(params, tokens) -> logits` of a decoder, its layers a stack or a list; blocks are computed again going back."""
-    module, config = model.module, model.config
     block = jax.checkpoint(lambda h, layer: (module.block(config, layer, h), None))
 
     def run(params: Any, tokens: Array) -> Array:

@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from awq_jax.clock import Clock
 from awq_jax.errors import InputError, one_line
 from awq_jax.formats import autoawq, orbax
 from awq_jax.formats.card import CARD, card
@@ -22,17 +22,28 @@ from awq_jax.formats.written import check_destination, resolved, size_of, writte
 from awq_jax.memory import check_memory, size
 from awq_jax.models.inputs import check_length, check_tokens, without_rows
 from awq_jax.pipeline.calibration_text import Read, calibration_tokens
+from awq_jax.pipeline.decoder import (
+    Progress,
+    as_function,
+    by_layer,
+    called,
+    chunks,
+    lazy_params,
+    outer,
+    read,
+    stream_decoder,
+)
 from awq_jax.pipeline.distill_decoder import nbytes as nbytes_of_refine
 from awq_jax.pipeline.distill_decoder import refine
 from awq_jax.pipeline.fused import Fused, left_whole, skip_whole, widening
 from awq_jax.pipeline.load import architecture, load
-from awq_jax.pipeline.stream import Clock, Decoder, Feed, stream
-from awq_jax.transforms.calibrate import Calibration
 from awq_jax.transforms.distill import kl_of_logits
 from awq_jax.transforms.finite import require_finite_weights
-from awq_jax.transforms.mixed_bits import Group, Offer, allocate, check_average, quantized_alone, with_bits
+from awq_jax.transforms.mixed_bits import Offer, allocate, check_average, with_bits
 from awq_jax.transforms.quantize import SiteReport
 from awq_jax.transforms.recipe import GROUPS, Recipe
+from awq_jax.transforms.stream import Feed
+from awq_jax.transforms.survey import survey
 from awq_jax.weights.tensor import LARGEST_HALF, is_quantized
 
 Format = Literal["awq", "orbax"]
@@ -74,7 +85,7 @@ def quantize_checkpoint(
     average_bits: float | None = None,
     distill: int = 0,
     overwrite: bool = False,
-    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    progress: Progress = lambda stage, done, total: None,
     told: Callable[[str], None] = lambda line: None,
 ) -> Converted:
     """Quantize the model at `model` into the folder `out`, which appears only when all of it is there.
@@ -87,7 +98,8 @@ def quantize_checkpoint(
       format: "awq" (AutoAWQ, for vLLM, SGLang, transformers) or "orbax" (ours: a scale for each site).
       calib: see `calibration_tokens`.
       samples, seq_len: calibration sequences and their tokens; None for as many sequences as the recipe says.
-      feed: whether a block is calibrated on the output of the dense blocks before it, or of the quantized ones.
+      feed: whether attention and MLP of each layer are calibrated on what the dense ones before give, or the quantized
+        ones.
       average_bits: choose the bits of every site so that all take so many in the mean; orbax only. See
         `awq_jax.transforms.mixed_bits`.
       distill: passes over the calibration text that train the steps against the dense model's logits, after the
@@ -148,31 +160,38 @@ def quantize_checkpoint(
         progress("loading", 1, 1)
         progress("calibration text", 0, 1)
         own = lambda samples, seq_len: load(model).sample(samples, seq_len)
-        read: list[Read] = []
-        options = {"samples": recipe.samples, "seq_len": seq_len, "own": own, "told": read.append}
+        sources: list[Read] = []
+        options: Any = {"samples": recipe.samples, "seq_len": seq_len, "own": own, "told": sources.append}
         tokens = calibration_tokens(calib, tokenizer, **options)
         check_tokens(config, tokens, "the calibration text")
-        for source in read:
+        for source in sources:
             told(str(source))
         clock.rest("text")
         progress("calibration text", 1, 1)
-        decoder = Decoder(module, config, widened(checkpoint.read) if recipe.fold else checkpoint.read)
+        params = lazy_params(checkpoint, module, config, wide=recipe.fold)
         if average_bits is not None:
-            recipe = with_bits(recipe, allocate(survey(decoder, tokens, recipe, progress), average_bits))
+            offered = offers(module, config, params, tokens, recipe, progress)
+            recipe = with_bits(recipe, allocate(offered, average_bits))
             clock.rest("survey")
         write, finish = (named_failure(out, f) for f in writer(format, scratch, checkpoint, module, recipe, fused))
+        parts: dict[str, Any] = {}
+        take = parts.__setitem__ if distill else write
+        for part, whole in outer(lazy_params(checkpoint, module, config)).items():
+            with clock("load"):
+                whole = read(whole)
+            with clock("write"):
+                take(part, whole)
+            del whole
+        options = {"feed": feed, "clock": clock, "progress": progress}
+        done = stream_decoder(module, config, params, tokens, recipe, take, **options)
         if distill:
-            parts: dict[str, Any] = {}
-            done = stream(decoder, tokens, recipe, parts.__setitem__, feed=feed, clock=clock, progress=progress)
             before = tuple(replace(r, note="; ".join(filter(None, (r.note, BEFORE)))) for r in done.reports)
             done = replace(done, reports=before)
             with clock("distillation"):
-                parts = refine(decoder, parts, tokens, passes=distill, progress=progress)
+                parts = refine(module, config, params, parts, tokens, passes=distill, progress=progress)
             with clock("write"):
-                for part, params in parts.items():
-                    write(part, params)
-        else:
-            done = stream(decoder, tokens, recipe, write, feed=feed, clock=clock, progress=progress)
+                for part, tuned in parts.items():
+                    write(part, tuned)
         dtype, notes = computed_in(done.largest)
         finish(dtype)
         done = replace(done, reports=(*done.reports, *with_skipped))
@@ -189,7 +208,7 @@ def quantize_checkpoint(
     after = size_of(resolved(out))
     clock.rest("write")
     notes = (*widening(with_skipped), *(notes if format == "awq" else ()))
-    read_all = tuple(read)
+    read_all = tuple(sources)
     return Converted(Path(out), checkpoint.nbytes, half, after, done.reports, clock.seconds, recipe, read_all, notes)
 
 
@@ -209,42 +228,24 @@ def fitted(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]], format: Format
     return replace(recipe, group_size=group), f"Groups of {group}: the largest of {known} that divides {all_}."
 
 
-def survey(decoder: Decoder, tokens: Any, recipe: Recipe, progress: Callable[[str, int, int], None]) -> list[Offer]:
-    """The divergence of the model with every group of sites quantized alone.
+def offers(module: Any, config: Any, params: Any, tokens: Any, recipe: Recipe, progress: Progress) -> list[Offer]:
+    """The divergence of the model with every group of sites quantized alone, on SURVEYED tokens of the first sequence.
 
-    A pass over the blocks that changes none. What each group does to the hidden states of one sequence goes on through
-    the blocks that follow, beside what the others did, up to the head.
+    Args:
+      params: lazy.
     """
-    module, config, block = decoder.module, decoder.config, jax.jit(decoder.block)
-    outer = module.outer_params(decoder.read, config)
-    hidden = [module.embed(config, outer, jnp.asarray(tokens[:1, :SURVEYED]))]
-    groups: list[Group] = []
-
-    def look(name: str, params: Any, calibration: Calibration, recipe: Recipe) -> tuple[Any, tuple[()]]:
-        found = [(g, block(p, hidden[0])) for g, p in quantized_alone(params, calibration, recipe, f"{name}/")]
-        groups.extend(g for g, _ in found)
-        hidden[:] = [*(block(params, h) for h in hidden), *(h for _, h in found)]
-        return params, ()
-
-    looked = lambda stage, done, total: progress("block looked at" if stage == "block" else stage, done, total)
-    stream(decoder, tokens, recipe, lambda part, params: None, solve=look, progress=looked)
-    head = jax.jit(partial(module.head, config))
-    exact = head(outer, hidden[0])
-    offers = []
-    for k, (group, h) in enumerate(zip(groups, hidden[1:], strict=True), 1):
-        offers.append(Offer.of(group, kl_of_logits(exact, head(outer, h))))
-        progress("group scored", k, len(groups))
-    return offers
-
-
-def widened(read: Callable[[str], Any]) -> Callable[[str], Any]:
-    """`read`, half precision as float32, so that folding rounds nothing; AutoAWQ files are float16 in the end."""
-
-    def run(name: str) -> Any:
-        w = read(name)
-        return w.astype(np.float32) if w.dtype.itemsize == 2 and jnp.issubdtype(w.dtype, jnp.floating) else w
-
-    return run
+    # Computed in the model's dtype throughout: what a group changes may be less than faster ones round.
+    fn, given, tokens = as_function(module, config, params, tokens)
+    first = (jnp.asarray(tokens[:1, :SURVEYED]),)
+    sink = by_layer(params, lambda part, layer: None, progress, "block looked at")
+    (exact,), found = survey(fn, given, [first, *chunks(tokens[1:])], recipe, sink, called=called(tokens))
+    rest = read(outer(params))
+    head = jax.jit(lambda hidden: module.head(config, rest, hidden))
+    offered, logits = [], head(exact)
+    for k, (group, (changed,)) in enumerate(found, 1):
+        offered.append(Offer.of(group, kl_of_logits(logits, head(changed))))
+        progress("group scored", k, len(found))
+    return offered
 
 
 def writer(
@@ -258,11 +259,11 @@ def writer(
         finish: Callable[[str], None] = lambda dtype: own.finish()
     else:
         kept = theirs = autoawq.Writer(folder, checkpoint, recipe.spec, left_whole(recipe, fused))
-        named, finish = module.to_names, theirs.finish
+        named, finish = lambda part, params: module.to_names({part: params}), theirs.finish
 
     def write(part: str, params: Any) -> None:
         # What stays dense is not seen by any search, which would refuse it.
-        require_finite_weights(params, "" if part == "outer" else f"{part}/")
+        require_finite_weights(params, f"{part}/")
         kept.write(part, named(part, params))
 
     return write, finish

@@ -9,15 +9,15 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from awq_jax.clock import Clock
 from awq_jax.memory import check_memory, matmul_bytes, nbytes_of
-from awq_jax.pipeline.stream import Clock, Feed
 from awq_jax.search.moments import Moments
 from awq_jax.tracing.flat import Param, Value
 from awq_jax.tracing.live import Live
@@ -31,6 +31,7 @@ from awq_jax.weights.paths import named_leaves
 from awq_jax.weights.spec import Rule
 from awq_jax.weights.tensor import is_quantized
 
+Feed = Literal["dense", "quantized"]
 BUDGET = 4e9
 """Bytes of live values that memory holds."""
 Solve = Callable[[Any, Calibration, Recipe], tuple[Any, tuple[SiteReport, ...]]]
@@ -82,6 +83,7 @@ def stream(
     feed: Feed = "dense",
     solve: Solve = quantize,
     budget: float = BUDGET,
+    called: str | None = None,
     clock: Clock | None = None,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Streamed:
@@ -98,6 +100,7 @@ def stream(
       feed: whether a segment is calibrated on what the dense segments before it give, or the quantized ones.
       solve: what becomes of a segment's params, in place of `quantize`.
       budget: bytes of what goes from segment to segment that memory may hold; the rest goes to temporary files.
+      called: what errors call the batches; None for their number.
       clock: goes on counting; None for a new one.
       progress: called with "segment", how many are done, and how many there are.
 
@@ -116,10 +119,10 @@ def stream(
         variants, live = _entered(fn, params, batches, budget)
         first = variants[0]
         _check(recipe, first)
-        _refuse_too_large(variants, budget)
+        _refuse_too_large(called or f"{len(variants)} batches", variants, budget)
     reports: list[SiteReport] = []
     largest, held = 0.0, {"params": 0, "moments": 0, "live": 0}
-    needed_after, tried = _needed_after(variants), set[Any]()
+    after, tried = needed_after(variants), set[Any]()
     for k, segment in enumerate(first.segments):
         with clock("load"):
             stored = {slot(j): _stored(p, leaves[p.name]) for j, p in enumerate(segment.params)}
@@ -130,13 +133,16 @@ def stream(
         case = segment.program, tuple(f.sites for f in segment.traced.folds), rules.rules
         example = () if case in tried else tuple(live[0].get(parts[0].reads))
         tried.add(case)
-        inputs = [values.get(part.reads) for part, values in zip(parts, live, strict=True)]
+        inputs: list[list[Any]] = []
         moments: dict[str, Moments] = {}
         with clock("statistics"):
-            for part, values, given in zip(parts, live, inputs, strict=True):
+            for part, values, wanted in zip(parts, live, after[k], strict=True):
+                given = values.get(part.reads)
                 passed, new, peak = observed(part.program, segment.program, recipe.gram_block)(stored, *given)
                 moments = {group: moments[group] + m for group, m in new.items()} if moments else new
                 values.put(part.writes[: part.program.passed], passed)
+                values.keep(wanted)
+                inputs += [given] if feed == "quantized" else []
                 largest = max(largest, float(peak))
             largest = max(largest, float(largest_input(moments)))
         held["moments"] = max(held["moments"], sum(a.nbytes for a in jax.tree.leaves(moments)))
@@ -148,8 +154,6 @@ def stream(
                 for part, values, given in zip(parts, live, inputs, strict=True):
                     passed = low_bit(part.program)(done, *given)
                     values.put(part.writes[: part.program.passed], passed)
-        for values, wanted in zip(live, needed_after[k], strict=True):
-            values.keep(wanted)
         with clock("write"):
             for j, p in enumerate(segment.params):
                 if p in segment.owned:
@@ -230,7 +234,7 @@ def _require_finite_inputs(k: int, batch: Sequence[Any]) -> None:
             )
 
 
-def _needed_after(variants: list[Segments]) -> list[list[set[Value]]]:
+def needed_after(variants: list[Segments]) -> list[list[set[Value]]]:
     """For each segment and batch what later segments read."""
     wanted: list[set[Value]] = [set() for _ in variants]
     found = []
@@ -241,13 +245,12 @@ def _needed_after(variants: list[Segments]) -> list[list[set[Value]]]:
     return found[::-1]
 
 
-def _refuse_too_large(variants: list[Segments], budget: float) -> None:
+def _refuse_too_large(called: str, variants: list[Segments], budget: float) -> None:
     """Refuse, before any work, batches that memory does not hold while they go through a segment."""
     runs = {s.program for variant in variants for s in variant.segments}
     most = max(matmul_bytes(p.fn, p.params, *p.reads) + nbytes_of([*p.params.values(), *p.reads]) for p in runs)
     live = sum(max(s.live for s in variant.segments) for variant in variants)
-    what = f"Calibration on {len(variants)} batches"
-    check_memory(what, int(most + min(live, budget)), "give smaller ones, or fewer")
+    check_memory(f"Calibration on {called}", int(most + min(live, budget)), "give shorter ones, or fewer")
 
 
 def _check(recipe: Recipe, found: Segments) -> None:

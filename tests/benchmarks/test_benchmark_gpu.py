@@ -119,7 +119,7 @@ def test_decode(benchmarks, tmp_path):
 def test_quantize(benchmarks, tmp_path):
     rows, part = toy(benchmarks, "quantize", tmp_path)
     assert not troubles(rows)
-    assert [d["part"] for d in part["details"]] == ["outer", "layers_0", "layers_1"]
+    assert [d["part"] for d in part["details"]] == ["layers_0", "layers_1"]
     assert rows["search: codes equal on GPU and CPU", "of all"]["found"] == 1
     assert rows["rounded: codes that differ and are no ties", ""]["found"] == 0
     assert rows["in memory: calibrate and quantize", "s"]["goal"] == 60

@@ -64,7 +64,7 @@ def test_a_seed_gives_the_same_damage(tmp_path):
 )
 def test_headers_of_arrays_that_ask_for_what_is_not_there(tmp_path, changes, why):
     folder = fuzz.READERS["orbax"].make(tmp_path)
-    header = folder / "params" / "outer" / "norm.scale" / ".zarray"
+    header = folder / "params" / "norm" / "scale" / ".zarray"
     header.write_text(json.dumps(json.loads(header.read_text()) | changes))
     for read in (inspect, load):
         with pytest.raises(InputError, match=why):

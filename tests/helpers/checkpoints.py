@@ -57,11 +57,7 @@ def config(**changes: Any) -> dict[str, Any]:
 def tensors(hf: Mapping[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
     """Random weights by Hugging Face name, float32."""
     params = random_params(llama.Config.from_hf(hf), seed)
-    outer = {k: v for k, v in params.items() if not k.startswith("layers_")}
-    named = llama.to_names("outer", outer)
-    for part in params.keys() - outer.keys():
-        named |= llama.to_names(part, params[part])
-    found = {name: np.array(w) for name, w in sorted(named.items())}
+    found = {name: np.array(w) for name, w in sorted(llama.to_names(params).items())}
     for name, w in found.items():
         if name.endswith("layernorm.weight"):
             w[OUTLIERS] *= 8

@@ -129,10 +129,7 @@ def test_load_puts_each_tensor_where_it_was(case):
 def test_a_part_is_written_under_the_names_it_is_read_by():
     config, params = model("biases")
     params["layers_0"] = on_kernels(lambda w: quantize(w, QuantSpec(group_size=32)), params["layers_0"])
-    outer = {k: v for k, v in params.items() if not k.startswith("layers_")}
-    tensors = llama.to_names("outer", outer)
-    for i in range(config.layers):
-        tensors |= llama.to_names(f"layers_{i}", params[f"layers_{i}"])
+    tensors = llama.to_names(params)
     jax.tree.map(np.testing.assert_array_equal, llama.load(tensors.__getitem__, config), params)
     for name, shape in llama.matrix_shapes(config).items():
         layer, *path = name.split("/")
@@ -144,11 +141,13 @@ def test_load_takes_quantized_matrices_as_they_are():
     quantized = on_kernels(lambda w: quantize(w, QuantSpec(group_size=32)), params)
     tensors = hf_tensors(params)
     tensors["model.layers.1.mlp.down_proj.weight"] = quantized["layers_1"]["mlp"]["down"]["kernel"]
-    loaded = llama.layer_params(tensors.__getitem__, config, 1)
-    assert loaded["mlp"]["down"]["kernel"] is quantized["layers_1"]["mlp"]["down"]["kernel"]
+    assert (
+        llama.param(tensors.__getitem__, config, "layers_1/mlp/down/kernel")
+        is quantized["layers_1"]["mlp"]["down"]["kernel"]
+    )
     tensors["model.embed_tokens.weight"] = quantize(params["embed"]["embedding"], QuantSpec(group_size=32))
     with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight is quantized"):
-        llama.outer_params(tensors.__getitem__, config)
+        llama.load(tensors.__getitem__, config)
 
 
 def test_load_names_the_tensor_that_does_not_fit():

@@ -18,7 +18,6 @@ from awq_jax.memory import to_be_read
 from awq_jax.models import llama
 from awq_jax.pipeline.calibration_text import calibration_tokens
 from awq_jax.pipeline.distill_decoder import logits, nbytes, shuffled, together
-from awq_jax.pipeline.stream import Decoder
 from awq_jax.transforms.distill import _step, kl_of_logits
 from awq_jax.weights.paths import named_leaves
 from awq_jax.weights.tensor import is_quantized
@@ -61,7 +60,7 @@ def test_what_it_takes_is_told_before_any_work(tmp_path, monkeypatch):
     factors = jax.tree.map(
         lambda w: jnp.zeros(w.scales.shape) if is_quantized(w) else None, small, is_leaf=is_quantized
     )
-    optimizer, run = adam(1e-3), logits(Decoder(llama, config, lambda name: None))
+    optimizer, run = adam(1e-3), logits(llama, config)
     step = jax.jit(functools.partial(_step, run, optimizer, kl_of_logits))
     lowered = step.lower(dense, small, factors, optimizer.init(factors), (tokens,))
     taken = lowered.compile().memory_analysis().temp_size_in_bytes

@@ -1,6 +1,5 @@
 """From a model on disk to a quantized model on disk, and back into memory."""
 
-import importlib
 import json
 import re
 import time
@@ -20,12 +19,14 @@ from tiny import random_tokens
 import awq_jax as awq
 from awq_jax import Recipe, Rule
 from awq_jax.errors import InputError
+from awq_jax.formats.checkpoint import open_checkpoint
 from awq_jax.formats.written import written_whole
 from awq_jax.models.inputs import without_rows
 from awq_jax.models.llama import Config, Llama
+from awq_jax.pipeline.decoder import lazy_params, stream_decoder
 from awq_jax.pipeline.quantize_checkpoint import computed_in, fitted, halved
 from awq_jax.search import Grid, no_clip, to_nearest
-from awq_jax.transforms.quantize import fold_scales
+from awq_jax.transforms.quantize import fold_scales, plan
 from awq_jax.weights.paths import named_leaves
 from awq_jax.weights.tensor import is_quantized
 
@@ -107,19 +108,17 @@ def test_a_folder_is_close_to_the_dense_model(made, dense, name):
     assert_as_close_as_its_sites(found, expected, made(name).sites)
 
 
-def test_the_folded_model_is_the_model(root, dense, monkeypatch):
+def test_the_folded_model_is_the_model(dense):
     """Before anything is rounded: same logits on other text than the calibration's, to float precision."""
-    folded = []
 
-    def spy(*args):
-        params, scales = fold_scales(*args)
-        folded.append(params)
-        return params, scales
+    def only(params, calibration, recipe):
+        return fold_scales(params, calibration, recipe, plan(calibration, recipe))[0], ()
 
-    monkeypatch.setattr(importlib.import_module("awq_jax.transforms.quantize"), "fold_scales", spy)
-    awq.quantize_checkpoint(dense, root / "folded", QUICK, **TEXT)
-    big = awq.load(dense)
-    layers = {f"layers_{i}": layer for i, layer in enumerate(folded)}
+    big, layers = awq.load(dense), {}
+    params = lazy_params(open_checkpoint(dense), big.module, big.config, wide=True)
+    text = random_tokens(big.config, batch=4, length=128, seed=2)
+    recipe = replace(QUICK, fold=True, input_scales=False)
+    stream_decoder(big.module, big.config, params, text, recipe, layers.__setitem__, solve=only)
     assert layers.keys() == {"layers_0", "layers_1"}
     tokens = random_tokens(big.config, batch=2, length=64)
     assert_close(logits(big.config, big.params | layers, tokens), logits(big.config, big.params, tokens), 2e-5)
@@ -326,15 +325,14 @@ def test_a_rule_may_name_a_layer(root, dense):
     assert {site.name for site in done.sites} == {f"layers_{i}/{site}" for i in (0, 1) for site in SITES} - skipped
 
 
-def test_fed_with_quantized_blocks_the_first_block_is_the_same_and_the_next_another(root, dense):
+def test_fed_with_quantized_pieces_the_first_is_the_same_and_the_next_are_others(root, dense):
     outs = [
         awq.quantize_checkpoint(dense, root / f"feed-{feed}", QUICK, feed=feed, **TEXT)
         for feed in ("dense", "quantized")
     ]
     one, other = (load_file(done.path / "model.safetensors") for done in outs)
-    same = lambda layer: all((one[name] == other[name]).all() for name in one if f"layers.{layer}." in name)
-    assert same(0)
-    assert not same(1)
+    same = lambda part: all((one[name] == other[name]).all() for name in one if f"layers.{part}" in name)
+    assert [same(f"{i}.{part}") for i in (0, 1) for part in ("self_attn", "mlp")] == [True, False, False, False]
 
 
 def test_calibration_on_what_the_model_writes_itself(root, dense):
