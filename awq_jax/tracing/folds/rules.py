@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from awq_jax.kernels.partitioning import names_of
-from awq_jax.tracing.folds.unknowns import Dot, Ids, Value, Walk, reshape_ids, varies
+from awq_jax.tracing.folds.unknowns import Dot, Ids, Value, Walk, collapsed, reshape_ids, varies
 from awq_jax.weights.layout import STRUCTURAL, is_grouped_by_rows, is_pointwise, pointwise_slices
 from awq_jax.weights.tensor import Layout, in_param
 
@@ -32,6 +33,9 @@ def map_terms(value: Value, shape: tuple[int, ...], f: Callable[[Ids], Ids]) -> 
 @rule(*(STRUCTURAL.keys() - {"slice"}), "stop_gradient")
 def _structural(walk: Walk, out: tuple, x: Value, *_: Value, primitive: str, **p: Any) -> list[Value]:
     (shape,) = out
+    if x.terms and not jnp.issubdtype(p.get("new_dtype", jnp.float32), jnp.inexact):
+        walk.freeze(x.terms, f"rounded to {jnp.dtype(p['new_dtype']).name}")
+        return [Value(shape)]
     move: dict[str, Callable[[Ids], Ids]] = {
         "transpose": lambda t: t.transpose(p["permutation"]),
         "reshape": lambda t: reshape_ids(t, x.shape, shape),
@@ -160,9 +164,7 @@ def _concatenate(walk: Walk, out: tuple, *xs: Value, dimension: int, **_: Any) -
             np.broadcast_to(t, [x.shape[d] if d == dimension else n for d, n in enumerate(common)])
             for x, t in zip(xs, parts, strict=True)
         ]
-        joined = np.concatenate(full, dimension)
-        first = joined.take([0], dimension)
-        terms.append(first if (joined == first).all() else joined)
+        terms.append(collapsed(np.concatenate(full, dimension)))
     return [Value(out[0], tuple(terms))]
 
 

@@ -22,6 +22,7 @@ from jax.extend import core
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+import awq_jax.tracing.folds.rows  # noqa: F401 (its rules)
 from awq_jax.compat import scan_split
 from awq_jax.tracing.folds.rules import RULES, rule
 from awq_jax.tracing.folds.unknowns import Ids, Value, Walk, known, param_value

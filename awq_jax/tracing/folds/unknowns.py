@@ -189,7 +189,15 @@ def reshape_ids(ids: Ids, old: tuple[int, ...], new: tuple[int, ...]) -> Ids:
         constant = all(n == 1 for n in ids.shape[a:i])
         pieces += [1] * (j - b) if constant else list(new[b:j])
         full += [1] * (i - a) if constant else list(old[a:i])
-    return np.broadcast_to(ids, full).reshape(pieces)
+    return collapsed(np.broadcast_to(ids, full).reshape(pieces))
+
+
+def collapsed(ids: Ids) -> Ids:
+    """`ids` with size 1 along axes on which they are constant."""
+    for k in range(ids.ndim):
+        first = ids.take([0], k)
+        ids = first if ids.shape[k] > 1 and (ids == first).all() else ids
+    return ids
 
 
 def varies(ids: Ids, axes: Iterable[int]) -> bool:
