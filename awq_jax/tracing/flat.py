@@ -23,8 +23,8 @@ from jaxtyping import Array
 from awq_jax.compat import scan_split
 from awq_jax.tracing.folds.solve import CALLS
 from awq_jax.tracing.interpret import bind
-from awq_jax.weights.layout import STRUCTURAL, View
-from awq_jax.weights.tensor import stack_places
+from awq_jax.tracing.view import STRUCTURAL, View
+from awq_jax.weights.layout import stack_places
 
 
 @dataclass(frozen=True)

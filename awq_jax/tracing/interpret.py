@@ -20,8 +20,10 @@ from jaxtyping import Array
 
 from awq_jax.compat import scan_split, vary, varying
 from awq_jax.tracing.folds.solve import CALLS
-from awq_jax.weights.layout import STRUCTURAL, View, is_grouped_by_rows, is_pointwise, names_in, pointwise_slices
-from awq_jax.weights.tensor import Layout, QuantizedTensor, is_quantized
+from awq_jax.tracing.primitives import is_grouped_by_rows, is_pointwise, pointwise_slices
+from awq_jax.tracing.view import STRUCTURAL, View
+from awq_jax.weights.layout import Layout, names_in
+from awq_jax.weights.tensor import QuantizedTensor, is_quantized
 
 Records = dict[Any, Any]
 """Pytrees by a param's name and its view's picks; where a scan slices the param, with an axis of layers in front."""
@@ -184,14 +186,13 @@ def _dot_general(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Re
     if w.view.matrix_cuts(layout) is None:
         return bind(eqn, ins, on_dot)
     tokens = [k for k in range(x.ndim) if k not in c and k not in b]
-    lead = [layout.sizes[a] for a in layout.order[: layout.n_lead]]
     token_shape = [x.shape[k] for k in tokens]
-    flat = x.transpose(*b, *tokens, *c).reshape(*lead, *token_shape, -1)
+    flat = x.transpose(*b, *tokens, *c).reshape(*layout.seen[:-2], *token_shape, -1)
     outs, records = on_dot(w, layout, flat, None, wider(x, eqn))
     n_b, n_t = len(b), len(tokens)
 
     def output(out: Array, w: Weight) -> Array:
-        free = [n for k, n in enumerate(w.view.shape) if k not in cw and k not in bw]
+        free = [n for k, n in enumerate(w.view.seen) if k not in cw and k not in bw]
         out = out.reshape([*(x.shape[k] for k in b), *token_shape, *free])
         if weight_first:
             out = out.transpose(*range(n_b), *range(n_b + n_t, out.ndim), *range(n_b, n_b + n_t))
@@ -202,7 +203,7 @@ def _dot_general(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Re
 
 def _convolution(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Records]:
     x, w = ins
-    if isinstance(x, Weight) or not is_pointwise(eqn.params, w.view.shape):
+    if isinstance(x, Weight) or not is_pointwise(eqn.params, w.view.seen):
         return bind(eqn, ins, on_dot)
     of_x, of_w, of_out = eqn.params["dimension_numbers"]
     x = x[pointwise_slices(eqn.params)].transpose(of_x[0], *of_x[2:], of_x[1])

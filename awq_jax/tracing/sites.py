@@ -14,8 +14,9 @@ from jax.sharding import AxisType, NamedSharding
 from awq_jax.kernels.partitioning import names_of
 from awq_jax.tracing.folds.solve import Components, components
 from awq_jax.tracing.folds.unknowns import Dot, Walk
+from awq_jax.weights.layout import Layout, one_layer, stack_places
 from awq_jax.weights.paths import named_leaves
-from awq_jax.weights.tensor import Layout, is_quantized, one_layer, stack_places
+from awq_jax.weights.tensor import is_quantized
 
 
 @dataclass(frozen=True)
@@ -168,15 +169,14 @@ def sites(fn: Callable[..., Any], params: Any, *inputs: Any) -> Traced:
         first = uses[0]
         if any(use.layout != first.layout for use in uses) or name in numbers:
             continue
-        ordered = [first.layout.sizes[a] for a in first.layout.order]
-        lead, n = first.layout.n_lead, first.layout.n_in
+        *lead, i, o = first.layout.seen
         out[name] = Site(
             name=name,
             layout=first.layout,
             stack=first.stack,
-            lead=tuple(ordered[:lead]),
-            in_features=int(np.prod(ordered[lead : lead + n])),
-            out_features=int(np.prod(ordered[lead + n :])),
+            lead=tuple(lead),
+            in_features=i,
+            out_features=o,
             group=groups.setdefault(_same_input(leaves[name], uses), name),
             refused=_refusal(found, uses),
             kept=_kept(found.walk, name),
@@ -206,8 +206,7 @@ def _same_input(leaf: Any, uses: list[Dot]) -> Any:
     """Equal for sites that read the same tensors, layer by layer and expert by expert."""
     first = uses[0]
     layers = tuple(np.shape(leaf)[k] for k in stack_places(first.stack))
-    experts = tuple(first.layout.sizes[a] for a in first.layout.order[: first.layout.n_lead])
-    return layers, experts, tuple((use.reads, use.picks) for use in uses)
+    return layers, first.layout.seen[:-2], tuple((use.reads, use.picks) for use in uses)
 
 
 def _kept(walk: Walk, name: str) -> str | None:

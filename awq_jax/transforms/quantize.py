@@ -17,10 +17,11 @@ from awq_jax.transforms.calibrate import Calibration
 from awq_jax.transforms.finite import require_finite_weights
 from awq_jax.transforms.folding import by_channel, check_folds, fold
 from awq_jax.transforms.recipe import Recipe, some
+from awq_jax.weights.layout import one_layer
 from awq_jax.weights.paths import named_leaves
 from awq_jax.weights.sharding import placed_like
 from awq_jax.weights.spec import QuantSpec
-from awq_jax.weights.tensor import LARGEST_HALF, SCALE_DTYPE, SMALLEST_HALF, is_quantized, one_layer, step_dtype
+from awq_jax.weights.tensor import LARGEST_HALF, SCALE_DTYPE, SMALLEST_HALF, is_quantized, step_dtype
 
 LOST = 0.2
 """Of a site's output in squares; a report says where more is."""

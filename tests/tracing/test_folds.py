@@ -118,7 +118,7 @@ def test_consumers_are_multiplied_and_follow_the_order_of_their_inputs(name):
             where = np.full(site.layout.shape, -2)
             axes = [axis - site.stacked for axis in member.axes]
             where[...] = member.channels.reshape([n if k in axes else 1 for k, n in enumerate(where.shape)])
-            rows = np.asarray(site.layout.matrix(where))
+            rows = np.asarray(site.layout.apply(where))
             assert (rows == channels[:, None]).all(), site.name
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +10,9 @@ import numpy as np
 
 from awq_jax.kernels.partitioning import names_of
 from awq_jax.tracing.folds.unknowns import Dot, Ids, Value, Walk, collapsed, reshape_ids, varies
-from awq_jax.weights.layout import STRUCTURAL, is_grouped_by_rows, is_pointwise, pointwise_slices
-from awq_jax.weights.tensor import Layout, in_param
+from awq_jax.tracing.primitives import is_grouped_by_rows, is_pointwise, pointwise_slices
+from awq_jax.tracing.view import STRUCTURAL
+from awq_jax.weights.layout import in_param
 
 Rule = Callable[..., list[Value]]
 RULES: dict[str, Rule] = {}
@@ -229,11 +229,9 @@ def _record(walk: Walk, w: Value, x: Value, contracted: Any, batch: Any, theirs:
     if w.view.matrix_cuts(layout) is None:
         return walk.use(w, "shard_map")
     free = [k for k in range(len(w.shape)) if k not in (*contracted, *batch)]
-    layout = w.view.whole(layout)
-    origin = np.repeat(np.arange(len(layout.shape)), [_atoms(layout, k) for k in range(len(layout.shape))])
+    layout = w.view.of_param(layout)
     inputs, outputs = (
-        tuple(sorted({in_param(w.view.stack, int(origin[a])) for k in axes for a in w.view.axes[k]}))
-        for axes in (contracted, free)
+        tuple(sorted({in_param(w.view.stack, layout.atoms[a][0]) for a in axis})) for axis in layout.axes[-2:]
     )
     if not set(inputs) & set(outputs):
         walk.found[w.param] = tuple(axes for axes in (inputs, outputs) if len(axes) > 1)
@@ -243,7 +241,7 @@ def _record(walk: Walk, w: Value, x: Value, contracted: Any, batch: Any, theirs:
     if len(along) == 1:
         moved = along[0].transpose([*contracted, *batch, *free]).reshape([along[0].shape[k] for k in contracted])
         in_ids = np.broadcast_to(moved, sizes)
-    reads = (x.root, seen.sizes, seen.order[: seen.n_lead + seen.n_in], walk.scope)
+    reads = (x.root, seen.atoms, seen.axes[:-1], walk.scope)
     walk.dots.append(Dot(w.param, layout, w.view.stack, w.view.picks, reads, in_ids.ravel(), x.product_of))
 
 
@@ -281,10 +279,3 @@ def _convolution(walk: Walk, out: tuple, x: Value, w: Value, **p: Any) -> list[V
     (y,) = _dot(walk, ((*places, w.shape[1]),), x, w, dimension_numbers=(((n - 1,), (0,)), ((), ())))
     back = [(0, n - 1, *range(1, n - 1))[of_out.index(k)] for k in range(n)]
     return [map_terms(y, out[0], lambda t: t.transpose(back))]
-
-
-def _atoms(layout: Layout, axis: int) -> int:
-    """Into how many sizes the layout splits an axis of the param."""
-    before = math.prod(layout.shape[:axis])
-    ends = np.cumprod([1, *layout.sizes])
-    return int(((ends > before) & (ends <= before * layout.shape[axis])).sum()) if layout.shape[axis] > 1 else 0

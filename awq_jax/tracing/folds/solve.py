@@ -26,9 +26,9 @@ import awq_jax.tracing.folds.rows  # noqa: F401 (its rules)
 from awq_jax.compat import scan_split
 from awq_jax.tracing.folds.rules import RULES, rule
 from awq_jax.tracing.folds.unknowns import Ids, Value, Walk, known, param_value
-from awq_jax.weights.layout import STRUCTURAL, Cuts, View, pieces
+from awq_jax.tracing.view import STRUCTURAL, View
+from awq_jax.weights.layout import Cuts, in_param, pieces
 from awq_jax.weights.sharding import cuts_of
-from awq_jax.weights.tensor import in_param
 
 CALLS = (
     "pjit",
@@ -173,7 +173,7 @@ def evaluate(walk: Walk, jaxpr: Any, args: Iterable[Value]) -> list[Value]:
         if name not in CARRIES_PARAMS:
             for v in ins:
                 if v.param is not None and v.view is not None:
-                    walk.ndims.setdefault(v.param, set()).add(len(v.view.base))
+                    walk.ndims.setdefault(v.param, set()).add(len(v.view.shape))
         if name not in CARRIES_PARAMS and not (name in ("add", "sub") and any(v.constant is not None for v in ins)):
             for v in ins:
                 if v.param in walk.offsets:

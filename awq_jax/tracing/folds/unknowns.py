@@ -11,8 +11,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from awq_jax.weights.layout import View
-from awq_jax.weights.tensor import Layout, in_param, one_layer
+from awq_jax.tracing.view import View
+from awq_jax.weights.layout import Layout, in_param, one_layer
 
 Ids = np.ndarray
 """int32, one signed unknown per element (0: none), with size 1 along axes on which it is constant."""
@@ -54,9 +54,8 @@ class Dot:
     @property
     def channels(self) -> int:
         """The most that it reads or writes, its experts' together: a bias or a norm has no more entries."""
-        ordered = [self.layout.sizes[a] for a in self.layout.order]
-        lead, rest = ordered[: self.layout.n_lead], ordered[self.layout.n_lead :]
-        return math.prod(lead) * max(math.prod(rest[: self.layout.n_in]), math.prod(rest[self.layout.n_in :]))
+        *lead, i, o = self.layout.seen
+        return math.prod(lead) * max(i, o)
 
 
 @dataclass
