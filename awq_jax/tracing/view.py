@@ -98,20 +98,3 @@ class View(Layout):
     def of_param(self, layout: Layout) -> Layout:
         """How the param is read of which a shard is read by `layout`."""
         return layout.whole(pieces(self.cuts)) if self.cuts else layout
-
-
-STRUCTURAL = {
-    "transpose": lambda view, p: view.transpose(p["permutation"]),
-    "reshape": lambda view, p: view.reshape(p["new_sizes"]) if p.get("dimensions") is None else None,
-    "squeeze": lambda view, p: view.squeeze(p["dimensions"]),
-    "broadcast_in_dim": lambda view, p: view.broadcast(p["shape"], p["broadcast_dimensions"]),
-    "convert_element_type": lambda view, p: view,
-    "slice": lambda view, p: view.pick(p["start_indices"], p["limit_indices"], p["strides"]),
-    "copy": lambda view, p: view,
-    "copy_p": lambda view, p: view,
-    "pvary": lambda view, p: view,
-    "name": lambda view, p: view,
-    "reshard": lambda view, p: view,
-    "sharding_constraint": lambda view, p: view,
-}
-"""What each primitive that only rearranges does to a view: `(view, params) -> View`, None where it does more."""

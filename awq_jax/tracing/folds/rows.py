@@ -8,15 +8,7 @@ from typing import Any
 import numpy as np
 
 from awq_jax.tracing.folds.rules import Rule, rule
-from awq_jax.tracing.folds.unknowns import Ids, Value, Walk
-
-
-def spread(t: Ids, axes: Sequence[int], places: Sequence[int], ndim: int) -> Ids:
-    """`t`, constant along all but `axes`, with these at `places` of a value of `ndim` axes."""
-    shape = [1] * ndim
-    for k, place in zip(axes, places, strict=True):
-        shape[place] = t.shape[k]
-    return t.reshape(shape)
+from awq_jax.tracing.folds.unknowns import Ids, Value, Walk, spread
 
 
 def partial_axes(whole: Sequence[int], part: Sequence[int]) -> list[int]:

@@ -23,24 +23,14 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 import awq_jax.tracing.folds.rows  # noqa: F401 (its rules)
-from awq_jax.compat import scan_split
+from awq_jax.compat import CALLS, scan_split
 from awq_jax.tracing.folds.rules import RULES, rule
 from awq_jax.tracing.folds.unknowns import Ids, Value, Walk, known, param_value
-from awq_jax.tracing.view import STRUCTURAL, View
+from awq_jax.tracing.primitives import MATMULS, STRUCTURAL, body_of_call
+from awq_jax.tracing.view import View
 from awq_jax.weights.layout import Cuts, in_param, pieces
 from awq_jax.weights.sharding import cuts_of
 
-CALLS = (
-    "pjit",
-    "jit",
-    "closed_call",
-    "core_call",
-    "remat2",
-    "remat",
-    "checkpoint",
-    "custom_jvp_call",
-    "custom_vjp_call",
-)
 RANKS = {"top_k", "sort", "argmax", "approx_top_k"}
 """What decides by an order: among a router's outputs, or among a vocabulary's."""
 CARRIES_PARAMS = {*STRUCTURAL, *CALLS, "scan", "while", "cond", "shard_map", "all_gather"} - {"slice"}
@@ -48,8 +38,7 @@ CARRIES_PARAMS = {*STRUCTURAL, *CALLS, "scan", "while", "cond", "shard_map", "al
 
 @rule(*CALLS)
 def _call(walk: Walk, out: tuple, *xs: Value, primitive: str, **p: Any) -> list[Value]:
-    body = p.get("jaxpr") or p.get("call_jaxpr")
-    return evaluate(walk, body, xs)
+    return evaluate(walk, body_of_call(p), xs)
 
 
 @rule("scan")
@@ -198,7 +187,7 @@ def evaluate(walk: Walk, jaxpr: Any, args: Iterable[Value]) -> list[Value]:
 def _origin(name: str, ins: list[Value]) -> str | None:
     """The one param whose matmul all of an elementwise result or of a sum comes from."""
     origins = {v.origin for v in ins} - {None}
-    return origins.pop() if len(origins) == 1 and name not in ("dot_general", "ragged_dot_general") else None
+    return origins.pop() if len(origins) == 1 and name not in MATMULS else None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -197,6 +197,41 @@ def collapsed(ids: Ids) -> Ids:
         first = ids.take([0], k)
         ids = first if ids.shape[k] > 1 and (ids == first).all() else ids
     return ids
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """The ids of a value of `shape`, rearranged as it is; see STRUCTURAL."""
+
+    ids: Ids
+    shape: tuple[int, ...]
+
+    def transpose(self, permutation: Sequence[int]) -> Scaled:
+        return Scaled(self.ids.transpose(permutation), tuple(self.shape[k] for k in permutation))
+
+    def reshape(self, shape: tuple[int, ...]) -> Scaled:
+        return Scaled(reshape_ids(self.ids, self.shape, shape), shape)
+
+    def squeeze(self, dimensions: Sequence[int]) -> Scaled:
+        left = tuple(n for k, n in enumerate(self.shape) if k not in dimensions)
+        return Scaled(self.ids.squeeze(tuple(dimensions)), left)
+
+    def broadcast(self, shape: tuple[int, ...], dimensions: Sequence[int]) -> Scaled:
+        return Scaled(spread(self.ids, range(self.ids.ndim), dimensions, len(shape)), shape)
+
+    def pick(self, start: Sequence[int], limit: Sequence[int], strides: Sequence[int] | None) -> Scaled:
+        cut = [slice(a, b, c) for a, b, c in zip(start, limit, strides or [1] * len(start), strict=True)]
+        shape = tuple(len(range(n)[c]) for n, c in zip(self.shape, cut, strict=True))
+        of_ids = tuple(c if n > 1 else slice(None) for c, n in zip(cut, self.ids.shape, strict=True))
+        return Scaled(self.ids[of_ids], shape)
+
+
+def spread(t: Ids, axes: Sequence[int], places: Sequence[int], ndim: int) -> Ids:
+    """`t`, constant along all but `axes`, with these at `places` of a value of `ndim` axes."""
+    shape = [1] * ndim
+    for k, place in zip(axes, places, strict=True):
+        shape[place] = t.shape[k]
+    return t.reshape(shape)
 
 
 def varies(ids: Ids, axes: Iterable[int]) -> bool:
