@@ -1,4 +1,4 @@
-"""What each primitive does to the unknown scales of its operands, control flow apart (see gauge.py)."""
+"""What each primitive does to the unknown scales of its operands, control flow apart (see solve.py)."""
 
 from __future__ import annotations
 
@@ -172,27 +172,35 @@ def _reduce(walk: Walk, out: tuple, x: Value, axes: Any, **p: Any) -> list[Value
 
 @rule(*MATMULS)
 def _matmul(walk: Walk, out: tuple, *xs: Value, primitive: str, **p: Any) -> list[Value]:
-    sides = [k for k in (1, 0) if xs[k].param is not None and xs[1 - k].param is None]
-    m = matmul(primitive, p, [x.shape for x in xs], sides[0] if sides else 1)
+    with_params = [k for k in (1, 0) if xs[k].param is not None and xs[1 - k].param is None]
+    m = matmul(primitive, p, [x.shape for x in xs], with_params[0] if with_params else 1)
     if m is None:
         walk.freeze([t for x in xs for t in x.terms], primitive)
         return [Value(out[0])]
     w, x = xs[m.w], xs[1 - m.w]
-    product_of = w.param if sides and m.contracted and w.view is not None and x.view is not None else None
-    if product_of is not None:
-        _record(walk, m, w, x)
-    of_w = walk.freeze_along(m.w_batch, w.terms, "experts read sorted rows") if m.grouped else w.terms
-    matrices = [m.matrices(t) for t in walk.alive(of_w)]
-    n_tokens, n_free = len(m.tokens), len(m.w_free)
-    summed, rows = _divided(walk, m, [m.rows(t) for t in walk.alive(x.terms)], n_tokens)
-    summed_too, columns = _divided(walk, m, [t[0] for t in matrices] if m.grouped else matrices, n_free)
-    no_absorber = product_of is not None and not (summed and summed_too)
-    walk.equal(summed, tuple(-t for t in summed_too), "no op before it could take a scale" if no_absorber else SUMMED)
-    n, n_batch = len(out[0]), len(m.batch)
-    rows = [spread(t, range(t.ndim), range(n_batch + n_tokens), n) for t in rows]
-    columns = [spread(t, range(t.ndim), [*range(n_batch), *range(n - n_free, n)], n) for t in columns]
-    terms = tuple(t.transpose(m.order) for t in (*rows, *columns))
-    return [Value(out[0], terms, product_of=product_of, origin=product_of)]
+    if not with_params or not m.contracted or w.view is None or x.view is None:
+        return [Value(out[0], _product(walk, m, x, w, SUMMED))]
+    _record(walk, m, w, x)
+    terms = _product(walk, m, x, w, "no op before it could take a scale")
+    return [Value(out[0], terms, product_of=w.param, origin=w.param)]
+
+
+def _product(walk: Walk, m: Matmul, x: Value, w: Value, unmatched: str) -> tuple[Ids, ...]:
+    """The terms of a matmul's result; those along what it sums must cancel.
+
+    Args:
+      unmatched: why they are frozen where one side has none.
+    """
+    matrices = walk.freeze_along(m.w_batch, w.terms, "experts read sorted rows") if m.grouped else w.terms
+    matrices = [m.matrices(t) for t in walk.alive(matrices)]
+    summed, rows = _divided(walk, m, [m.rows(t) for t in walk.alive(x.terms)], len(m.tokens))
+    summed_too, columns = _divided(walk, m, [t[0] for t in matrices] if m.grouped else matrices, len(m.w_free))
+    walk.equal(summed, tuple(-t for t in summed_too), SUMMED if summed and summed_too else unmatched)
+    n, n_batch = len(m.order), len(m.batch)
+    of_rows = range(n_batch + len(m.tokens))
+    of_columns = [*range(n_batch), *range(n - len(m.w_free), n)]
+    terms = [spread(t, range(t.ndim), places, n) for ts, places in ((rows, of_rows), (columns, of_columns)) for t in ts]
+    return tuple(t.transpose(m.order) for t in terms)
 
 
 SUMMED = "a matmul sums over its channels"

@@ -1,4 +1,4 @@
-"""What a walk over a jaxpr keeps: the unknown scales of each value, and the equations between them (see gauge.py)."""
+"""What a walk over a jaxpr keeps: the unknown scales of each value, and the equations between them (see solve.py)."""
 
 from __future__ import annotations
 
@@ -194,8 +194,9 @@ def reshape_ids(ids: Ids, old: tuple[int, ...], new: tuple[int, ...]) -> Ids:
 def collapsed(ids: Ids) -> Ids:
     """`ids` with size 1 along axes on which they are constant."""
     for k in range(ids.ndim):
-        first = ids.take([0], k)
-        ids = first if ids.shape[k] > 1 and (ids == first).all() else ids
+        first, last = ids.take([0], k), ids.take([-1], k)
+        if ids.shape[k] > 1 and (first == last).all() and (ids == first).all():
+            ids = first
     return ids
 
 
