@@ -57,8 +57,9 @@ def test_sorted_rows_read_the_matrix_of_their_group():
     x, w, sizes = numbered(6, 4), numbered(2, 4, 5), jnp.array([2, 4])
     (eqn,) = jax.make_jaxpr(lax.ragged_dot)(x, w, sizes).eqns
     m = matmul(eqn.primitive.name, eqn.params, [v.aval.shape for v in eqn.invars])
-    rows, matrices = np.asarray(m.rows(x)), np.asarray(m.matrices(w))
+    assert m is not None
     assert m.grouped
+    rows, matrices = np.asarray(m.rows(x)), np.asarray(m.matrices(w))
     found = np.concatenate([rows[:2] @ matrices[0].T, rows[2:] @ matrices[1].T])
     np.testing.assert_array_equal(found, lax.ragged_dot(x, w, sizes))
 
