@@ -16,6 +16,8 @@ from awq_jax.text import check_growth
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+OF_TOKENIZERS = ("model_type", "tokenizer_class", "transformers_version")
+"""Fields of config.json that transformers looks at for a tokenizer."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -139,9 +141,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         raise InputError(f"{folder} holds no tokenizer: copy tokenizer.json and tokenizer_config.json into it.")
     with scratch_folder() as scratch:
         # All that transformers gets to see: it follows links and waits for pipes.
-        for file in (*files, inside(folder, "config.json")):
-            if file is not None:
-                copy_unmarked(file, scratch)
+        for file in files:
+            copy_unmarked(file, scratch)
+            if file.suffix == ".json":
+                read_json(file)  # Named here where it is damaged.
+        # Without the fields of the model, which are no matter of its tokenizer.
+        if (config := inside(folder, "config.json")) is not None:
+            write_json(scratch / config.name, {k: v for k, v in read_json(config).items() if k in OF_TOKENIZERS})
         with reading(f"{folder}: transformers cannot read the tokenizer", "copy a tokenizer.json of the model into it"):
             tokenizer = AutoTokenizer.from_pretrained(scratch, trust_remote_code=False, local_files_only=True)
             check_growth(tokenizer)

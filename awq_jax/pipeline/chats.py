@@ -84,7 +84,9 @@ def as_chat(row: Any) -> str | Chat:
     read = fields | {field: listed(fields[field], is_message) for field in fields.keys() & {*CHATS, *ASKED, *ANSWERED}}
     found = next((found for kind in KINDS if (found := kind(read)) is not None), None)
     if found is None:
-        raise ValueError(f"found the fields {reprlib.repr(sorted(map(str, row)))}")
+        null = [field for field, held in fields.items() if held is None]
+        nothing = f", with nothing in {null[0]}" if null else ""
+        raise ValueError(f"found the fields {reprlib.repr(sorted(map(str, row)))}{nothing}")
     if isinstance(found, str):
         return found
     return Chat((*system(read, found), *found), parsed(read.get("tools")) or None)

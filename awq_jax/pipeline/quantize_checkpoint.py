@@ -78,7 +78,7 @@ def quantize_checkpoint(
     recipe: Recipe | None = None,
     *,
     format: Format = "awq",
-    calib: str | Sequence[str] | None = None,
+    calib: str | Path | Sequence[str | Path] | None = None,
     samples: int | None = None,
     seq_len: int = 512,
     feed: Feed = "dense",
@@ -116,8 +116,9 @@ def quantize_checkpoint(
     Example:
       >>> awq.quantize_checkpoint("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2-awq", awq.Recipe(group_size=64))
     """
-    if format not in get_args(Format):
-        raise InputError(f"format={format!r}: choose one of {', '.join(get_args(Format))}.")
+    for name, chosen, known in (("format", format, get_args(Format)), ("feed", feed, get_args(Feed))):
+        if chosen not in known:
+            raise InputError(f"{name}={chosen!r}: choose one of {', '.join(known)}.")
     clock = Clock()
     progress("loading", 0, 1)
     recipe = replace(recipe or Recipe(), fold=format == "awq", input_scales=format != "awq")
@@ -129,7 +130,8 @@ def quantize_checkpoint(
         raise InputError(f"distill={distill}: give a number of passes, 0 for none.")
     if average_bits is not None and format == "awq":
         raise InputError(f"{average_bits} bits on average: an AutoAWQ file has one width, use format='orbax'.")
-    inputs = (model, *((calib,) if isinstance(calib, str) else calib or ()))
+    calib = [str(source) for source in ([calib] if isinstance(calib, str | Path) else calib or ())]
+    inputs = (model, *calib)
     check_destination(out, overwrite=overwrite, inputs=inputs)
     checkpoint = open_checkpoint(model)
     if checkpoint.kind in ("autoawq", "orbax"):
@@ -162,7 +164,7 @@ def quantize_checkpoint(
         own = lambda samples, seq_len: load(model).sample(samples, seq_len)
         sources: list[Read] = []
         options: Any = {"samples": recipe.samples, "seq_len": seq_len, "own": own, "told": sources.append}
-        tokens = calibration_tokens(calib, tokenizer, **options)
+        tokens = calibration_tokens(calib or None, tokenizer, **options)
         check_tokens(config, tokens, "the calibration text")
         for source in sources:
             told(str(source))

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -112,6 +112,8 @@ def stream(
       >>> params = jax.tree.map(lambda path: np.load(path, mmap_mode="r"), paths)
       >>> awq.stream(fn, params, batches, awq.Recipe(group_size=64), lambda name, w: save(out / name, w))
     """
+    if feed not in get_args(Feed):
+        raise ValueError(f"feed={feed!r}: choose one of {', '.join(get_args(Feed))}.")
     clock, recipe, leaves = clock or Clock(), recipe or Recipe(), named_leaves(params)
     kept: dict[Param, Any] = {}
     hand_over = kept.__setitem__ if write is None else lambda param, leaf: write(str(param), leaf)

@@ -42,7 +42,7 @@ def model(whole, tmp_path):
 def no_work(monkeypatch):
     """The model must not be read."""
     monkeypatch.setattr(
-        "awq_jax.pipeline.quantize_checkpoint.stream", lambda *args, **options: pytest.fail("work began")
+        "awq_jax.pipeline.quantize_checkpoint.stream_decoder", lambda *args, **options: pytest.fail("work began")
     )
     monkeypatch.setattr(Checkpoint, "params", lambda *args: pytest.fail("weights were read"))
 

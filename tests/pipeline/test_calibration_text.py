@@ -184,7 +184,7 @@ def test_rows_that_cannot_be_read_are_named(tmp_path):
         ({"text": ["x"]}, r"found the fields \['text'\]"),
         ({"messages": [{"role": "user", "content": {"a": 1}}]}, "neither a text nor a list of parts"),
         (7, "found 7"),
-        ({"text": None}, r"found the fields \['text'\]"),
+        ({"text": None}, r"found the fields \['text'\], with nothing in text"),
         ({"messages": 7}, "7 is neither a text nor a list of messages"),
     ):
         with pytest.raises(InputError, match=rf"rows\.jsonl, line 2: expected .*messages.*{says}"):

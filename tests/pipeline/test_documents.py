@@ -91,6 +91,7 @@ def test_tables_are_rows(tmp_path):
     ("name", "content", "says"),
     [
         ("a.txt", "", "a.txt is empty: give"),
+        ("a.parquet", "It rained.", "a.parquet is no Parquet file: repair or replace it"),
         ("a.csv", " \n", "a.csv is empty: give"),
         ("a.json", "[]", "a.json holds no rows: give"),
         ("a.csv", "question,answer\n", "a.csv holds no rows: give"),

@@ -71,7 +71,9 @@ def test_words(text):
     assert not is_data(text)
 
 
-WORD = st.sampled_from(["rain", "{a}", "(b)", "['c']", '"d"', "12", "[3]", "x['y']", '{"z": 1}', "it's", ",", ":", "—"])
+WORD = st.sampled_from(
+    ["rain", "{a}", "(b)", "['c']", '"d"', "12", "[3]", "x['y']", 'a {"z": 1}', "it's", ",", ":", "—"]
+)
 PROSE = st.lists(WORD, min_size=1, max_size=8).map(lambda words: " ".join([*words, "and rain"]))
 
 
