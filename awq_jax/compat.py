@@ -8,6 +8,12 @@ from typing import Any
 import jax
 import optax
 
+REMAT = ("remat2", "remat", "checkpoint")
+CALLS = ("pjit", "jit", "closed_call", "core_call", *REMAT, "custom_jvp_call", "custom_vjp_call")
+"""What runs the jaxpr that it holds, by the names of all versions."""
+
+COPIES = ("copy", "copy_p")
+
 
 def scan_split(params: dict[str, Any]) -> tuple[int, int]:
     """How many of a scan equation's operands are constants, and how many are carried.

@@ -123,37 +123,18 @@ class Eval:
     """Tokens a window."""
 
     def run(self) -> None:
-        import jax.numpy as jnp
+        from awq_jax.pipeline.evaluate import evaluate
 
-        from awq_jax.memory import check_memory, to_be_read
-        from awq_jax.models.inputs import check_tokens
-        from awq_jax.pipeline.chats import as_texts, is_row
-        from awq_jax.pipeline.documents import read_rows
-        from awq_jax.pipeline.load import opened
-        from awq_jax.pipeline.score import check_same_tokens, score, windows
-
-        rows = read_rows(self.text, is_row)
-        # In one dtype everywhere, so that scores of two machines can be compared.
-        model, read = opened(self.model, jnp.float32, say)
-        reference, read_reference = opened(self.dense, jnp.float32, say) if self.dense else (None, lambda: None)
-        found = as_texts(rows, model.tokenizer, str(self.text))
-        text = "\n".join(found.texts)
-        tokens = windows(text, model.tokenizer, self.windows, self.length, found.named(str(self.text)))
-        if reference is not None:
-            check_same_tokens(model, reference, text, tokens, str(self.dense))
-        for one in (model, reference or model):
-            check_tokens(one.config, tokens, f"{self.text} in windows of length={self.length}")
-        needed = model.nbytes_of_logits(self.length) + (to_be_read(reference.params) if reference else 0)
-        check_memory(f"A window of length={self.length}", needed, "give a smaller one, or more memory")
-        if len(tokens) < self.windows:
-            say(f"{self.text} fills {len(tokens)} of {self.windows} windows.")
         with progress_bar() as progress:
-            progress("loading", 0, 1)
-            model, reference = read(), read_reference()
-            progress("loading", 1, 1)
-            scores = {self.model: score(model, tokens, reference, lambda k, n: progress("window", k, n))}
-            if reference is not None and self.dense is not None:
-                scores[self.dense] = score(reference, tokens)
+            scores = evaluate(
+                self.model,
+                self.text,
+                self.dense,
+                windows=self.windows,
+                length=self.length,
+                told=say,
+                progress=progress,
+            )
         console().print(scores_table(scores))
 
 

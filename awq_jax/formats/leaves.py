@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from awq_jax.weights.tensor import Layout, QuantizedTensor
+from awq_jax.weights.layout import Layout
+from awq_jax.weights.tensor import QuantizedTensor
 
 
 def check_leaves(name: str, w: QuantizedTensor) -> None:
@@ -58,9 +59,8 @@ def check_values(name: str, value: Any, most: int | None) -> None:
 
 def fits(layout: Layout, lead: tuple[int, ...], i: int, o: int) -> bool:
     """Whether matrices (*stack, *lead, i, o) are what the layout makes of a param."""
-    if sorted(layout.order) != [*range(len(layout.sizes))] or math.prod(layout.shape) != math.prod(layout.sizes):
+    sizes = [math.prod(n for k, n in layout.atoms if k == axis) for axis in range(len(layout.shape))]
+    order = sorted(a for axis in layout.axes for a in axis)
+    if order != [*range(len(layout.atoms))] or sizes != [*layout.shape] or len(layout.axes) < 2:
         return False
-    ordered = [layout.sizes[k] for k in layout.order]
-    experts, rest = ordered[: layout.n_lead], ordered[layout.n_lead :]
-    sizes = math.prod(rest[: layout.n_in]), math.prod(rest[layout.n_in :])
-    return sizes == (i, o) and [*lead[len(lead) - layout.n_lead :]] == experts
+    return layout.seen == (*lead[len(lead) - layout.n_lead :], i, o)

@@ -113,7 +113,7 @@ def generate(
 def stream(
     config: Config,
     params: Any,
-    tokens: Int[Array, " t"],
+    tokens: Int[Array | np.ndarray, " t"],
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
@@ -144,7 +144,7 @@ def stream(
 def _stream(
     config: Config,
     params: Any,
-    tokens: Int[Array, " t"],
+    tokens: Int[Array | np.ndarray, " t"],
     how: Sampling | None,
     most: int,
     eos: frozenset[int],

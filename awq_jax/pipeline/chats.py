@@ -23,7 +23,7 @@ SYSTEM = ("system", "system_prompt")
 TEXTS = ("text", "content", "chosen")
 IMAGES = ("image", "images")
 PARTS = ("text", "image", "image_url", "input_audio", "audio", "video")
-"""Types of parts of a message, each with what it is in a field of that name."""
+"""Types of parts of a message."""
 REASONS = ("reasoning_content", "reasoning", "thinking")
 """Fields of what the model thought before it answered."""
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "function_call": "assistant", "observation": "tool"}
@@ -100,9 +100,8 @@ def messages(row: Fields) -> Turns | None:
 
 def preference(row: Fields) -> Turns | None:
     """{"chosen": [...], "rejected": [...]} without a prompt."""
-    return (
-        turns(row["chosen"], "user") if isinstance(row.get("chosen"), list) and first(row, ASKED)[0] is None else None
-    )
+    alone = isinstance(row.get("chosen"), list) and first(row, ASKED) == (None, None)
+    return turns(row["chosen"], "user") if alone else None
 
 
 def pair(row: Fields) -> Turns | None:
@@ -192,7 +191,7 @@ def plain(content: Any) -> str:
 
 def is_part(value: Any) -> bool:
     """Whether this is a part of a message's content."""
-    return isinstance(value, dict) and value.get("type") in PARTS and value["type"] in value
+    return isinstance(value, dict) and value.get("type") in PARTS and (value["type"] != "text" or "text" in value)
 
 
 def part(found: Any) -> str:

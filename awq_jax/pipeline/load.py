@@ -55,10 +55,9 @@ class Model:
         """
         if np.ndim(tokens) != 2:
             raise InputError(f"tokens have shape {np.shape(tokens)}: give [batch, length].")
-        tokens = tokens if isinstance(tokens, jax.Array) else np.asarray(tokens)
         check_tokens(self.config, tokens, "tokens")
         embed, block, _ = steps(self.module, self.config)
-        h = embed(self.outer, tokens)
+        h = embed(self.outer, jnp.asarray(tokens))
         for i in range(self.config.layers):
             h = block(self.params[f"layers_{i}"], h)
         return h

@@ -20,8 +20,9 @@ from jaxtyping import Array, Float, Int
 
 from awq_jax.search.moments import UNIT, Moments, unit
 from awq_jax.search.solve import Solution, find_scale, rounded_to_nearest, rounding_error, solve
+from awq_jax.weights.layout import Layout
 from awq_jax.weights.spec import QuantSpec
-from awq_jax.weights.tensor import Layout, QuantizedTensor, assemble, group, half_step, nearest
+from awq_jax.weights.tensor import QuantizedTensor, assemble, group, half_step, nearest
 
 
 @ft.partial(jax.jit, static_argnames=("layouts", "n", "spec", "strategy"))
@@ -100,7 +101,7 @@ def solve_sites(
 
     found, s = looped(one, len(lead), w, moments, folded)
     steps = found.steps * size
-    widths = [layout.matrix(leaf).shape[-1] for leaf, layout in zip(leaves, layouts, strict=True)]
+    widths = [layout.apply(leaf).shape[-1] for leaf, layout in zip(leaves, layouts, strict=True)]
     tensors, errors = [], []
     for leaf, layout, end, width in zip(leaves, layouts, accumulate(widths), widths, strict=True):
         part = slice(end - width, end)
@@ -146,7 +147,7 @@ def in_units(moments: Moments) -> Moments:
 
 def side_by_side(leaves: tuple[Array, ...], layouts: tuple[Layout, ...]) -> Float[Array, "*lead i o"]:
     """Params as one matrix a layer and expert, float32."""
-    matrices = [layout.matrix(jnp.asarray(leaf, jnp.float32)) for leaf, layout in zip(leaves, layouts, strict=True)]
+    matrices = [layout.apply(jnp.asarray(leaf, jnp.float32)) for leaf, layout in zip(leaves, layouts, strict=True)]
     return jnp.concatenate(matrices, -1)
 
 

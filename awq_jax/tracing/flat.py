@@ -20,11 +20,11 @@ from jax import lax
 from jax.extend import core
 from jaxtyping import Array
 
-from awq_jax.compat import scan_split
-from awq_jax.tracing.folds.solve import CALLS
+from awq_jax.compat import CALLS, scan_split
 from awq_jax.tracing.interpret import bind
-from awq_jax.weights.layout import STRUCTURAL, View
-from awq_jax.weights.tensor import stack_places
+from awq_jax.tracing.primitives import STRUCTURAL, body_of_call
+from awq_jax.tracing.view import View
+from awq_jax.weights.layout import stack_places
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class _Tape:
         for eqn in jaxpr.eqns:
             ins, name = [read(v) for v in eqn.invars], eqn.primitive.name
             if name in CALLS:
-                outs = self.inline(eqn.params.get("jaxpr") or eqn.params["call_jaxpr"], ins)
+                outs = self.inline(body_of_call(eqn.params), ins)
             elif name == "scan" and any(map(_is_stack_of_matrices, ins[sum(scan_split(eqn.params)) :])):
                 outs = self.unroll(ins, **eqn.params)
             else:

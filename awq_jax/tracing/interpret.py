@@ -18,10 +18,11 @@ from jax import lax
 from jax.extend import core
 from jaxtyping import Array
 
-from awq_jax.compat import scan_split, vary, varying
-from awq_jax.tracing.folds.solve import CALLS
-from awq_jax.weights.layout import STRUCTURAL, View, is_grouped_by_rows, is_pointwise, names_in, pointwise_slices
-from awq_jax.weights.tensor import Layout, QuantizedTensor, is_quantized
+from awq_jax.compat import CALLS, REMAT, scan_split, vary, varying
+from awq_jax.tracing.primitives import MATMULS, STRUCTURAL, Matmul, body_of_call, matmul
+from awq_jax.tracing.view import View
+from awq_jax.weights.layout import Layout, names_in
+from awq_jax.weights.tensor import QuantizedTensor, is_quantized
 
 Records = dict[Any, Any]
 """Pytrees by a param's name and its view's picks; where a scan slices the param, with an axis of layers in front."""
@@ -108,7 +109,7 @@ def evaluate(jaxpr: Any, args: list[Any], on_dot: OnDot) -> tuple[list[Any], Rec
         nonlocal records
         ins = [read(v) for v in eqn.invars]
         rule = RULES.get(eqn.primitive.name, bind) if any(isinstance(x, Weight) for x in ins) else bind
-        others = [e for e in dots if e is not eqn and e.outvars[0] not in env] if rule is _dot_general else []
+        others = [e for e in dots if e is not eqn and e.outvars[0] not in env] if rule is _matmul else []
         later = _of_same_input(eqn, ins, others, ahead) if others else {}
         ins = [replace(x, beside=tuple(later.values())) if later and isinstance(x, Weight) else x for x in ins]
         with eqn.ctx.manager, jax.named_scope(str(eqn.source_info.name_stack)):
@@ -136,14 +137,16 @@ def _of_same_input(eqn: Any, ins: list[Any], others: list[Any], ahead: Callable[
     Args:
       ahead: what an operand of another will be.
     """
-    k = 0 if isinstance(ins[0], Weight) else 1
-    contracted, batch = (axes[k] for axes in eqn.params["dimension_numbers"])
-    matrix = lambda w: w.matrix(w.view.layout(batch, contracted)) if isinstance(w, Weight) else None
+    m = _normal_form(eqn, ins)
+    if m is None:
+        return {}
+    k = m.w
+    matrix = lambda w: w.matrix(w.view.layout(m.w_batch, m.w_contracted)) if isinstance(w, Weight) else None
     if (own := matrix(ins[k])) is None:
         return {}
     same = [e for e in others if e.invars[1 - k] is eqn.invars[1 - k] and e.params == eqn.params]
     weights = {e.outvars[0]: ahead(e.invars[k]) for e in same}
-    return {v: w for v, w in weights.items() if (m := matrix(w)) is not None and m.spec == own.spec}
+    return {v: w for v, w in weights.items() if (read := matrix(w)) is not None and read.spec == own.spec}
 
 
 def bind(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Records]:
@@ -173,46 +176,35 @@ def _picked(eqn: Any, weight: Weight, view: View, on_dot: OnDot) -> tuple[list[A
     return [replace(one, view=view)], {}
 
 
-def _dot_general(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Records]:
-    x, y = ins
-    if isinstance(x, Weight) and isinstance(y, Weight):
+def _matmul(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Records]:
+    m = _normal_form(eqn, ins)
+    if m is None or sum(isinstance(x, Weight) for x in ins) > 1:
         return bind(eqn, ins, on_dot)
-    (cx, cy), (bx, by) = eqn.params["dimension_numbers"]
-    weight_first = isinstance(x, Weight)
-    w, x, cw, c, bw, b = (x, y, cx, cy, bx, by) if weight_first else (y, x, cy, cx, by, bx)
-    layout = w.view.layout(bw, cw)
+    w, x, *sizes = ins[m.w], ins[1 - m.w], *ins[2:]
+    layout = w.view.layout(m.w_batch, m.w_contracted)
     if w.view.matrix_cuts(layout) is None:
         return bind(eqn, ins, on_dot)
-    tokens = [k for k in range(x.ndim) if k not in c and k not in b]
-    lead = [layout.sizes[a] for a in layout.order[: layout.n_lead]]
-    token_shape = [x.shape[k] for k in tokens]
-    flat = x.transpose(*b, *tokens, *c).reshape(*lead, *token_shape, -1)
-    outs, records = on_dot(w, layout, flat, None, wider(x, eqn))
-    n_b, n_t = len(b), len(tokens)
+    rows = m.rows(x)
+    places = rows.shape[: len(m.batch) + len(m.tokens)]
+    lead = () if m.grouped else layout.seen[:-2]
+    flat = rows.reshape(*lead, *places[len(m.batch) :], -1)
+    outs, records = on_dot(w, layout, flat, sizes[0] if sizes else None, wider(x, eqn))
 
     def output(out: Array, w: Weight) -> Array:
-        free = [n for k, n in enumerate(w.view.shape) if k not in cw and k not in bw]
-        out = out.reshape([*(x.shape[k] for k in b), *token_shape, *free])
-        if weight_first:
-            out = out.transpose(*range(n_b), *range(n_b + n_t, out.ndim), *range(n_b, n_b + n_t))
+        out = out.reshape(*places, *(w.view.seen[k] for k in m.w_free)).transpose(m.order)
         return out.astype(eqn.outvars[0].aval.dtype)
 
     return [output(out, w) for out, w in zip(outs, (w, *w.beside), strict=False)], records
 
 
-def _convolution(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Records]:
-    x, w = ins
-    if isinstance(x, Weight) or not is_pointwise(eqn.params, w.view.shape):
-        return bind(eqn, ins, on_dot)
-    of_x, of_w, of_out = eqn.params["dimension_numbers"]
-    x = x[pointwise_slices(eqn.params)].transpose(of_x[0], *of_x[2:], of_x[1])
-    (out,), records = on_dot(w, w.view.layout((), (of_w[1],)), x, None, wider(x, eqn))
-    out = out.transpose([(0, x.ndim - 1, *range(1, x.ndim - 1))[of_out.index(k)] for k in range(x.ndim)])
-    return [out.astype(eqn.outvars[0].aval.dtype)], records
+def _normal_form(eqn: Any, ins: list[Any]) -> Matmul | None:
+    """What the equation is as a matmul with its first operand that is a Weight."""
+    k = next(k for k, x in enumerate(ins) if isinstance(x, Weight))
+    return matmul(eqn.primitive.name, eqn.params, [v.aval.shape for v in eqn.invars], k)
 
 
 def _call(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Records]:
-    return evaluate(eqn.params.get("jaxpr") or eqn.params["call_jaxpr"], ins, on_dot)
+    return evaluate(body_of_call(eqn.params), ins, on_dot)
 
 
 def _remat(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Records]:
@@ -313,16 +305,6 @@ def _none_recorded(recorded: Callable[[], Records], operands: list[Any]) -> Reco
     return jax.tree.map(lambda r: vary(jnp.zeros(r.shape, r.dtype), varying(r)), jax.eval_shape(recorded))
 
 
-def _ragged_dot(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Records]:
-    x, w, sizes = ins
-    numbers = eqn.params["ragged_dot_dimension_numbers"]
-    if isinstance(x, Weight) or not is_grouped_by_rows(numbers):
-        return bind(eqn, ins, on_dot)
-    ((_, cw), _) = numbers.dot_dimension_numbers
-    (out,), records = on_dot(w, w.view.layout(numbers.rhs_group_dimensions, cw), x, sizes, wider(x, eqn))
-    return [out.astype(eqn.outvars[0].aval.dtype)], records
-
-
 RULES = dict.fromkeys(STRUCTURAL, _structural) | dict.fromkeys(CALLS, _call)
-RULES |= {"remat2": _remat, "checkpoint": _remat, "remat": _remat, "scan": _scan, "while": _while, "cond": _cond}
-RULES |= {"dot_general": _dot_general, "ragged_dot_general": _ragged_dot, "conv_general_dilated": _convolution}
+RULES |= dict.fromkeys(REMAT, _remat) | {"scan": _scan, "while": _while, "cond": _cond}
+RULES |= dict.fromkeys(MATMULS, _matmul)

@@ -19,9 +19,9 @@ from jaxtyping import Array
 from awq_jax.compat import varying
 from awq_jax.kernels.partitioning import names_of
 from awq_jax.tracing.interpret import OnDot, Products, Records, Weight, bind, dense, evaluate
-from awq_jax.weights.layout import names_in
+from awq_jax.weights.layout import Layout, names_in
 from awq_jax.weights.sharding import as_shard, cuts_of, gathered, leaf_specs
-from awq_jax.weights.tensor import Layout, is_quantized
+from awq_jax.weights.tensor import is_quantized
 
 
 def shard_map(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Records]:
@@ -68,7 +68,7 @@ def shard_map(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Recor
 
 def _shard(x: Weight, spec: PartitionSpec, mesh: Any) -> tuple[Weight, Any] | None:
     """The Weight as seen inside, and the specs of its leaves; None where a shard cannot be followed."""
-    view = x.view.shard(cuts_of(spec, len(x.view.shape), mesh))
+    view = x.view.shard(cuts_of(spec, len(x.view.seen), mesh))
     specs = leaf_specs(x.base, spec, mesh) if is_quantized(x.base) else spec
     return None if view is None or specs is None else (replace(x, view=view), specs)
 

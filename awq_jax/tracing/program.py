@@ -61,7 +61,7 @@ class Names:
         if v.is_read and v.seen:
             self._stored[v] = v.seen
             k = self._slots.setdefault(v.seen.param, len(self._slots))
-            return f"p{k} {v.seen.view.base} {v.seen.dtypes} {v.aval}"
+            return f"p{k} {v.seen.view.shape} {v.seen.dtypes} {v.aval}"
         self._reads.append(v)
         return f"x{len(self._reads)} {v.aval}"
 
@@ -93,5 +93,5 @@ def program(operations: Sequence[Operation], names: Names, writes: Sequence[Valu
         known = {v: v.of_stored(params[name]) for v, _, name in stored}
         return evaluate(operations, writes, known | dict(zip(reads, live, strict=True)))
 
-    params = {name: jax.ShapeDtypeStruct(seen.view.base, seen.dtypes[0]) for _, seen, name in stored}
+    params = {name: jax.ShapeDtypeStruct(seen.view.shape, seen.dtypes[0]) for _, seen, name in stored}
     return Program(fn, params, tuple(v.aval for v in reads), passed)

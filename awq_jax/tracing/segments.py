@@ -26,8 +26,8 @@ from awq_jax.memory import nbytes_of
 from awq_jax.tracing.flat import Atom, Flat, Operation, Param, Value, flatten, needed
 from awq_jax.tracing.program import Program, program, slot, written
 from awq_jax.tracing.sites import Traced, trace
+from awq_jax.weights.layout import stack_places
 from awq_jax.weights.paths import named_leaves
-from awq_jax.weights.tensor import stack_places
 
 ALIKE = 0.1
 """Numbers of live bytes that differ by less are one floor when minima are looked for."""
@@ -156,7 +156,7 @@ class _Pieces:
         self.outputs = list(dict.fromkeys(v for v in flat.outputs if isinstance(v, Value) and v.live))
         self.last = {v: k for k, operation in enumerate(self.body) for v in operation.values if v.live}
         read = {v: v.seen for o in operations for v in o.values if v.is_read and v.seen}
-        self.matrices = {seen.param for seen in read.values() if len(seen.view.base) > 1}
+        self.matrices = {seen.param for seen in read.values() if len(seen.view.shape) > 1}
         self.behind = {v: frozenset([seen.param]) for v, seen in read.items()}
         for operation in operations:
             self.behind |= dict.fromkeys((v for v in operation.outs if not v.live), self.params(operation))

@@ -14,8 +14,9 @@ from jax.sharding import AxisType, NamedSharding
 from awq_jax.kernels.partitioning import names_of
 from awq_jax.tracing.folds.solve import Components, components
 from awq_jax.tracing.folds.unknowns import Dot, Walk
+from awq_jax.weights.layout import Layout, one_layer, stack_places
 from awq_jax.weights.paths import named_leaves
-from awq_jax.weights.tensor import Layout, is_quantized, one_layer, stack_places
+from awq_jax.weights.tensor import is_quantized
 
 
 @dataclass(frozen=True)
@@ -149,49 +150,56 @@ def sites(fn: Callable[..., Any], params: Any, *inputs: Any) -> Traced:
     """
     leaves = named_leaves(params)
     for name, leaf in (leaves | named_leaves(inputs)).items():
-        if is_quantized(leaf):
-            raise ValueError(f"{name} is quantized: give the dense params; awq.quantized(fn) runs quantized ones.")
-        if _is_explicitly_cut(leaf):
-            raise ValueError(
-                f"{name} is cut along a mesh axis of type Explicit: make the mesh with axis_types=(AxisType.Auto, ...)."
-            )
+        _refuse(name, leaf)
     jaxpr, _ = trace(fn, params, inputs)
     found = components(jaxpr, {k: (name, np.shape(leaf)) for k, (name, leaf) in enumerate(leaves.items())})
-    dots: dict[str, list[Any]] = {}
+    dots: dict[str, list[Dot]] = {}
     for dot in found.walk.dots:
         dots.setdefault(dot.param, []).append(dot)
-    numbers = {n: w.dtype.name for n, w in leaves.items() if n in dots and not jnp.issubdtype(w.dtype, jnp.floating)}
-    reasons = dict.fromkeys(dots, "read in two ways") | {n: f"{dtype} weights" for n, dtype in numbers.items()}
-    out: dict[str, Site] = {}
+    no_site = {name: why for name, uses in dots.items() if (why := _no_site(leaves[name], uses))}
     groups: dict[Any, str] = {}
-    for name, uses in dots.items():
-        first = uses[0]
-        if any(use.layout != first.layout for use in uses) or name in numbers:
-            continue
-        ordered = [first.layout.sizes[a] for a in first.layout.order]
-        lead, n = first.layout.n_lead, first.layout.n_in
-        out[name] = Site(
-            name=name,
-            layout=first.layout,
-            stack=first.stack,
-            lead=tuple(ordered[:lead]),
-            in_features=int(np.prod(ordered[lead : lead + n])),
-            out_features=int(np.prod(ordered[lead + n :])),
-            group=groups.setdefault(_same_input(leaves[name], uses), name),
-            refused=_refusal(found, uses),
-            kept=_kept(found.walk, name),
-        )
+    out: dict[str, Site] = {}
+    for name in [n for n in dots if n not in no_site]:
+        group = groups.setdefault(_same_input(leaves[name], dots[name]), name)
+        out[name] = _site(found, name, dots[name], group)
     for name, beside in _adapters(out, {name: uses[0].after for name, uses in dots.items()}).items():
         out[name] = replace(out[name], kept=f"an adapter of {beside}")
-    widest = found.walk.widest
-    skipped = {
-        name: reasons.get(name) or _names(found.walk.uses.get(name, ())) or "not used"
-        for name, leaf in leaves.items()
-        if name not in out
-        and len(one_layer(np.shape(leaf), found.walk.stacks[name])) > 1
-        and not found.walk.is_vector(name, np.shape(leaf), widest)
-    }
+    skipped = _skipped(found.walk, {name: np.shape(leaf) for name, leaf in leaves.items() if name not in out}, no_site)
     return Traced(out, _folds(found, {n: dots[n][0] for n in out}), skipped)
+
+
+def _refuse(name: str, leaf: Any) -> None:
+    """Raise for an argument that cannot be traced as a dense array."""
+    if is_quantized(leaf):
+        raise ValueError(f"{name} is quantized: give the dense params; awq.quantized(fn) runs quantized ones.")
+    if _is_explicitly_cut(leaf):
+        raise ValueError(
+            f"{name} is cut along a mesh axis of type Explicit: make the mesh with axis_types=(AxisType.Auto, ...)."
+        )
+
+
+def _no_site(leaf: Any, uses: list[Dot]) -> str | None:
+    """Why a param that matmuls read is no site; None if it is one."""
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return f"{leaf.dtype.name} weights"
+    return "read in two ways" if any(use.layout != uses[0].layout for use in uses) else None
+
+
+def _site(found: Components, name: str, uses: list[Dot], group: str) -> Site:
+    layout = uses[0].layout
+    *lead, i, o = layout.seen
+    refused, kept = _refusal(found, uses), _kept(found.walk, name)
+    return Site(name, layout, uses[0].stack, tuple(lead), i, o, group, refused, kept)
+
+
+def _skipped(walk: Walk, shapes: dict[str, tuple[int, ...]], no_site: dict[str, str]) -> dict[str, str]:
+    """Why each of these params that is more than a vector is no site."""
+    widest = walk.widest
+    is_more = lambda name, shape: (
+        len(one_layer(shape, walk.stacks[name])) > 1 and not walk.is_vector(name, shape, widest)
+    )
+    why = lambda name: no_site.get(name) or _names(walk.uses.get(name, ())) or "not used"
+    return {name: why(name) for name, shape in shapes.items() if is_more(name, shape)}
 
 
 def _is_explicitly_cut(leaf: Any) -> bool:
@@ -206,8 +214,7 @@ def _same_input(leaf: Any, uses: list[Dot]) -> Any:
     """Equal for sites that read the same tensors, layer by layer and expert by expert."""
     first = uses[0]
     layers = tuple(np.shape(leaf)[k] for k in stack_places(first.stack))
-    experts = tuple(first.layout.sizes[a] for a in first.layout.order[: first.layout.n_lead])
-    return layers, experts, tuple((use.reads, use.picks) for use in uses)
+    return layers, first.layout.seen[:-2], tuple((use.reads, use.picks) for use in uses)
 
 
 def _kept(walk: Walk, name: str) -> str | None:
@@ -246,34 +253,46 @@ def _refusal(found: Components, uses: list[Dot]) -> str | None:
     return next((found.reasons[found.why[k]] for k in ids if k), "its input axis is not one axis of a value")
 
 
-def _folds(found: Components, dots: dict[str, Any]) -> tuple[Fold, ...]:
+def _folds(found: Components, dots: dict[str, Dot]) -> tuple[Fold, ...]:
     """Sites whose input channels share a component share a fold."""
-    of_site = {n: set(found.component[np.abs(d.in_ids)].tolist()) - {0} for n, d in dots.items()}
-    pools: list[tuple[list[str], set[int]]] = []
-    for name, comps in of_site.items():
-        if not comps:
-            continue
-        touching = [p for p in pools if p[1] & comps]
-        pools = [p for p in pools if not p[1] & comps]
-        pools.append(([n for p in touching for n in p[0]] + [name], comps.union(*(p[1] for p in touching))))
+    inputs = {name: found.component[np.abs(dot.in_ids)] for name, dot in dots.items()}
+    pools = _sharing({name: set(of.tolist()) - {0} for name, of in inputs.items()})
     number, flip, pool_of = (np.full(found.component.max() + 1, fill) for fill in (-1, 1, -1))
     for k, (names, comps) in enumerate(pools):
         number[sorted(comps)], pool_of[list(comps)] = np.arange(len(comps)), k
         for name in reversed(names):
-            ids = np.abs(dots[name].in_ids)
-            flip[found.component[ids]] = found.sign[ids]
+            flip[inputs[name]] = found.sign[np.abs(dots[name].in_ids)]
     members: list[list[Member]] = [[] for _ in pools]
     for (param, axes), ids in found.walk.ids.items():
         comp = found.component[ids]
         of, sign = pool_of[comp], found.sign[ids] * flip[comp]
         offset = found.walk.offsets.get(param, 0.0)
         for k in np.unique(of[of >= 0]):
-            for inverse, turned in ((False, sign > 0), (True, sign < 0)):
-                mine = (of == k) & turned
+            for inverse, mine in ((False, (of == k) & (sign > 0)), (True, (of == k) & (sign < 0))):
                 if mine.any():
                     channels = np.where(mine, number[comp], -1)
                     members[k].append(Member(param, axes, found.walk.stacks[param], channels, inverse, offset))
-    inputs = lambda names: tuple(number[found.component[np.abs(dots[name].in_ids)]] for name in names)
     return tuple(
-        Fold(len(comps), tuple(members[k]), tuple(names), inputs(names)) for k, (names, comps) in enumerate(pools)
+        Fold(len(comps), tuple(of_pool), tuple(names), tuple(number[inputs[name]] for name in names))
+        for (names, comps), of_pool in zip(pools, members, strict=True)
     )
+
+
+def _sharing(components: dict[str, set[int]]) -> list[tuple[list[str], set[int]]]:
+    """Names that share a component, or do so with a third; and the components of all of them."""
+    parent: dict[int, int] = {}
+
+    def root(c: int) -> int:
+        while parent.setdefault(c, c) != c:
+            parent[c] = c = parent[parent[c]]
+        return c
+
+    joined = {name: min(of) for name, of in components.items() if of}
+    for name, first in joined.items():
+        for c in components[name]:
+            parent[root(c)] = root(first)
+    pools: dict[int, tuple[list[str], set[int]]] = {}
+    for name, first in joined.items():
+        names, comps = pools.pop(root(first), ([], set()))
+        pools[root(first)] = ([*names, name], comps | components[name])
+    return [*pools.values()]

@@ -20,10 +20,11 @@ from awq_jax.search.moments import Moments
 from awq_jax.tracing.interpret import RULES, Products, Records, Weight, evaluate
 from awq_jax.tracing.interpret_shard_map import all_gather, shard_map
 from awq_jax.tracing.sites import Traced, abstract, sites, trace
+from awq_jax.tracing.view import View
 from awq_jax.transforms.finite import Flags, finite, require_finite
-from awq_jax.weights.layout import View
+from awq_jax.weights.layout import Layout, stack_places
 from awq_jax.weights.paths import named_leaves
-from awq_jax.weights.tensor import Layout, as_floats, dot, is_quantized, stack_places
+from awq_jax.weights.tensor import as_floats, dot, is_quantized
 
 Function = Callable[..., Any]
 RULES |= {"shard_map": shard_map, "all_gather": all_gather}
@@ -87,7 +88,7 @@ def _multiply(weight: Weight, layout: Layout, x: Array, sizes: Array | None, dty
     w = weight.matrix(layout)
     if w is None:
         base = weight.base.dequantize() if is_quantized(weight.base) else weight.base
-        return [dot(x, layout.matrix(base).astype(x.dtype), sizes, dtype=dtype)], {}
+        return [dot(x, layout.apply(base).astype(x.dtype), sizes, dtype=dtype)], {}
     together = (w, *(other.base for other in weight.beside))
     if len(together) > 1 and dtype is None:
         with contextlib.suppress(NotImplementedError):

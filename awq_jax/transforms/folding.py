@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from awq_jax.tracing.sites import Fold
+from awq_jax.weights.layout import stack_places
 from awq_jax.weights.paths import named_leaves
-from awq_jax.weights.tensor import stack_places
 
 
 def fold(params: Any, factors: Mapping[int, Float[Array, "*stack n"]], folds: tuple[Fold, ...]) -> Any:

@@ -13,14 +13,16 @@ from threadpoolctl import threadpool_limits
 
 from awq_jax.search.moments import Moments
 from awq_jax.search.solve_sites import scale_of_fold, solve_sites
+from awq_jax.tracing.sites import Fold, Site, Traced
 from awq_jax.transforms.calibrate import Calibration
 from awq_jax.transforms.finite import require_finite_weights
 from awq_jax.transforms.folding import by_channel, check_folds, fold
 from awq_jax.transforms.recipe import Recipe, some
+from awq_jax.weights.layout import one_layer
 from awq_jax.weights.paths import named_leaves
 from awq_jax.weights.sharding import placed_like
 from awq_jax.weights.spec import QuantSpec
-from awq_jax.weights.tensor import LARGEST_HALF, SCALE_DTYPE, SMALLEST_HALF, is_quantized, one_layer, step_dtype
+from awq_jax.weights.tensor import LARGEST_HALF, SCALE_DTYPE, SMALLEST_HALF, is_quantized, step_dtype
 
 LOST = 0.2
 """Of a site's output in squares; a report says where more is."""
@@ -61,31 +63,48 @@ class Plan:
 
 
 def plan(calibration: Calibration, recipe: Recipe, prefix: str = "") -> Plan:
-    """Which sites are quantized how, which folds are used, and why others are not; rules see `prefix + name`."""
+    """The spec and clip of every quantized site, the folds that are used, and why others are not.
+
+    Args:
+      prefix: the recipe's rules see `prefix + name`.
+    """
     traced = calibration.traced
-    specs = {name: spec for name in traced.sites if (spec := recipe.spec_of(prefix + name)) is not None}
-    kept = [n for n in specs if traced.sites[n].kept and recipe.rule_of(prefix + n) is None]
-    specs = {name: spec for name, spec in specs.items() if name not in kept}
-    usable, notes = [], {n: f"not a matmul's: {why}" for n, why in traced.skipped.items()}
-    notes |= {n: f"{traced.sites[n].kept}; a rule that names it quantizes it" for n in kept}
-    notes |= {n: f"quantized as a rule names it: {why}" for n in specs if (why := traced.sites[n].kept)}
-    for k, candidate in enumerate(traced.folds):
-        wanted = [name for name in candidate.sites if name in specs]
-        if not recipe.fold or not wanted:
-            continue
-        if any(traced.sites[name].lead for name in candidate.sites):
-            notes |= dict.fromkeys(wanted, "not folded: batched experts")
-        elif len({specs[name] for name in wanted}) > 1:
-            notes |= dict.fromkeys(wanted, "not folded: its sites have different specs")
-        elif any(not np.array_equal(candidate.channels(n), candidate.channels(wanted[0])) for n in wanted):
-            notes |= dict.fromkeys(wanted, "not folded: its sites read different channels")
-        else:
+    notes = {n: f"not a matmul's: {why}" for n, why in traced.skipped.items()}
+    decided = {n: decide(site, recipe, prefix) for n, site in traced.sites.items()}
+    specs = {n: spec for n, (spec, _) in decided.items() if spec}
+    refused, usable = {}, []
+    for k, candidate in enumerate(traced.folds if recipe.fold else ()):
+        wanted = [n for n in candidate.sites if n in specs]
+        if wanted and (why := fold_refused(candidate, traced, specs)):
+            refused |= dict.fromkeys(wanted, f"not folded: {why}")
+        elif wanted:
             usable.append(k)
     if recipe.fold:
-        refused = {n: f"not folded: {traced.sites[n].refused}" for n in specs if traced.sites[n].refused}
-        notes = refused | notes
-    clips = {name: recipe.clip_of(prefix + name) for name in specs}
-    return Plan(specs, clips, tuple(usable), notes)
+        notes |= {n: f"not folded: {why}" for n in specs if (why := traced.sites[n].refused)}
+    notes |= {n: note for n, (_, note) in decided.items() if note} | refused
+    return Plan(specs, {n: recipe.clip_of(prefix + n) for n in specs}, tuple(usable), notes)
+
+
+def decide(site: Site, recipe: Recipe, prefix: str = "") -> tuple[QuantSpec | None, str]:
+    """The spec of a site, None where it stays dense; and a note on what is odd about that."""
+    spec, is_named = recipe.spec_of(prefix + site.name), recipe.rule_of(prefix + site.name) is not None
+    if spec is None or not site.kept:
+        return spec, ""
+    if is_named:
+        return spec, f"quantized as a rule names it: {site.kept}"
+    return None, f"{site.kept}; a rule that names it quantizes it"
+
+
+def fold_refused(candidate: Fold, traced: Traced, specs: Mapping[str, QuantSpec]) -> str | None:
+    """Why a fold is not used with these specs of its quantized sites; None if it can be."""
+    first, *others = (name for name in candidate.sites if name in specs)
+    if any(traced.sites[name].lead for name in candidate.sites):
+        return "batched experts"
+    if any(specs[name] != specs[first] for name in others):
+        return "its sites have different specs"
+    if any(not np.array_equal(candidate.channels(name), candidate.channels(first)) for name in others):
+        return "its sites read different channels"
+    return None
 
 
 # jax's Cholesky on CPU is scipy's OpenBLAS, whose threads spin against XLA's: ten times slower than one thread.

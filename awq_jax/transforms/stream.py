@@ -23,10 +23,10 @@ from awq_jax.tracing.flat import Param, Value
 from awq_jax.tracing.live import Live
 from awq_jax.tracing.program import Program, slot
 from awq_jax.tracing.segments import Segment, Segments, segments
+from awq_jax.tracing.view import View
 from awq_jax.transforms.calibrate import UNFIT, Calibration, check_batch, quantized, with_moments
 from awq_jax.transforms.quantize import SiteReport, quantize
 from awq_jax.transforms.recipe import Recipe
-from awq_jax.weights.layout import View
 from awq_jax.weights.paths import named_leaves
 from awq_jax.weights.spec import Rule
 from awq_jax.weights.tensor import is_quantized

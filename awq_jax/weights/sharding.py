@@ -49,7 +49,7 @@ def _matrix_cuts(w: QuantizedTensor, cuts: Cuts) -> Cuts | None:
     if w.layout is None:
         return cuts
     layers, rest = _split(w, cuts)
-    inside = w.layout.in_matrix(rest)
+    inside = w.layout.cuts_of(rest)
     return None if inside is None else (*layers, *inside)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools as ft
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, Int4, Int16, UInt8, UInt32
 
 import awq_jax.kernels as kernels
 from awq_jax.kernels.xla.dense import dense_grouped_matmul, dense_matmul
+from awq_jax.weights.layout import Layout, layout_of_json
 from awq_jax.weights.no_array import NoArray
 from awq_jax.weights.spec import QuantSpec
 
@@ -26,123 +27,6 @@ HALF = np.finfo(np.float16)
 SMALLEST_HALF, SMALLEST_NORMAL_HALF, LARGEST_HALF = map(float, (HALF.smallest_subnormal, HALF.tiny, HALF.max))
 STATIC = ("spec", "dtype", "pad", "layout", "packing")
 """The fields of a QuantizedTensor that are no arrays."""
-
-
-def in_param(stack: tuple[int, ...], axis: int) -> int:
-    """Which axis of a param is `axis` of what scans slice from it; `stack` as in Layout."""
-    for k in reversed(stack):
-        axis += axis >= k
-    return axis
-
-
-def stack_places(stack: tuple[int, ...]) -> tuple[int, ...]:
-    """Which axes of a param are its axes of layers, first the one that is sliced first."""
-    return tuple(in_param(stack[:depth], k) for depth, k in enumerate(stack))
-
-
-def one_layer(shape: Sequence[int], stack: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of one layer of a param of `shape`; `stack` as in Layout."""
-    places = stack_places(stack)
-    return tuple(n for k, n in enumerate(shape) if k not in places)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a param of any shape is read as matrices (*lead, i, o): split its axes, reorder, merge.
-
-    The last `len(sizes)` axes that the split gives have `sizes`; `order` puts the `n_lead` batch axes first,
-    then the `n_in` contracted ones, then the rest. Axes of stacked layers go in front: they are in front in the param
-    too, or, with a `stack`, its k-th number is the place of the k-th of them in the param without those before it.
-    """
-
-    shape: tuple[int, ...]
-    sizes: tuple[int, ...]
-    order: tuple[int, ...]
-    n_lead: int
-    n_in: int
-    stack: tuple[int, ...] = ()
-
-    def matrix(self, w: Array) -> Array:
-        """`w` (*stack, *shape), or with its `stack` axes anywhere, as (*stack, *lead, i, o)."""
-        w = jnp.moveaxis(w, self.places(w.ndim - len(self.shape)), range(w.ndim - len(self.shape)))
-        stack = w.shape[: w.ndim - len(self.shape)]
-        ordered = [self.sizes[a] for a in self.order]
-        lead, rest = ordered[: self.n_lead], ordered[self.n_lead :]
-        k = len(stack)
-        w = w.reshape(*stack, *self.sizes).transpose(*range(k), *(k + a for a in self.order))
-        return w.reshape(*stack, *lead, math.prod(rest[: self.n_in]), math.prod(rest[self.n_in :]))
-
-    def param(self, matrix: Array) -> Array:
-        """The inverse of `matrix`."""
-        stack = matrix.shape[: matrix.ndim - self.n_lead - 2]
-        k = len(stack)
-        w = matrix.reshape(*stack, *(self.sizes[a] for a in self.order))
-        back = np.argsort(self.order)
-        w = w.transpose(*range(k), *(k + int(a) for a in back)).reshape(*stack, *self.shape)
-        return jnp.moveaxis(w, range(k), self.places(k))
-
-    def param_shape(self, stack: tuple[int, ...]) -> tuple[int, ...]:
-        """The param's shape, given the sizes of its axes of layers."""
-        full = np.empty((len(stack) + len(self.shape),), int)
-        places = self.places(len(stack))
-        full[list(places)] = stack
-        full[[k for k in range(len(full)) if k not in places]] = self.shape
-        return tuple(full.tolist())
-
-    def places(self, n: int) -> tuple[int, ...]:
-        """Where in the param the `n` axes of layers are; what is sliced from it by a scan lacks the first."""
-        more = max(0, n - len(self.stack))
-        return (*range(more), *(more + k for k in stack_places(self.stack[len(self.stack) + more - n :])))
-
-    def cut(self, pieces: tuple[int, ...]) -> Layout:
-        """How one of `pieces[k]` equal pieces along each axis k of `shape` is read."""
-        return self._resized(pieces, lambda n, p: n // p)
-
-    def whole(self, pieces: tuple[int, ...]) -> Layout:
-        """The inverse of `cut`."""
-        return self._resized(pieces, lambda n, p: n * p)
-
-    def _resized(self, pieces: tuple[int, ...], by: Callable[[int, int], int]) -> Layout:
-        sizes = list(self.sizes)
-        for major, n in zip(self._majors(), pieces, strict=True):
-            if n > 1 and major is not None:
-                sizes[major] = by(sizes[major], n)
-        return replace(self, shape=tuple(map(by, self.shape, pieces)), sizes=tuple(sizes))
-
-    def _majors(self) -> list[int | None]:
-        """By axis of `shape` the first of the `sizes` it is split into; None where it is split into none."""
-        majors: list[int | None] = []
-        k = 0
-        for n in self.shape:
-            start, left = k, n
-            if left == 1 and self.sizes[k : k + 1] == (1,):
-                k += 1
-            while left > 1:
-                left, k = left // self.sizes[k], k + 1
-            majors.append(start if k > start else None)
-        return majors
-
-    def in_matrix(self, cuts: tuple[tuple[Any, ...], ...]) -> tuple[tuple[Any, ...], ...] | None:
-        """What cuts each axis of (*lead, i, o), given what cuts each axis of `shape`; () where nothing does.
-
-        None where a piece of the param would be no piece of the matrix.
-        """
-        first = {self.order[k]: k for k in range(self.n_lead)}
-        for axis, k in enumerate((self.n_lead, self.n_lead + self.n_in)):
-            first |= {self.order[k]: self.n_lead + axis} if k < len(self.order) else {}
-        found: list[tuple[Any, ...]] = [()] * (self.n_lead + 2)
-        for major, cut in zip(self._majors(), cuts, strict=True):
-            if cut and major not in first:
-                return None
-            if cut and major is not None:
-                found[first[major]] = cut
-        return tuple(found)
-
-    @property
-    def is_matrix(self) -> bool:
-        """Whether the param already is (*lead, i, o)."""
-        in_order = self.sizes == self.shape and self.order == tuple(range(len(self.shape))) and not self.stack
-        return in_order and self.n_in == 1 and len(self.shape) == self.n_lead + 2
 
 
 @ft.partial(
@@ -354,7 +238,7 @@ def _dense(w: QuantizedTensor) -> Array:
     if w.input_scale is not None:
         dense = dense * w.input_scale[..., :, None]
     if w.layout is not None:
-        dense = w.layout.param(dense)
+        dense = w.layout.undo(dense)
     return dense.astype(w.dtype)
 
 
@@ -462,7 +346,7 @@ def with_input_scale(w: QuantizedTensor, input_scale: Float[Array, "*lead i"]) -
 
 def static_json(w: QuantizedTensor) -> dict[str, Any]:
     """What of a QuantizedTensor is not an array, as JSON; `static_fields` is the inverse."""
-    layout = None if w.layout is None else asdict(w.layout)
+    layout = None if w.layout is None else w.layout.as_json()
     dtype = jnp.dtype(w.dtype).name
     return {"spec": asdict(w.spec), "dtype": dtype, "pad": w.pad, "layout": layout, "packing": w.packing}
 
@@ -474,7 +358,7 @@ def static_fields(found: Mapping[str, Any]) -> dict[str, Any]:
         "spec": QuantSpec(**found["spec"]),
         "dtype": jnp.dtype(found["dtype"]),
         "pad": found["pad"],
-        "layout": Layout(**layout) if layout else None,
+        "layout": layout_of_json(**layout) if layout else None,
         "packing": found.get("packing", "rows"),
     }
 

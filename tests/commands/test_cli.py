@@ -221,6 +221,12 @@ def test_eval_against_the_dense_model(small, dense, text):
         str(dense): [f"{alone.perplexity:.2f}", "", ""],
     }
     assert expected.kl > 0.001
+    told, stages = [], []
+    options = {"windows": 2, "length": 128, "told": told.append, "progress": lambda *at: stages.append(at)}
+    assert awq.evaluate(out, text, dense, **options) == {str(out): expected, str(dense): alone}
+    assert awq.evaluate(dense, text, dense, **options) == {str(dense): replace(alone, kl=0.0, top1=1.0)}
+    assert told == []
+    assert stages[:2] + stages[-1:] == [("loading", 0, 1), ("loading", 1, 1), ("window", 2, 2)]
 
 
 def test_eval_alone(small, text):

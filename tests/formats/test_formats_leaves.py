@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from awq_jax.formats.leaves import check_leaves
 from awq_jax.formats.orbax import METADATA, load_params, save_params
+from awq_jax.tracing.view import View
 from awq_jax.weights.spec import QuantSpec
-from awq_jax.weights.tensor import Layout, QuantizedTensor, is_quantized, quantize
+from awq_jax.weights.tensor import QuantizedTensor, is_quantized, quantize
 
 SPECS = st.builds(QuantSpec, st.integers(2, 8), st.sampled_from([32, 64, 128, -1]), st.booleans())
 
@@ -49,7 +50,7 @@ def shapes(w):
 
 
 W = weight(QuantSpec(4, 32), 70, scaled=True)
-LAYOUT = Layout((7, 10, 6), (7, 10, 6), (0, 1, 2), 0, 2)
+LAYOUT = View.of((7, 10, 6)).layout((), (0, 1))
 
 
 @pytest.mark.parametrize(
@@ -73,8 +74,8 @@ LAYOUT = Layout((7, 10, 6), (7, 10, 6), (0, 1, 2), 0, 2)
         ({"dtype": np.dtype("int32")}, "a weight of int32"),
         ({"packing": "tiles"}, "packing 'tiles'"),
         ({"layout": replace(LAYOUT, shape=(7, 11, 6))}, "no way to read matrices"),
-        ({"layout": replace(LAYOUT, n_in=1)}, "no way to read matrices"),
-        ({"layout": replace(LAYOUT, n_lead=1, n_in=1)}, "no way to read matrices"),
+        ({"layout": View.of((7, 10, 6)).layout((), (0,))}, "no way to read matrices"),
+        ({"layout": View.of((7, 10, 6)).layout((0,), (1,))}, "no way to read matrices"),
     ],
 )
 def test_leaves_that_do_not_fit(change, says):

@@ -17,8 +17,9 @@ from awq_jax.errors import InputError
 from awq_jax.formats import orbax
 from awq_jax.formats.checkpoint import open_checkpoint
 from awq_jax.formats.written import written_whole
+from awq_jax.tracing.view import View
 from awq_jax.weights.spec import QuantSpec
-from awq_jax.weights.tensor import Layout, QuantizedTensor, is_quantized, quantize, with_input_scale
+from awq_jax.weights.tensor import QuantizedTensor, is_quantized, quantize, with_input_scale
 
 CONFIG = {"model_type": "llama", "hidden_size": 4}
 
@@ -29,7 +30,7 @@ def weight(*shape, seed=0):
 
 def all_kinds():
     """Params with every kind of leaf."""
-    layout = Layout((4, 40, 2), (4, 40, 2), (0, 1, 2), 1, 1)
+    layout = View.of((4, 40, 2)).layout((0,), (1,))
     q = quantize(weight(40, 6), QuantSpec(3, 32))
     return {
         "dense": {"f32": weight(3), "bf16": weight(2, 2).astype(jnp.bfloat16), "scalar": jnp.float32(2)},

@@ -17,9 +17,10 @@ from awq_jax.formats.autoawq import to_autoawq
 from awq_jax.formats.orbax import load_params, save_params
 from awq_jax.kernels import from_int4, int4_matmul, pack, target, to_int4
 from awq_jax.kernels.triton import launch
+from awq_jax.tracing.view import View
 from awq_jax.weights.sharding import partition_specs
 from awq_jax.weights.spec import QuantSpec
-from awq_jax.weights.tensor import Layout, dot, in_int4, in_rows, in_tiles, prepare, quantize, with_input_scale
+from awq_jax.weights.tensor import dot, in_int4, in_rows, in_tiles, prepare, quantize, with_input_scale
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -69,7 +70,7 @@ def test_layers_are_sliced_by_scan_and_batched_by_vmap():
 
 def test_a_layout_survives():
     w = quantize(normal(3, 64, 6), QuantSpec(4, 32))
-    w = dataclasses.replace(w, layout=Layout((64, 2, 3), (64, 2, 3), (0, 1, 2), 0, 1))
+    w = dataclasses.replace(w, layout=View.of((64, 2, 3)).layout((), (0,)))
     assert in_int4(w).shape == (3, 64, 2, 3)
     np.testing.assert_array_equal(in_int4(w).dequantize(), w.dequantize())
 

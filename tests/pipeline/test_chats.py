@@ -99,6 +99,7 @@ def test_tools_and_their_calls_are_objects_whether_or_not_the_row_has_them_as_st
     ("row", "what"),
     [
         ({"messages": [{"role": "user", "content": [*PARTS, {"type": "image"}]}]}, "a part 'image'"),
+        ({"messages": [{"role": "user", "content": json.dumps([*PARTS, {"type": "image"}])}]}, "a part 'image'"),
         ({"messages": [ASK], "images": ["x.png"]}, "an image"),
     ],
 )

@@ -118,7 +118,7 @@ def test_consumers_are_multiplied_and_follow_the_order_of_their_inputs(name):
             where = np.full(site.layout.shape, -2)
             axes = [axis - site.stacked for axis in member.axes]
             where[...] = member.channels.reshape([n if k in axes else 1 for k, n in enumerate(where.shape)])
-            rows = np.asarray(site.layout.matrix(where))
+            rows = np.asarray(site.layout.apply(where))
             assert (rows == channels[:, None]).all(), site.name
 
 
@@ -182,6 +182,20 @@ def after_norm(f):
     return fn
 
 
+ORDER = jnp.array([3, 1, 4, 0, 2])
+
+
+def keys(y):
+    return jnp.broadcast_to(ORDER[:, None], y.shape)
+
+
+def batch_and_heads(y):
+    """Values of 5 sequences of one token with 6 heads of 2, mixed as torch.matmul does it: one batch axis of 30."""
+    values = y.reshape(5, 1, 6, 2).swapaxes(1, 2).reshape(30, 1, 2)
+    mixed = jnp.full((30, 1, 1), 0.5) @ values
+    return mixed.reshape(5, 6, 1, 2).swapaxes(1, 2).reshape(5, 12)
+
+
 EXACT = {
     "relu": between(jax.nn.relu),
     "leaky relu": between(lambda y: jnp.where(y > 0, y, 0.1 * y)),
@@ -203,6 +217,19 @@ EXACT = {
     "divided by the norm": lambda p, x: (x / p["norm"]) @ p["up"],
     "one less": lambda p, x: (rms(x, 1) * (p["norm"] - 1)) @ p["up"],
     "two readers": after_norm(lambda p, y: y @ p["down"].T),
+    "batch and heads merged": between(batch_and_heads),
+    "rows gathered": between(lambda y: y[ORDER]),
+    "rows gathered, some of them none": between(lambda y: jnp.take(y, ORDER + 1, axis=0, fill_value=0)),
+    "rows gathered along an axis": between(lambda y: jnp.take_along_axis(y[None], ORDER[None, :, None], 1)[0]),
+    "rows scattered": between(lambda y: jnp.zeros_like(y).at[ORDER].set(y)),
+    "rows added up": between(lambda y: jax.ops.segment_sum(y, ORDER // 2, 3)),
+    "rows added to others": between(lambda y: jnp.flip(y, 0).at[ORDER].add(y)),
+    "rows sorted by a key": between(lambda y: lax.sort((keys(y), y), dimension=0, num_keys=1)[1]),
+    "rows cumulated": between(lambda y: jnp.cumsum(y, 0)),
+    "rows cut out": between(lambda y: lax.dynamic_slice(y, (X[0, 0].astype(int), 0), (3, 12))),
+    "rows put into a cache": between(
+        lambda y: lax.dynamic_update_slice(jnp.zeros((9, 12)), y, (X[0, 0].astype(int), 0))
+    ),
 }
 
 
@@ -233,6 +260,9 @@ ILLEGAL = {
     "cumulated channels": between(lambda y: jnp.cumsum(y, 1)),
     "the best channel": between(lambda y: y * (y.max(1, keepdims=True) > 0)),
     "a sum of channels": between(lambda y: y + y.sum(1, keepdims=True)),
+    "rounded to integers": between(lambda y: y.astype(int).astype(float)),
+    "rows gathered by its values": between(lambda y: y[jnp.abs(y).astype(int)[:, 0] % 5]),
+    "rows with a function applied": between(lambda y: y.at[ORDER[:2]].apply(jnp.tanh)),
     "a tanh beside": between(lambda y: y + jnp.tanh(y)),
     "an output": lambda p, x: (x @ p["up"], x @ p["up"] @ p["down"]),
     "a residual": lambda p, x: x + rms(x, 1) @ p["up"] @ (p["down"] * 2),
@@ -248,6 +278,14 @@ ILLEGAL = {
     "a branch of a cond": after_norm(lambda p, y: lax.cond(X.sum() > 0, lambda y: y, lambda y: 2 * y, y)),
     "a loop": after_norm(lambda p, y: lax.while_loop(lambda y: y.sum() > 1e9, lambda y: y / 2, y)),
     "a scan's carry": after_norm(lambda p, y: lax.scan(lambda y, _: (2 * y, None), y, None, length=2)[0]),
+    "channels gathered by a value": between(lambda y: y[:, (jnp.arange(12) + X[0, 0].astype(int)) % 12]),
+    "rows gathered, others one": between(lambda y: jnp.take(y, ORDER + 1, axis=0, fill_value=1)),
+    "rows scattered among ones": between(lambda y: jnp.ones((6, 12)).at[ORDER].set(y)),
+    "rows multiplied into others": between(lambda y: y.at[ORDER].multiply(y)),
+    "channels cut out": between(
+        lambda y: jnp.pad(lax.dynamic_slice(y, (0, X[0, 0].astype(int)), (5, 8)), ((0, 0), (0, 4)))
+    ),
+    "channels scattered": between(lambda y: jnp.zeros((5, 12)).at[:, X[0].astype(int)].set(y[:, :8])),
     "sliced by a scan": after_norm(lambda p, y: lax.scan(lambda c, row: (c, row), 0.0, y)[1]),
 }
 
@@ -276,6 +314,35 @@ REASONS = {
 def test_the_refusal_says_what_is_in_the_way(name):
     site, reason = REASONS[name]
     assert re.search(reason, sites(loose(ILLEGAL[name]), P, X).sites[site].refused)
+
+
+def sorted_experts(p, x):
+    """Top-1 routing: rows gathered in the order of their experts, multiplied group by group, scattered back."""
+    y = rms(x, p["norm"])
+    chosen = (y @ p["router"]).argmax(-1)
+    order = jnp.argsort(chosen)
+    sizes = jnp.bincount(chosen, length=3).astype(jnp.int32)
+    rows = y[order]
+    hidden = jnp.tanh(lax.ragged_dot(rows, p["gate"], sizes)) * lax.ragged_dot(rows, p["up"], sizes)
+    return jnp.zeros_like(x).at[order].add(lax.ragged_dot(hidden, p["down"], sizes))
+
+
+EXPERTS = {
+    "norm": NORM,
+    "router": normal(8, 3),
+    "gate": normal(3, 8, 12, seed=1),
+    "up": normal(3, 8, 12, seed=2),
+    "down": normal(3, 12, 8, seed=3),
+}
+
+
+def test_a_router_and_sorted_experts_fold_into_their_norm():
+    model = Model(loose(sorted_experts), EXPERTS, (X,))
+    traced = sites(model.fn, EXPERTS, X)
+    assert {described(fold) for fold in traced.folds} == {"norm > router gate up", "up > down"}
+    for fold in traced.folds:
+        factors = random_factors(fold, traced, EXPERTS, np.random.default_rng(0))
+        assert change(model.fn, model, gauged(EXPERTS, [(m, factors) for m in fold.members])) < 1e-5
 
 
 STACKS = {"norm": 1 + normal(3, 8) / 4, "w": normal(3, 8, 8), "one": NORM, "v": normal(8, 8, seed=1)}

@@ -111,7 +111,7 @@ def test_the_layout_gives_the_matrix_whichever_way_it_is_written(way):
     fn, shape = WAYS[way]
     x, w = normal(5, 6), normal(*shape, seed=1)
     (site,) = sites(lambda p, x: fn(p["w"], x), {"w": w}, x).sites.values()
-    matrix = np.asarray(site.layout.matrix(jnp.asarray(w)))
+    matrix = np.asarray(site.layout.apply(jnp.asarray(w)))
     assert matrix.shape == (6, site.out_features)
     expected = np.asarray(fn(w, x)).reshape(5, -1)
     np.testing.assert_allclose(x @ matrix, expected, rtol=1e-5, atol=1e-5)
@@ -121,7 +121,7 @@ def test_experts_are_a_batch_of_matrices():
     x, w = normal(3, 5, 6), normal(6, 3, 4, seed=1)
     (site,) = sites(lambda w, x: jnp.einsum("eti,ieo->eto", x, w), w, x).sites.values()
     assert (site.lead, site.in_features, site.out_features) == ((3,), 6, 4)
-    np.testing.assert_array_equal(site.layout.matrix(w), w.transpose(1, 0, 2))
+    np.testing.assert_array_equal(site.layout.apply(w), w.transpose(1, 0, 2))
 
 
 NO_SITES = {

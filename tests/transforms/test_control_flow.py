@@ -119,7 +119,7 @@ def test_a_stack_is_one_site_with_moments_by_layer(name):
     fn, params = FUNCTIONS[name]
     (site,) = sites(fn, params, X).sites.values()
     assert (site.stacked, site.in_features, site.out_features) == (1, 32, 32)
-    np.testing.assert_array_equal(site.layout.matrix(jnp.asarray(params)), LAYERS)
+    np.testing.assert_array_equal(site.layout.apply(jnp.asarray(params)), LAYERS)
     check(observed(fn, params, X)[""], inputs_of_layers(X, LAYERS))
 
 
@@ -157,8 +157,8 @@ def test_a_stack_turned_twice():
     fn, params = FUNCTIONS["turned twice"]
     every = np.stack([LAYERS, -LAYERS])
     (site,) = sites(fn, params, X).sites.values()
-    np.testing.assert_array_equal(site.layout.matrix(jnp.asarray(params)), every)
-    np.testing.assert_array_equal(site.layout.param(jnp.asarray(every)), params)
+    np.testing.assert_array_equal(site.layout.apply(jnp.asarray(params)), every)
+    np.testing.assert_array_equal(site.layout.undo(jnp.asarray(every)), params)
     seen = inputs_of_layers(X, every.reshape(6, 32, 32)).reshape(2, 3, 10, 32)
     check(observed(fn, params, X)[""], seen)
 

@@ -15,8 +15,9 @@ from awq_jax import quantized, sites, with_moments
 from awq_jax.kernels import api
 from awq_jax.kernels import custom_rules as rules
 from awq_jax.kernels.triton import matmul as triton
+from awq_jax.weights.layout import Layout
 from awq_jax.weights.spec import QuantSpec
-from awq_jax.weights.tensor import Layout, prepare, quantize
+from awq_jax.weights.tensor import prepare, quantize
 
 WIDTH, HEAD = 64, 16
 SPEC = QuantSpec(4, 32)
@@ -34,7 +35,7 @@ def packed(fn, params, *inputs, specs=None):
     """The params with their matrices in 4 bits, in tiles; of the specs named, else SPEC."""
 
     def one(name: str, layout: Layout):
-        w = quantize(layout.matrix(jnp.asarray(params[name])), (specs or {}).get(name, SPEC))
+        w = quantize(layout.apply(jnp.asarray(params[name])), (specs or {}).get(name, SPEC))
         return prepare(w if layout.is_matrix else w.__class__(**{**vars(w), "layout": layout}))
 
     return params | {name: one(name, site.layout) for name, site in sites(fn, params, *inputs).sites.items()}

@@ -223,7 +223,7 @@ def test_a_batch_of_a_known_shape_compiles_nothing():
 def random_codes(site, leaf, rng):
     """A QuantizedTensor of random codes, steps and zero points that fits `site`."""
     spec = QuantSpec(4, 32)
-    lead = site.layout.matrix(jnp.asarray(leaf)).shape[:-2]
+    lead = site.layout.apply(jnp.asarray(leaf)).shape[:-2]
     padded = site.in_features + spec.padding(site.in_features)
     groups = (*lead, padded // 32, site.out_features)
     return QuantizedTensor(
@@ -255,7 +255,7 @@ def dense(w):
     grouped = codes.reshape(*w.scales.shape[:-1], 32, w.scales.shape[-1]) - w.zeros[..., None, :]
     matrix = (grouped * w.scales[..., None, :].astype(np.float32)).reshape(*w.codes.shape[:-2], -1, w.codes.shape[-1])
     matrix = matrix[..., : w.in_features, :] * w.input_scale[..., None]
-    return matrix if w.layout is None else w.layout.param(matrix)
+    return matrix if w.layout is None else w.layout.undo(matrix)
 
 
 def dense_again(params):

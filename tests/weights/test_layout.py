@@ -1,5 +1,6 @@
 """A View against numpy doing what it only notes down."""
 
+import json
 import math
 
 import jax
@@ -10,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
 
-from awq_jax.weights.layout import STRUCTURAL, View
+from awq_jax.tracing.view import STRUCTURAL, View
+from awq_jax.weights.layout import layout_of_json
 
 SIZES = st.lists(st.sampled_from([1, 2, 3, 4, 6]), min_size=1, max_size=4).filter(lambda sizes: max(sizes) > 1)
 
@@ -58,7 +60,7 @@ def moves(draw):
 @given(moves())
 def test_a_view_shows_what_numpy_makes(case):
     shape, array, view = case
-    assert view.shape == array.shape
+    assert view.seen == array.shape
     np.testing.assert_array_equal(view.apply(numbered(shape)), array)
 
 
@@ -78,12 +80,55 @@ def test_the_layout_of_a_matmul_is_its_matrices(case, data):
     free = [k for k in range(array.ndim) if k not in (*batch, *contracted)]
     layout = view.layout(batch, contracted)
     expected = array.transpose(*batch, *contracted, *free)
-    found = layout.matrix(numbered(shape))
+    found = layout.apply(numbered(shape))
     *lead, i, o = found.shape
     assert (i, o) == tuple(math.prod(array.shape[k] for k in ks) for ks in (contracted, free))
     assert math.prod(lead) == math.prod(array.shape[k] for k in batch)
     np.testing.assert_array_equal(found.reshape(expected.shape), expected)
-    np.testing.assert_array_equal(layout.param(found), numbered(shape))
+    np.testing.assert_array_equal(layout.undo(found), numbered(shape))
+
+
+@given(moves(), st.data())
+def test_a_layout_is_read_as_it_was_written(case, data):
+    _, array, view = case
+    axes = data.draw(st.permutations(range(array.ndim)))
+    layout = view.layout(axes[:1], axes[1:2])
+    assert layout_of_json(**json.loads(json.dumps(layout.as_json()))) == layout
+
+
+OLD = [
+    ('{"shape": [6, 4], "sizes": [6, 4], "order": [1, 0], "n_lead": 0, "n_in": 1, "stack": []}', (6, 4), (1, 0)),
+    (
+        '{"shape": [4, 1, 10], "sizes": [4, 2, 5], "order": [1, 2, 0], "n_lead": 0, "n_in": 2, "stack": [1]}',
+        (4, 1, 10),
+        (1, 2, 0),
+    ),
+]
+
+
+@pytest.mark.parametrize(("written", "shape", "order"), OLD)
+def test_layouts_written_before_atoms_had_axes_are_read(written, shape, order):
+    layout = layout_of_json(**json.loads(written))
+    assert json.loads(json.dumps(layout.as_json())) == json.loads(written)
+    w = numbered(shape)
+    np.testing.assert_array_equal(layout.apply(w), w.transpose(order).reshape(layout.seen))
+
+
+@given(moves(), st.data())
+def test_the_layout_of_a_shard_reads_a_piece_of_the_matrix(case, data):
+    shape, array, view = case
+    axes = data.draw(st.permutations(range(array.ndim)))
+    layout = view.layout((), axes[:1])
+    cut = data.draw(st.sampled_from(range(len(shape))))
+    smallest = next((n for axis, n in layout.atoms if axis == cut), 1)
+    pieces = tuple(smallest if k == cut else 1 for k in range(len(shape)))
+    found = layout.cuts_of(tuple((("x", n),) if n > 1 else () for n in pieces))
+    assert layout.cut(pieces).whole(pieces) == layout
+    if found is not None:
+        w, places = numbered(shape), [slice(n // p) for n, p in zip(shape, pieces, strict=True)]
+        whole = np.asarray(layout.apply(w))
+        piece = whole[tuple(slice(n // (smallest if cut else 1)) for n, cut in zip(whole.shape, found, strict=True))]
+        np.testing.assert_array_equal(layout.cut(pieces).apply(w[tuple(places)]), piece)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +136,7 @@ def test_the_layout_of_a_matmul_is_its_matrices(case, data):
     [((6,), (2, 3)), ((2, 3, 4), (6, 4)), ((2, 3, 4), (2, 12)), ((4, 6), (24,)), ((24,), (2, 3, 4)), ((1, 6), (6, 1))],
 )
 def test_heads_are_split_and_merged(before, after):
-    assert View.of(before).reshape(after).shape == after
+    assert View.of(before).reshape(after).seen == after
 
 
 def test_a_cut_that_no_atom_has_is_refused():

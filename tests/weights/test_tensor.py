@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from awq_jax.kernels import unpack
+from awq_jax.weights.layout import layout_of_json
 from awq_jax.weights.spec import QuantSpec
-from awq_jax.weights.tensor import Layout, assemble, dot, quantize, with_input_scale
+from awq_jax.weights.tensor import assemble, dot, quantize, with_input_scale
 
 FLOAT16_ROUNDING = 2.0**-11
 
@@ -202,18 +203,18 @@ def test_the_shape_error_names_both_sizes(name):
 
 
 LAYOUTS = {
-    "as stored": (Layout((4, 6), (4, 6), (0, 1), 0, 1), lambda w: w),
-    "transposed": (Layout((6, 4), (6, 4), (1, 0), 0, 1), lambda w: w.swapaxes(-1, -2)),
-    "heads out": (Layout((4, 2, 3), (4, 2, 3), (0, 1, 2), 0, 1), lambda w: w.reshape(*w.shape[:-2], 6)),
-    "heads in": (Layout((2, 3, 4), (2, 3, 4), (0, 1, 2), 0, 2), lambda w: w.reshape(*w.shape[:-3], 6, 4)),
+    "as stored": (layout_of_json((4, 6), (4, 6), (0, 1), 0, 1), lambda w: w),
+    "transposed": (layout_of_json((6, 4), (6, 4), (1, 0), 0, 1), lambda w: w.swapaxes(-1, -2)),
+    "heads out": (layout_of_json((4, 2, 3), (4, 2, 3), (0, 1, 2), 0, 1), lambda w: w.reshape(*w.shape[:-2], 6)),
+    "heads in": (layout_of_json((2, 3, 4), (2, 3, 4), (0, 1, 2), 0, 2), lambda w: w.reshape(*w.shape[:-3], 6, 4)),
     "heads out, transposed": (
-        Layout((2, 3, 4), (2, 3, 4), (2, 0, 1), 0, 1),
+        layout_of_json((2, 3, 4), (2, 3, 4), (2, 0, 1), 0, 1),
         lambda w: np.moveaxis(w, -1, -3).reshape(*w.shape[:-3], 4, 6),
     ),
-    "experts": (Layout((5, 4, 6), (5, 4, 6), (0, 1, 2), 1, 1), lambda w: w),
-    "experts last": (Layout((4, 6, 5), (4, 6, 5), (2, 0, 1), 1, 1), lambda w: np.moveaxis(w, -1, -3)),
+    "experts": (layout_of_json((5, 4, 6), (5, 4, 6), (0, 1, 2), 1, 1), lambda w: w),
+    "experts last": (layout_of_json((4, 6, 5), (4, 6, 5), (2, 0, 1), 1, 1), lambda w: np.moveaxis(w, -1, -3)),
     "split by a reshape": (
-        Layout((4, 10), (4, 2, 5), (1, 0, 2), 1, 1),
+        layout_of_json((4, 10), (4, 2, 5), (1, 0, 2), 1, 1),
         lambda w: w.reshape(*w.shape[:-1], 2, 5).swapaxes(-3, -2),
     ),
 }
@@ -223,8 +224,8 @@ LAYOUTS = {
 @pytest.mark.parametrize(("layout", "matrix"), list(LAYOUTS.values()), ids=list(LAYOUTS))
 def test_layout_reads_the_param_as_matrices_and_gives_it_back(layout, matrix, stack):
     w = np.arange(np.prod(stack + layout.shape)).reshape(stack + layout.shape)
-    np.testing.assert_array_equal(layout.matrix(w), matrix(w))
-    np.testing.assert_array_equal(layout.param(layout.matrix(w)), w)
+    np.testing.assert_array_equal(layout.apply(w), matrix(w))
+    np.testing.assert_array_equal(layout.undo(layout.apply(w)), w)
 
 
 def test_only_the_layout_of_a_stored_matrix_is_one():

@@ -13,11 +13,12 @@ import pytest
 from compilations import compilations
 from jax.sharding import NamedSharding, PartitionSpec
 
+from awq_jax.tracing.view import View
 from awq_jax.weights.spec import QuantSpec
-from awq_jax.weights.tensor import SCALE_DTYPE, Layout, QuantizedTensor, dot, is_quantized, quantize, with_input_scale
+from awq_jax.weights.tensor import SCALE_DTYPE, QuantizedTensor, dot, is_quantized, quantize, with_input_scale
 
 LAYERS, WIDTH = 3, 80
-HEADS = Layout((WIDTH, 5, 16), (WIDTH, 5, 16), (0, 1, 2), 0, 1)
+HEADS = View.of((WIDTH, 5, 16)).layout((), (0,))
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:

@@ -1,17 +1,17 @@
-"""What each primitive does to the unknown scales of its operands, control flow apart (see gauge.py)."""
+"""What each primitive does to the unknown scales of its operands, control flow apart (see solve.py)."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from awq_jax.kernels.partitioning import names_of
-from awq_jax.tracing.folds.unknowns import Dot, Ids, Value, Walk, reshape_ids, varies
-from awq_jax.weights.layout import STRUCTURAL, is_grouped_by_rows, is_pointwise, pointwise_slices
-from awq_jax.weights.tensor import Layout, in_param
+from awq_jax.tracing.folds.unknowns import Dot, Ids, Scaled, Value, Walk, collapsed, spread, varies
+from awq_jax.tracing.primitives import MATMULS, STRUCTURAL, Matmul, matmul
+from awq_jax.weights.layout import in_param
 
 Rule = Callable[..., list[Value]]
 RULES: dict[str, Rule] = {}
@@ -29,28 +29,22 @@ def map_terms(value: Value, shape: tuple[int, ...], f: Callable[[Ids], Ids]) -> 
     return Value(shape, tuple(f(t) for t in value.terms))
 
 
-@rule(*(STRUCTURAL.keys() - {"slice"}), "stop_gradient")
+def moved(value: Value, primitive: str, p: Any) -> tuple[Ids, ...]:
+    """The terms of what a structural primitive makes of a value."""
+    return tuple(STRUCTURAL[primitive](Scaled(t, value.shape), p).ids for t in value.terms)
+
+
+@rule(*(STRUCTURAL.keys() - {"slice"}))
 def _structural(walk: Walk, out: tuple, x: Value, *_: Value, primitive: str, **p: Any) -> list[Value]:
     (shape,) = out
-    move: dict[str, Callable[[Ids], Ids]] = {
-        "transpose": lambda t: t.transpose(p["permutation"]),
-        "reshape": lambda t: reshape_ids(t, x.shape, shape),
-        "squeeze": lambda t: t.squeeze(tuple(p["dimensions"])),
-        "broadcast_in_dim": lambda t: _broadcast_ids(t, shape, p["broadcast_dimensions"]),
-    }
-    view = STRUCTURAL.get(primitive, lambda v, _: v)(x.view, p) if x.view is not None else None
-    terms = tuple(move.get(primitive, lambda t: t)(t) for t in x.terms)
+    if x.terms and not jnp.issubdtype(p.get("new_dtype", jnp.float32), jnp.inexact):
+        walk.freeze(x.terms, f"rounded to {jnp.dtype(p['new_dtype']).name}")
+        return [Value(shape)]
+    view, terms = STRUCTURAL[primitive](x.view, p) if x.view is not None else None, moved(x, primitive, p)
     if view is None:
         walk.use(x, primitive)
         return [Value(shape, terms, constant=x.constant, product_of=x.product_of)]
     return [Value(shape, terms, x.root, view, x.param, x.constant, x.product_of)]
-
-
-def _broadcast_ids(t: Ids, shape: tuple[int, ...], dimensions: tuple[int, ...]) -> Ids:
-    new = [1] * len(shape)
-    for k, d in enumerate(dimensions):
-        new[d] = t.shape[k]
-    return t.reshape(new)
 
 
 @rule("mul")
@@ -122,22 +116,13 @@ def _all_gather(walk: Walk, out: tuple, x: Value, all_gather_dimension: int, til
 
 
 @rule("slice")
-def _slice(
-    walk: Walk, out: tuple, x: Value, start_indices: Any, limit_indices: Any, strides: Any, **_: Any
-) -> list[Value]:
-    picked = None if x.view is None else x.view.pick(start_indices, limit_indices, strides)
-    if x.param is not None and picked is not None:
-        walk.freeze(x.terms, "sliced layer by layer")
-        walk.found.setdefault(x.param, ())
-        return [Value(out[0], (), x.root, picked, x.param)]
-    cut = [slice(a, b, c) for a, b, c in zip(start_indices, limit_indices, strides or [1] * len(x.shape), strict=True)]
-    return [
-        map_terms(
-            x,
-            out[0],
-            lambda t: t[tuple(c if n > 1 else slice(None) for c, n in zip(cut, t.shape, strict=True))],
-        )
-    ]
+def _slice(walk: Walk, out: tuple, x: Value, primitive: str, **p: Any) -> list[Value]:
+    picked = STRUCTURAL[primitive](x.view, p) if x.param is not None and x.view is not None else None
+    if x.param is None or picked is None:
+        return [Value(out[0], moved(x, primitive, p))]
+    walk.freeze(x.terms, "sliced layer by layer")
+    walk.found.setdefault(x.param, ())
+    return [Value(out[0], (), x.root, picked, x.param)]
 
 
 @rule("split")
@@ -160,9 +145,7 @@ def _concatenate(walk: Walk, out: tuple, *xs: Value, dimension: int, **_: Any) -
             np.broadcast_to(t, [x.shape[d] if d == dimension else n for d, n in enumerate(common)])
             for x, t in zip(xs, parts, strict=True)
         ]
-        joined = np.concatenate(full, dimension)
-        first = joined.take([0], dimension)
-        terms.append(first if (joined == first).all() else joined)
+        terms.append(collapsed(np.concatenate(full, dimension)))
     return [Value(out[0], tuple(terms))]
 
 
@@ -187,102 +170,71 @@ def _reduce(walk: Walk, out: tuple, x: Value, axes: Any, **p: Any) -> list[Value
     return [Value(out[0], tuple(t.squeeze(tuple(axes)) for t in terms))]
 
 
-@rule("dot_general")
-def _dot(walk: Walk, out: tuple, x: Value, y: Value, dimension_numbers: Any, **_: Any) -> list[Value]:
-    (cx, cy), (bx, by) = dimension_numbers
-    product_of = None
-    for w, other, contracted, batch, theirs, their_batch in ((y, x, cy, by, cx, bx), (x, y, cx, bx, cy, by)):
-        if w.param is not None and other.param is None and None not in (w.view, other.view) and contracted:
-            _record(walk, w, other, contracted, batch, theirs, their_batch)
-            product_of = w.param
-            break
-    frees = [[k for k in range(len(v.shape)) if k not in (*c, *b)] for v, c, b in ((x, cx, bx), (y, cy, by))]
-    aligned: list[list[Ids]] = [[], []]
-    outgoing: list[Ids] = []
-    for side, (v, c, b) in enumerate(((x, cx, bx), (y, cy, by))):
-        for t in walk.alive(v.terms):
-            order = [*b, *c, *frees[side]]
-            moved = t.transpose(order)
-            nb, nc = len(b), len(c)
-            if varies(t, c) and varies(t, frees[side]):
-                walk.freeze([t], "a matmul sums over its channels")
-            elif varies(t, c):
-                aligned[side].append(moved.reshape(moved.shape[: nb + nc]))
-            else:
-                head, tail = moved.shape[:nb], moved.shape[nb + nc :]
-                before, after = (0, len(frees[1])) if side == 0 else (len(frees[0]), 0)
-                outgoing.append(moved.reshape(*head, *[1] * before, *tail, *[1] * after))
-    reason = "a matmul sums over its channels"
-    if product_of is not None and not (aligned[0] and aligned[1]):
-        reason = "no op before it could take a scale"
-    walk.equal(tuple(aligned[0]), tuple(-t for t in aligned[1]), reason)
-    return [Value(out[0], tuple(outgoing), product_of=product_of, origin=product_of)]
+@rule(*MATMULS)
+def _matmul(walk: Walk, out: tuple, *xs: Value, primitive: str, **p: Any) -> list[Value]:
+    with_params = [k for k in (1, 0) if xs[k].param is not None and xs[1 - k].param is None]
+    m = matmul(primitive, p, [x.shape for x in xs], with_params[0] if with_params else 1)
+    if m is None:
+        walk.freeze([t for x in xs for t in x.terms], primitive)
+        return [Value(out[0])]
+    w, x = xs[m.w], xs[1 - m.w]
+    if not with_params or not m.contracted or w.view is None or x.view is None:
+        return [Value(out[0], _product(walk, m, x, w, SUMMED))]
+    _record(walk, m, w, x)
+    terms = _product(walk, m, x, w, "no op before it could take a scale")
+    return [Value(out[0], terms, product_of=w.param, origin=w.param)]
 
 
-def _record(walk: Walk, w: Value, x: Value, contracted: Any, batch: Any, theirs: Any, their_batch: Any) -> None:
+def _product(walk: Walk, m: Matmul, x: Value, w: Value, unmatched: str) -> tuple[Ids, ...]:
+    """The terms of a matmul's result; those along what it sums must cancel.
+
+    Args:
+      unmatched: why they are frozen where one side has none.
+    """
+    matrices = walk.freeze_along(m.w_batch, w.terms, "experts read sorted rows") if m.grouped else w.terms
+    matrices = [m.matrices(t) for t in walk.alive(matrices)]
+    summed, rows = _divided(walk, m, [m.rows(t) for t in walk.alive(x.terms)], len(m.tokens))
+    summed_too, columns = _divided(walk, m, [t[0] for t in matrices] if m.grouped else matrices, len(m.w_free))
+    walk.equal(summed, tuple(-t for t in summed_too), SUMMED if summed and summed_too else unmatched)
+    n, n_batch = len(m.order), len(m.batch)
+    of_rows = range(n_batch + len(m.tokens))
+    of_columns = [*range(n_batch), *range(n - len(m.w_free), n)]
+    terms = [spread(t, range(t.ndim), places, n) for ts, places in ((rows, of_rows), (columns, of_columns)) for t in ts]
+    return tuple(t.transpose(m.order) for t in terms)
+
+
+SUMMED = "a matmul sums over its channels"
+
+
+def _divided(walk: Walk, m: Matmul, terms: list[Ids], n_outer: int) -> tuple[tuple[Ids, ...], list[Ids]]:
+    """Of terms (*batch, *outer, *contracted) those along what is summed (*batch, *contracted), and the others."""
+    n = len(m.batch)
+    outer, inner = range(n, n + n_outer), range(n + n_outer, n + n_outer + len(m.contracted))
+    walk.freeze([t for t in terms if varies(t, inner) and varies(t, outer)], SUMMED)
+    summed = [t for t in terms if varies(t, inner) and not varies(t, outer)]
+    passed = [t.reshape(t.shape[: n + n_outer]) for t in terms if not varies(t, inner)]
+    return tuple(t.reshape(*t.shape[:n], *t.shape[n + n_outer :]) for t in summed), passed
+
+
+def _record(walk: Walk, m: Matmul, w: Value, x: Value) -> None:
+    """Note a matmul with a param, and which of the param's axes it reads as one."""
     assert w.view is not None
     assert w.param is not None
     assert x.view is not None
-    layout, seen = w.view.layout(batch, contracted), x.view.layout(their_batch, theirs)
+    layout, seen = w.view.layout(m.w_batch, m.w_contracted), x.view.layout(m.batch, m.contracted)
     if w.view.matrix_cuts(layout) is None:
         return walk.use(w, "shard_map")
-    free = [k for k in range(len(w.shape)) if k not in (*contracted, *batch)]
-    layout = w.view.whole(layout)
-    origin = np.repeat(np.arange(len(layout.shape)), [_atoms(layout, k) for k in range(len(layout.shape))])
+    layout = w.view.of_param(layout)
     inputs, outputs = (
-        tuple(sorted({in_param(w.view.stack, int(origin[a])) for k in axes for a in w.view.axes[k]}))
-        for axes in (contracted, free)
+        tuple(sorted({in_param(w.view.stack, layout.atoms[a][0]) for a in axis})) for axis in layout.axes[-2:]
     )
     if not set(inputs) & set(outputs):
         walk.found[w.param] = tuple(axes for axes in (inputs, outputs) if len(axes) > 1)
-    along = [t for t in w.terms if varies(t, contracted) and not varies(t, (*free, *batch))]
-    sizes = [w.shape[k] for k in contracted]
-    in_ids = np.zeros(sizes, np.int32)
+    others = [k for k in range(len(w.shape)) if k not in m.w_contracted]
+    along = [t for t in w.terms if varies(t, m.w_contracted) and not varies(t, others)]
+    in_ids = np.zeros([w.shape[k] for k in m.w_contracted], np.int32)
     if len(along) == 1:
-        moved = along[0].transpose([*contracted, *batch, *free]).reshape([along[0].shape[k] for k in contracted])
-        in_ids = np.broadcast_to(moved, sizes)
-    reads = (x.root, seen.sizes, seen.order[: seen.n_lead + seen.n_in], walk.scope)
+        ids = along[0].transpose([*m.w_contracted, *others])
+        in_ids = np.broadcast_to(ids.reshape(ids.shape[: in_ids.ndim]), in_ids.shape)
+    reads = (x.root, seen.atoms, seen.axes[:-1], walk.scope)
     walk.dots.append(Dot(w.param, layout, w.view.stack, w.view.picks, reads, in_ids.ravel(), x.product_of))
-
-
-@rule("ragged_dot_general")
-def _ragged_dot(walk: Walk, out: tuple, x: Value, w: Value, sizes: Value, **p: Any) -> list[Value]:
-    numbers = p["ragged_dot_dimension_numbers"]
-    if w.param is None or w.view is None or x.param is not None or not is_grouped_by_rows(numbers):
-        walk.freeze((*x.terms, *w.terms), "ragged_dot_general")
-        return [Value(out[0])]
-    (cx, cw), _ = numbers.dot_dimension_numbers
-    groups = tuple(numbers.rhs_group_dimensions)
-    _record(walk, w, x, cw, groups, cx, ())
-    (free,) = (k for k in range(3) if k not in (*cw, *groups))
-    alike = Value(w.shape, walk.freeze_along(groups, w.terms, "experts read sorted rows"))
-    matrix = map_terms(alike, (w.shape[cw[0]], w.shape[free]), lambda t: t.transpose(*cw, free, *groups)[..., 0])
-    return _dot(walk, out, x, matrix, dimension_numbers=((cx, (0,)), ((), ())))
-
-
-@rule("conv_general_dilated")
-def _convolution(walk: Walk, out: tuple, x: Value, w: Value, **p: Any) -> list[Value]:
-    of_x, of_w, of_out = p["dimension_numbers"]
-    if w.param is None or w.view is None or x.param is not None or not is_pointwise(p, w.shape):
-        walk.freeze((*x.terms, *w.terms), "conv_general_dilated")
-        return [Value(out[0])]
-    _record(walk, w, x, (of_w[1],), (), (of_x[1],), ())
-    cut, order, n = pointwise_slices(p), [of_x[0], *of_x[2:], of_x[1]], len(of_x)
-
-    def rows(t: Ids) -> Ids:
-        return t[tuple(c if n > 1 else slice(None) for c, n in zip(cut, t.shape, strict=True))].transpose(order)
-
-    places = [out[0][of_out[0]], *(out[0][k] for k in of_out[2:])]
-    flat = lambda t: t.transpose(of_w[1], of_w[0], *of_w[2:]).squeeze(tuple(range(2, n)))
-    x = map_terms(x, (*places, x.shape[of_x[1]]), rows)
-    w = map_terms(w, (w.shape[of_w[1]], w.shape[of_w[0]]), flat)
-    (y,) = _dot(walk, ((*places, w.shape[1]),), x, w, dimension_numbers=(((n - 1,), (0,)), ((), ())))
-    back = [(0, n - 1, *range(1, n - 1))[of_out.index(k)] for k in range(n)]
-    return [map_terms(y, out[0], lambda t: t.transpose(back))]
-
-
-def _atoms(layout: Layout, axis: int) -> int:
-    """Into how many sizes the layout splits an axis of the param."""
-    before = math.prod(layout.shape[:axis])
-    ends = np.cumprod([1, *layout.sizes])
-    return int(((ends > before) & (ends <= before * layout.shape[axis])).sum()) if layout.shape[axis] > 1 else 0

@@ -14,7 +14,7 @@ architecture is known here; shared-expert gates, routers and tied weights are si
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,24 +22,15 @@ from jax.extend import core
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from awq_jax.compat import scan_split
+import awq_jax.tracing.folds.rows  # noqa: F401 (its rules)
+from awq_jax.compat import CALLS, scan_split
 from awq_jax.tracing.folds.rules import RULES, rule
 from awq_jax.tracing.folds.unknowns import Ids, Value, Walk, known, param_value
-from awq_jax.weights.layout import STRUCTURAL, Cuts, View, pieces
+from awq_jax.tracing.primitives import MATMULS, STRUCTURAL, body_of_call
+from awq_jax.tracing.view import View
+from awq_jax.weights.layout import Cuts, in_param, pieces
 from awq_jax.weights.sharding import cuts_of
-from awq_jax.weights.tensor import in_param
 
-CALLS = (
-    "pjit",
-    "jit",
-    "closed_call",
-    "core_call",
-    "remat2",
-    "remat",
-    "checkpoint",
-    "custom_jvp_call",
-    "custom_vjp_call",
-)
 RANKS = {"top_k", "sort", "argmax", "approx_top_k"}
 """What decides by an order: among a router's outputs, or among a vocabulary's."""
 CARRIES_PARAMS = {*STRUCTURAL, *CALLS, "scan", "while", "cond", "shard_map", "all_gather"} - {"slice"}
@@ -47,8 +38,7 @@ CARRIES_PARAMS = {*STRUCTURAL, *CALLS, "scan", "while", "cond", "shard_map", "al
 
 @rule(*CALLS)
 def _call(walk: Walk, out: tuple, *xs: Value, primitive: str, **p: Any) -> list[Value]:
-    body = p.get("jaxpr") or p.get("call_jaxpr")
-    return evaluate(walk, body, xs)
+    return evaluate(walk, body_of_call(p), xs)
 
 
 @rule("scan")
@@ -164,40 +154,44 @@ def evaluate(walk: Walk, jaxpr: Any, args: Iterable[Value]) -> list[Value]:
         write(var, known(const))
     for var, arg in zip(jaxpr.invars, args, strict=True):
         write(var, arg)
+    read = lambda v: known(v.val) if isinstance(v, core.Literal) else env[v]
     for eqn in jaxpr.eqns:
-        ins = [known(v.val) if isinstance(v, core.Literal) else env[v] for v in eqn.invars]
-        name = eqn.primitive.name
-        shapes = tuple(v.aval.shape for v in eqn.outvars)
-        before = len(walk.dots)
-        if name not in CARRIES_PARAMS:
-            for v in ins:
-                if v.param is not None and v.view is not None:
-                    walk.ndims.setdefault(v.param, set()).add(len(v.view.base))
-        if name not in CARRIES_PARAMS and not (name in ("add", "sub") and any(v.constant is not None for v in ins)):
-            for v in ins:
-                if v.param in walk.offsets:
-                    walk.freeze(v.terms, f"used both as w and as {walk.offsets[v.param]:g} + w")
-        if name in RULES:
-            outs = RULES[name](walk, shapes, *ins, primitive=name, **eqn.params)
-        else:
-            for v in ins:
-                walk.freeze(v.terms, name)
-            outs = [Value(shape) for shape in shapes]
-        if name not in CARRIES_PARAMS and len(walk.dots) == before and all(out.param is None for out in outs):
-            for v in ins:
-                walk.use(v, name)
-        outs = [replace(out, origin=_origin(name, ins)) if out.origin is None else out for out in outs]
-        if name in RANKS:
-            walk.ranked |= {v.origin for v in ins if v.origin is not None}
-        for var, value in zip(eqn.outvars, outs, strict=True):
+        for var, value in zip(eqn.outvars, _equation(walk, eqn, [read(v) for v in eqn.invars]), strict=True):
             write(var, value)
-    return [known(v.val) if isinstance(v, core.Literal) else env[v] for v in jaxpr.outvars]
+    return [read(v) for v in jaxpr.outvars]
+
+
+def _equation(walk: Walk, eqn: Any, ins: list[Value]) -> list[Value]:
+    name, shapes, before = eqn.primitive.name, tuple(v.aval.shape for v in eqn.outvars), len(walk.dots)
+    if name not in CARRIES_PARAMS:
+        _note_readings(walk, name, ins)
+    if name in RULES:
+        outs = RULES[name](walk, shapes, *ins, primitive=name, **eqn.params)
+    else:
+        walk.freeze([t for v in ins for t in v.terms], name)
+        outs = [Value(shape) for shape in shapes]
+    if name not in CARRIES_PARAMS and len(walk.dots) == before and all(out.param is None for out in outs):
+        for v in ins:
+            walk.use(v, name)
+    if name in RANKS:
+        walk.ranked |= {v.origin for v in ins if v.origin is not None}
+    return [replace(out, origin=_origin(name, ins)) if out.origin is None else out for out in outs]
+
+
+def _note_readings(walk: Walk, name: str, ins: list[Value]) -> None:
+    """Of params that an equation reads: with how many axes, and that those used as 1 + w are not used as w too."""
+    is_shift = name in ("add", "sub") and any(v.constant is not None for v in ins)
+    for v in ins:
+        if v.param is not None and v.view is not None:
+            walk.ndims.setdefault(v.param, set()).add(len(v.view.shape))
+        if v.param in walk.offsets and not is_shift:
+            walk.freeze(v.terms, f"used both as w and as {walk.offsets[v.param]:g} + w")
 
 
 def _origin(name: str, ins: list[Value]) -> str | None:
     """The one param whose matmul all of an elementwise result or of a sum comes from."""
     origins = {v.origin for v in ins} - {None}
-    return origins.pop() if len(origins) == 1 and name not in ("dot_general", "ragged_dot_general") else None
+    return origins.pop() if len(origins) == 1 and name not in MATMULS else None
 
 
 @dataclass(frozen=True)
@@ -248,37 +242,60 @@ def solve(walk: Walk, frozen: list[tuple[Ids, str]]) -> Components:
     return Components(walk, component, sign, np.where(why[plus] >= 0, why[plus], why[minus]), [*reasons])
 
 
+@dataclass(frozen=True)
+class Assumed:
+    """What a walk takes for granted; where it finds otherwise another walk assumes that.
+
+    Args:
+      offsets: c of the params that are used as c + w.
+      joint: by param the sets of its axes that are read as one.
+      dead: of the unknowns, those that were proved to be zero.
+    """
+
+    offsets: dict[str, float] = field(default_factory=dict)
+    joint: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    dead: np.ndarray = field(default_factory=lambda: np.ones(1, bool))
+
+
 def components(jaxpr: Any, params: dict[int, tuple[str, tuple[int, ...]]]) -> Components:
     """Every gauge freedom of a closed jaxpr; `params` names the arguments that are params (position -> name, shape)."""
-    dead, offsets, joint = np.ones(1, bool), {}, {}
-    known_frozen: list[tuple[Ids, str]] = []
+    assumed, known_frozen = Assumed(), list[tuple[Ids, str]]()
     while True:
-        walk = Walk(dead, dict(offsets), joint)
-        shapes = [v.aval.shape for v in jaxpr.jaxpr.invars]
-        args = [param_value(walk, *params[k]) if k in params else Value(s) for k, s in enumerate(shapes)]
-        for out in evaluate(walk, jaxpr, args):
-            walk.freeze(out.terms, "an output of the function")
-            walk.use(out, "return")
-        for (name, _), ids in walk.ids.items():
-            if len(walk.ndims.get(name, ())) > 1:
-                walk.freeze([ids], "used both inside a scan over its layers and outside")
-        widest = walk.widest
-        loose = {}
-        for name, shape in params.values():
-            stack = walk.stacks[name]
-            free = tuple(in_param(stack, k) for k in range(len(shape) - len(stack)))
-            if name not in walk.found and 1 < len(free) < 4 and walk.is_vector(name, shape, widest):
-                loose[name] = (free,)
-        wanted = {n: axes for n, axes in (loose | walk.found).items() if axes}
-        if (walk.offsets, wanted) != (offsets, joint):
-            dead, offsets, joint, known_frozen = np.ones(1, bool), walk.offsets, wanted, []
+        walk = _walked(jaxpr, params, assumed)
+        found = Assumed(walk.offsets, _joint(walk, params))
+        if (found.offsets, found.joint) != (assumed.offsets, assumed.joint):
+            assumed, known_frozen = found, []
             continue
         # What an earlier pass froze has dropped out of this pass's constraints.
         solved = solve(walk, known_frozen + walk.frozen)
         if not walk.unclear:
             return solved
-        now = solved.component == 0
-        if len(now) == len(dead) and (now == dead).all():
+        dead = solved.component == 0
+        if np.array_equal(dead, assumed.dead):
             return solve(walk, known_frozen + walk.frozen + walk.unclear)
-        dead = now
-        known_frozen = [(np.flatnonzero(now & (solved.why == k)), reason) for k, reason in enumerate(solved.reasons)]
+        assumed = replace(assumed, dead=dead)
+        known_frozen = [(np.flatnonzero(dead & (solved.why == k)), reason) for k, reason in enumerate(solved.reasons)]
+
+
+def _walked(jaxpr: Any, params: dict[int, tuple[str, tuple[int, ...]]], assumed: Assumed) -> Walk:
+    walk = Walk(assumed.dead, dict(assumed.offsets), assumed.joint)
+    shapes = [v.aval.shape for v in jaxpr.jaxpr.invars]
+    args = [param_value(walk, *params[k]) if k in params else Value(s) for k, s in enumerate(shapes)]
+    for out in evaluate(walk, jaxpr, args):
+        walk.freeze(out.terms, "an output of the function")
+        walk.use(out, "return")
+    for (name, _), ids in walk.ids.items():
+        if len(walk.ndims.get(name, ())) > 1:
+            walk.freeze([ids], "used both inside a scan over its layers and outside")
+    return walk
+
+
+def _joint(walk: Walk, params: dict[int, tuple[str, tuple[int, ...]]]) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """Axes of params that are one: those that a matmul reads as one, and all of a bias of several heads."""
+    widest, loose = walk.widest, {}
+    for name, shape in params.values():
+        stack = walk.stacks[name]
+        free = tuple(in_param(stack, k) for k in range(len(shape) - len(stack)))
+        if name not in walk.found and 1 < len(free) < 4 and walk.is_vector(name, shape, widest):
+            loose[name] = (free,)
+    return {n: axes for n, axes in (loose | walk.found).items() if axes}

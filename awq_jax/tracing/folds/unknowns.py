@@ -1,9 +1,9 @@
-"""What a walk over a jaxpr keeps: the unknown scales of each value, and the equations between them (see gauge.py)."""
+"""What a walk over a jaxpr keeps: the unknown scales of each value, and the equations between them (see solve.py)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,8 +11,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from awq_jax.weights.layout import View
-from awq_jax.weights.tensor import Layout, in_param, one_layer
+from awq_jax.tracing.view import View
+from awq_jax.weights.layout import Layout, in_param, one_layer
 
 Ids = np.ndarray
 """int32, one signed unknown per element (0: none), with size 1 along axes on which it is constant."""
@@ -54,9 +54,8 @@ class Dot:
     @property
     def channels(self) -> int:
         """The most that it reads or writes, its experts' together: a bias or a norm has no more entries."""
-        ordered = [self.layout.sizes[a] for a in self.layout.order]
-        lead, rest = ordered[: self.layout.n_lead], ordered[self.layout.n_lead :]
-        return math.prod(lead) * max(math.prod(rest[: self.layout.n_in]), math.prod(rest[self.layout.n_in :]))
+        *lead, i, o = self.layout.seen
+        return math.prod(lead) * max(i, o)
 
 
 @dataclass
@@ -189,7 +188,51 @@ def reshape_ids(ids: Ids, old: tuple[int, ...], new: tuple[int, ...]) -> Ids:
         constant = all(n == 1 for n in ids.shape[a:i])
         pieces += [1] * (j - b) if constant else list(new[b:j])
         full += [1] * (i - a) if constant else list(old[a:i])
-    return np.broadcast_to(ids, full).reshape(pieces)
+    return collapsed(np.broadcast_to(ids, full).reshape(pieces))
+
+
+def collapsed(ids: Ids) -> Ids:
+    """`ids` with size 1 along axes on which they are constant."""
+    for k in range(ids.ndim):
+        first, last = ids.take([0], k), ids.take([-1], k)
+        if ids.shape[k] > 1 and (first == last).all() and (ids == first).all():
+            ids = first
+    return ids
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """The ids of a value of `shape`, rearranged as it is; see STRUCTURAL."""
+
+    ids: Ids
+    shape: tuple[int, ...]
+
+    def transpose(self, permutation: Sequence[int]) -> Scaled:
+        return Scaled(self.ids.transpose(permutation), tuple(self.shape[k] for k in permutation))
+
+    def reshape(self, shape: tuple[int, ...]) -> Scaled:
+        return Scaled(reshape_ids(self.ids, self.shape, shape), shape)
+
+    def squeeze(self, dimensions: Sequence[int]) -> Scaled:
+        left = tuple(n for k, n in enumerate(self.shape) if k not in dimensions)
+        return Scaled(self.ids.squeeze(tuple(dimensions)), left)
+
+    def broadcast(self, shape: tuple[int, ...], dimensions: Sequence[int]) -> Scaled:
+        return Scaled(spread(self.ids, range(self.ids.ndim), dimensions, len(shape)), shape)
+
+    def pick(self, start: Sequence[int], limit: Sequence[int], strides: Sequence[int] | None) -> Scaled:
+        cut = [slice(a, b, c) for a, b, c in zip(start, limit, strides or [1] * len(start), strict=True)]
+        shape = tuple(len(range(n)[c]) for n, c in zip(self.shape, cut, strict=True))
+        of_ids = tuple(c if n > 1 else slice(None) for c, n in zip(cut, self.ids.shape, strict=True))
+        return Scaled(self.ids[of_ids], shape)
+
+
+def spread(t: Ids, axes: Sequence[int], places: Sequence[int], ndim: int) -> Ids:
+    """`t`, constant along all but `axes`, with these at `places` of a value of `ndim` axes."""
+    shape = [1] * ndim
+    for k, place in zip(axes, places, strict=True):
+        shape[place] = t.shape[k]
+    return t.reshape(shape)
 
 
 def varies(ids: Ids, axes: Iterable[int]) -> bool:
