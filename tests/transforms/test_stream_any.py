@@ -267,7 +267,7 @@ def test_the_largest_activation_is_told():
 
 def test_batches_that_memory_does_not_hold_are_refused_before_any_work(monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda: 1000)
-    with pytest.raises(ValueError, match=r"Calibration on 2 batches takes about .* GB are free: give smaller ones"):
+    with pytest.raises(ValueError, match=r"Calibration on 2 batches takes about .* GB are free: give shorter ones"):
         stream(IN_MEMORY.fn, [Lazy(w.shape, w.dtype, pytest.fail) for w in MATRICES], BATCHES, QUICK)
 
 
