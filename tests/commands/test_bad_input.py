@@ -560,9 +560,11 @@ def test_scores_that_are_no_numbers(tmp_path):
     assert_says(line, "window 0: 20480 of 20480 of the model's logits are NaN or infinite")
 
 
-def test_a_format_that_there_is_not(tmp_path):
-    with pytest.raises(ValueError, match=r"format='AWQ': choose one of awq, orbax"):
-        awq.quantize_checkpoint(tmp_path, tmp_path / "out", format="AWQ")
+@pytest.mark.parametrize("options", [{"format": "AWQ"}, {"feed": "Quantized"}])
+def test_a_choice_that_there_is_not(tmp_path, options):
+    ((name, chosen),) = options.items()
+    with pytest.raises(ValueError, match=f"{name}='{chosen}': choose one of"):
+        awq.quantize_checkpoint(tmp_path, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
