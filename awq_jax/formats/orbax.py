@@ -52,7 +52,7 @@ class Writer:
     Example:
       >>> with written_whole("out") as folder:
       ...     writer = Writer(folder, checkpoint, recipe)
-      ...     writer.write("outer", outer)
+      ...     writer.write("embed", embed)
       ...     writer.write("layers_0", layer)
       ...     writer.finish()
 

@@ -26,6 +26,7 @@ from awq_jax.weights.tensor import LARGEST_HALF, SCALE_DTYPE, SMALLEST_HALF, is_
 
 LOST = 0.2
 """Of a site's output in squares; a report says where more is."""
+FAINT = "its outputs are too small to be measured in float32: the error is not known"
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,8 @@ def _quantize(params: Any, calibration: Calibration, recipe: Recipe, prefix: str
             dtype = step_dtype(smallest, largest) if recipe.input_scales else SCALE_DTYPE
             tensor = replace(tensor, scales=tensor.scales.astype(dtype))
             error, nearest = relative(*sums)
-            notes = (todo.notes.get(name), unreached, bounds_note(dtype, smallest, largest), lost_note(error))
+            faint = "" if sums[-1] or unreached or not jnp.any(leaves[name]) else FAINT
+            notes = (todo.notes.get(name), unreached, bounds_note(dtype, smallest, largest), lost_note(error), faint)
             note = "; ".join(filter(None, notes))
             out[name] = placed_like(tensor, leaves[name])
             reports.append(SiteReport(name, todo.specs[name], error, nearest, note))

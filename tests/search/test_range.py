@@ -17,7 +17,7 @@ from awq_jax.pipeline.distill_decoder import together
 from awq_jax.search.moments import of
 from awq_jax.transforms.distill import stored_like
 from awq_jax.transforms.mixed_bits import relative_error
-from awq_jax.transforms.quantize import relative
+from awq_jax.transforms.quantize import FAINT, relative
 from awq_jax.weights.tensor import half_step, rounded_step, step_dtype
 from awq_jax.weights.tensor import quantize as to_nearest
 
@@ -57,6 +57,13 @@ def column_errors(q, w):
 
 powers = st.integers(-66, 26)
 """Of two: 1e-20 to 1e8."""
+
+
+def test_outputs_that_float32_cannot_square_are_told():
+    x, w = problem(64)
+    _, _, report = solved(w, x * 1e-30, RECIPES["nearest"])
+    assert (report.error, report.note) == (0, FAINT)
+    assert not solved(0 * w, x, RECIPES["nearest"])[2].note
 
 
 @pytest.mark.parametrize("name", RECIPES)
