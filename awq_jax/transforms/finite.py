@@ -23,9 +23,9 @@ def require_finite_weights(params: Any, prefix: str = "") -> None:
     for name, leaf in named_leaves(params).items():
         if is_quantized(leaf) or not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             continue
-        bad = ~np.isfinite(np.asarray(leaf, np.float32))
-        if bad.any():
-            found = f"{int(bad.sum())} of {bad.size} weights are NaN or infinite"
+        good = np.isfinite(np.asarray(leaf))
+        if not good.all():
+            found = f"{good.size - int(good.sum())} of {good.size} weights are NaN or infinite"
             raise InputError(f"{prefix}{name}: {found}. Repair the model.")
 
 

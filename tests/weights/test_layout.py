@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
 
-from awq_jax.tracing.view import STRUCTURAL, View
+from awq_jax.tracing.primitives import STRUCTURAL
+from awq_jax.tracing.view import View
 from awq_jax.weights.layout import layout_of_json
 
 SIZES = st.lists(st.sampled_from([1, 2, 3, 4, 6]), min_size=1, max_size=4).filter(lambda sizes: max(sizes) > 1)
