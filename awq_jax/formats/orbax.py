@@ -37,8 +37,9 @@ METADATA = "awq_jax.json"
 PARAMS = "params"
 VERSION = 1
 NAME_MAX = 255
-PLAIN = re.compile(r"[\w ./-]*")
 """Bytes of a file's name on all common file systems."""
+PLAIN = re.compile(r"[\w ./-]*")
+"""Paths that tensorstore takes as they are."""
 LOOPS = threading.RLock()
 """Held while event loops are made in another way."""
 LEAVES = ("codes", "scales", "zeros", "input_scale")

@@ -58,9 +58,10 @@ def read_rows(file: Path, is_row: Callable[[Any], bool]) -> list[Row]:
         near = did_you_mean(file.name, names_in(file.parent))
         raise InputError(f"{file}: there is no such file{near}: give {FORMATS}.")
     raw = regular(file).read_bytes()
-    if file.suffix.lower() == ".parquet" and raw[:4] != b"PAR1":
+    is_parquet = raw[:4] == b"PAR1"
+    if file.suffix.lower() == ".parquet" and not is_parquet:
         raise InputError(f"{file} is no Parquet file: repair or replace it, or give it the ending of what it is.")
-    if not (rows := parquet(file) if raw[:4] == b"PAR1" else rows_of(file, raw, is_row)):
+    if not (rows := parquet(file) if is_parquet else rows_of(file, raw, is_row)):
         raise InputError(f"{file} {'holds no rows' if raw.strip() else 'is empty'}: give {FORMATS}, with text in it.")
     return rows
 

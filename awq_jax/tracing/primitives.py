@@ -33,8 +33,6 @@ What is seen has the methods transpose, reshape, squeeze, broadcast and pick: a 
 A primitive that is none of these means nothing to who follows params or scales: there is no other place to add it.
 """
 
-MATMULS = ("dot_general", "ragged_dot_general", "conv_general_dilated")
-
 
 @dataclass(frozen=True)
 class Matmul:
@@ -78,8 +76,7 @@ def matmul(name: str, p: Mapping[str, Any], shapes: Sequence[tuple[int, ...]], w
     Args:
       shapes: of the operands.
     """
-    readers = {"dot_general": _dot, "ragged_dot_general": _ragged_dot, "conv_general_dilated": _convolution}
-    return readers[name](p, shapes, w) if name in readers and w in (0, 1) else None
+    return MATMULS[name](p, shapes, w) if name in MATMULS and w in (0, 1) else None
 
 
 def _others(n: int, *axes: Sequence[int]) -> tuple[int, ...]:
@@ -120,3 +117,7 @@ def _convolution(p: Mapping[str, Any], shapes: Sequence[tuple[int, ...]], w: int
     found = (0, len(of_x) - 1, *range(1, len(of_x) - 1))
     order = tuple(found[of_out.index(k)] for k in range(len(of_x)))
     return Matmul(w, (), (of_x[0], *of_x[2:]), (of_x[1],), (), (of_w[1],), (of_w[0],), order, places)
+
+
+MATMULS = {"dot_general": _dot, "ragged_dot_general": _ragged_dot, "conv_general_dilated": _convolution}
+"""What each primitive that multiplies is as a Matmul: `(params, shapes, w) -> Matmul`, None where it does more."""

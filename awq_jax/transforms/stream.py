@@ -6,7 +6,7 @@ In memory are one segment's params and moments, and what goes from segment to se
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Literal, get_args
@@ -25,6 +25,7 @@ from awq_jax.tracing.program import Program, slot
 from awq_jax.tracing.segments import Segment, Segments, segments
 from awq_jax.tracing.view import View
 from awq_jax.transforms.calibrate import UNFIT, Calibration, check_batch, quantized, with_moments
+from awq_jax.transforms.finite import finite, require_finite
 from awq_jax.transforms.quantize import SiteReport, quantize
 from awq_jax.transforms.recipe import Recipe
 from awq_jax.weights.paths import named_leaves
@@ -212,7 +213,7 @@ def _entered(
         check_batch(k, batch)
         inputs = jax.tree.leaves(tuple(batch))
         shapes = tuple(f"{jnp.result_type(x)} {jnp.shape(x)}" for x in inputs)
-        _require_finite_inputs(k, batch)
+        require_finite(k, finite(tuple(batch), None, {}), params)
         if shapes not in by_shapes:
             like = next(iter(by_shapes.values()), None)
             try:
@@ -226,14 +227,6 @@ def _entered(
         live.append(Live(budget / len(batches)))
         live[-1].put(variants[-1].inputs, inputs)
     return variants, live
-
-
-def _require_finite_inputs(k: int, batch: Sequence[Any]) -> None:
-    for name, x in named_leaves(tuple(batch)).items():
-        if jnp.issubdtype(jnp.result_type(x), jnp.inexact) and not jnp.isfinite(x).all():
-            raise ValueError(
-                f"Batch {k + 1}: input {name} holds NaN or infinite values: mend the batch, or leave it out."
-            )
 
 
 def needed_after(variants: list[Segments]) -> list[list[set[Value]]]:
