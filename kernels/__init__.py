@@ -12,11 +12,12 @@ from awq_jax.kernels.api import int4_matmul as int4_matmul
 from awq_jax.kernels.api import shared_int4_matmul as shared_int4_matmul
 from awq_jax.kernels.contract import PackedWeight as PackedWeight
 from awq_jax.kernels.gpu import target as target
-from awq_jax.kernels.packing.int4 import from_int4 as from_int4
-from awq_jax.kernels.packing.int4 import to_int4 as to_int4
+from awq_jax.kernels.packing import INT4 as INT4
+from awq_jax.kernels.packing import PACKINGS as PACKINGS
+from awq_jax.kernels.packing import ROWS as ROWS
+from awq_jax.kernels.packing import TILES as TILES
+from awq_jax.kernels.packing import Packing as Packing
 from awq_jax.kernels.packing.rows import pack as pack
 from awq_jax.kernels.packing.rows import unpack as unpack
-from awq_jax.kernels.packing.tiles import BLOCK as BLOCK
-from awq_jax.kernels.packing.tiles import from_tiles as from_tiles
-from awq_jax.kernels.packing.tiles import to_tiles as to_tiles
 from awq_jax.kernels.xla.dense import dequantize as dequantize
+from awq_jax.kernels.xla.dense import unpacked as unpacked

@@ -16,6 +16,7 @@ from awq_jax.kernels import partitioning as sharded
 from awq_jax.kernels.contract import PackedWeight, check_shapes
 from awq_jax.kernels.gpu import OLDEST, architecture, for_each_architecture
 from awq_jax.kernels.mosaic import matmul as mosaic
+from awq_jax.kernels.packing import INT4, TILES, Packing
 from awq_jax.kernels.tilings import table
 from awq_jax.kernels.triton import launch
 from awq_jax.kernels.triton import matmul as triton
@@ -146,14 +147,14 @@ def grouped_int4_matmul(
     return first_that_can(grouped_implementations(result_dtype(dtype)), implementation, x, w, group_sizes)
 
 
-def best_packing() -> str:
-    """How 4-bit codes are best packed here: "tiles" for the Triton kernels, "int4" where XLA alone has to read them.
+def best_packing() -> Packing:
+    """How 4-bit codes are best packed here: in tiles for the Triton kernels, as int4 where XLA alone has to read them.
 
     Where that was seen to spare the dense weight: TPUs, and NVIDIA GPUs on which the kernels cannot run.
     """
     arch = architecture()
     no_kernels = arch is not None and (arch < OLDEST or launch.missing() is not None)
-    return "int4" if no_kernels or jax.default_backend() == "tpu" else "tiles"
+    return INT4 if no_kernels or jax.default_backend() == "tpu" else TILES
 
 
 def result_dtype(dtype: Any) -> Any:

@@ -76,7 +76,7 @@ def _serves(rows: int) -> tuple[str, str]:
     import jax
     import jax.numpy as jnp
 
-    from awq_jax.kernels import best_packing, gpu
+    from awq_jax.kernels import INT4, best_packing, gpu
     from awq_jax.kernels.tilings import table
     from awq_jax.kernels.triton import launch
     from awq_jax.kernels.triton import matmul as triton
@@ -85,11 +85,11 @@ def _serves(rows: int) -> tuple[str, str]:
     from awq_jax.weights.tensor import SCALE_DTYPE, in_tiles, quantize
 
     arch, packing = gpu.architecture(), best_packing()
-    alone, to_do = "plain XLA", f"weights in {packing}: awq_jax.prepare(params) after loading"
-    if packing == "int4":
+    alone, to_do = "plain XLA", f"weights in {packing.name}: awq_jax.prepare(params) after loading"
+    if packing is INT4:
         alone += ", reads 4-bit codes" if direct.few(rows, 128, jnp.bfloat16) else ", makes each weight dense"
     if arch is None:
-        return alone, to_do if packing == "int4" else ""
+        return alone, to_do if packing is INT4 else ""
     dense = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)
     w = jax.eval_shape(lambda w: in_tiles(quantize(w, QuantSpec(), steps=SCALE_DTYPE)), dense)
     try:
@@ -98,6 +98,6 @@ def _serves(rows: int) -> tuple[str, str]:
         if reason := launch.missing() or launch.too_old(tiling.kernel):
             raise NotImplementedError(reason)
     except NotImplementedError as e:
-        return alone, f"{e}; {to_do}" if packing == "int4" else str(e)
+        return alone, f"{e}; {to_do}" if packing is INT4 else str(e)
     runs = {"dense": "plain XLA, makes each weight dense", "mosaic": f"Pallas Mosaic GPU, {tiling.bm} x {tiling.bn}"}
     return runs.get(tiling.kernel, f"Triton, {tiling.kernel} {tiling.bm} x {tiling.bn}"), to_do

@@ -9,9 +9,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt8
 
-from awq_jax.kernels.packing.int4 import unpack_int4
-from awq_jax.kernels.packing.rows import unpack
-from awq_jax.kernels.packing.tiles import unpack_tiles
+from awq_jax.kernels.packing import PACKINGS
 
 if TYPE_CHECKING:
     from awq_jax.kernels.contract import PackedWeight
@@ -19,11 +17,8 @@ if TYPE_CHECKING:
 
 def unpacked(w: PackedWeight) -> UInt8[Array, "*lead i o"]:
     """The codes of whole groups, whichever way they are packed."""
-    if w.packing == "rows":
-        return unpack(w.codes, w.spec.bits)
-    if w.packing == "int4":
-        return unpack_int4(w.codes)
-    return unpack_tiles(w.codes)[..., : w.in_features + w.spec.padding(w.in_features), :]
+    codes = PACKINGS[w.packing].unpack(w.codes, w.spec.bits)
+    return codes[..., : w.in_features + w.spec.padding(w.in_features), :]
 
 
 def dequantize(w: PackedWeight) -> Float[Array, "*lead i o"]:

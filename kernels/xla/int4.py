@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int4
 
 from awq_jax.kernels.contract import PackedWeight
 from awq_jax.kernels.gpu import TENSOR_CORES, architecture
-from awq_jax.kernels.packing.int4 import MIDDLE
+from awq_jax.kernels.packing.int4 import INT4, MIDDLE
 from awq_jax.kernels.xla.dense import in_groups, scaled
 
 
@@ -27,7 +27,7 @@ def matmul(x: Float[Array, "*b i"], w: PackedWeight, *, dtype: Any = None) -> Fl
     Raises:
       NotImplementedError: the codes are packed otherwise.
     """
-    if w.packing != "int4":
+    if w.packing != INT4.name:
         raise NotImplementedError(f"codes are packed in {w.packing}")
     *lead, groups, _, g = w.codes.shape
     n, rows = len(lead), x.shape[len(lead) : -1]
