@@ -1,11 +1,12 @@
 """What a kernel reads of a weight, and what it refuses in words.
 
-An implementation is a function of an activation and a PackedWeight. A case that it cannot run raises
-NotImplementedError with the reason; one that nobody could run is the caller's mistake and a ValueError.
+A case that an implementation cannot run it refuses with the reason, see implementation.py; one that nobody could run is
+the caller's mistake and a ValueError.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol
 
 import jax.numpy as jnp
@@ -47,12 +48,17 @@ class PackedWeight(Protocol):
     def in_features(self) -> Any: ...
 
 
-def check_tiles(w: PackedWeight) -> None:
-    """Raises NotImplementedError unless w is packed as the kernels for GPUs read it."""
+def sizes(x: Float[Array, "*b i"], w: PackedWeight) -> tuple[int, int, int, int]:
+    """How many matrices w has, rows of x each is multiplied with, its input and its output features."""
+    lead = w.scales.shape[:-2]
+    return math.prod(lead), math.prod(x.shape[len(lead) : -1]), w.in_features, w.scales.shape[-1]
+
+
+def not_in_tiles(w: PackedWeight) -> str | None:
+    """Why the kernels for GPUs do not read w; None if it is packed for them."""
     if w.spec.bits != 4:
-        raise NotImplementedError(f"{w.spec.bits}-bit codes: the kernels read 4 bits")
-    if w.packing != TILES.name:
-        raise NotImplementedError(PACKINGS[w.packing].refused)
+        return f"{w.spec.bits}-bit codes: the kernels read 4 bits"
+    return None if w.packing == TILES.name else PACKINGS[w.packing].refused
 
 
 def check_shapes(x: Float[Array, "*b i"], w: PackedWeight, *, grouped: bool = False) -> None:
