@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, Int4, Int16, UInt8, UInt32
 
 import awq_jax.kernels as kernels
 from awq_jax.kernels import INT4, PACKINGS, ROWS, TILES, Packing
+from awq_jax.kernels.arithmetic import dequantized
 from awq_jax.kernels.xla.dense import dense_grouped_matmul, dense_matmul
 from awq_jax.weights.layout import Layout, layout_of_json
 from awq_jax.weights.no_array import NoArray
@@ -167,8 +168,7 @@ def round_trip(
 ) -> Float[Array, "*lead groups g o"]:
     """The weights after rounding to nearest within [low, high]."""
     steps, zeros = affine(low, high, spec)
-    codes = nearest(grouped, steps, zeros, spec)
-    return (codes - zeros[..., None, :]) * steps[..., None, :]
+    return dequantized(nearest(grouped, steps, zeros, spec), steps, zeros)
 
 
 @ft.partial(jax.jit, static_argnames=("spec", "in_features", "dtype", "layout"))
