@@ -22,6 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from awq_jax.kernels import target
+from awq_jax.kernels.triton import launch
 from awq_jax.kernels.triton import matmul as triton
 from awq_jax.transforms.tune import Chain, distinct, timed
 
@@ -147,5 +148,6 @@ def toy_gpu() -> Iterator[None]:
         return time.perf_counter() - start
 
     few = patch.multiple(sys.modules[Chain.__module__], SECONDS=0.0, ROTATED=0, timed=once)
-    with few, patch.object(triton, "launch", interpreted.launch), target(90):
+    here = patch.object(launch, "missing", lambda: None)
+    with few, here, patch.object(triton, "launch", interpreted.launch), target(90):
         yield

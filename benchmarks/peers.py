@@ -19,6 +19,7 @@ import numpy as np
 from gpu_record import reason
 
 from awq_jax.formats.autoawq import to_autoawq
+from awq_jax.kernels import unpacked
 from awq_jax.kernels.xla import dense as reference
 from awq_jax.weights.spec import QuantSpec
 from awq_jax.weights.tensor import QuantizedTensor, in_tiles, quantize
@@ -37,7 +38,7 @@ def parts(w: QuantizedTensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Codes (k, n) in uint8, scales and zero points (groups, n) in float32."""
     scales = np.asarray(w.scales, np.float32)
     zeros = np.full_like(scales, w.spec.middle) if w.zeros is None else np.asarray(w.zeros, np.float32)
-    return np.asarray(reference.unpacked(w)), scales, zeros
+    return np.asarray(unpacked(w)), scales, zeros
 
 
 def torch_with_gpu() -> Any:

@@ -1,10 +1,8 @@
-"""`int4_matmul` and `grouped_int4_matmul`: the first implementation that can run a case runs it."""
+"""`int4_matmul` and `grouped_int4_matmul`: what `chooser` chooses, as operations that jax knows."""
 
 from __future__ import annotations
 
 import functools as ft
-import warnings
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,54 +11,37 @@ from jaxtyping import Array, Float, Int
 
 from awq_jax.kernels import custom_rules as rules
 from awq_jax.kernels import partitioning as sharded
+from awq_jax.kernels.chooser import GROUPED, IMPLEMENTATIONS, TRIED, choose, named
 from awq_jax.kernels.contract import PackedWeight, check_shapes
 from awq_jax.kernels.gpu import OLDEST, architecture, for_each_architecture
-from awq_jax.kernels.mosaic import matmul as mosaic
-from awq_jax.kernels.tilings import table
+from awq_jax.kernels.implementation import Implementation, Matmul
+from awq_jax.kernels.packing import INT4, TILES, Packing
 from awq_jax.kernels.triton import launch
 from awq_jax.kernels.triton import matmul as triton
-from awq_jax.kernels.xla import dense as reference
-from awq_jax.kernels.xla import int4 as direct
-
-Implementation = Callable[..., Any]
-
-Table = Mapping[str, tuple[Implementation, Implementation]]
-"""By name, in the order in which they are tried. Asked for by name the second runs: no choice of platforms.
-
-"xla" takes every case; what comes after it runs where it is asked for, or where the table hands a case to it.
-"""
+from awq_jax.kernels.xla import dense
 
 
 @for_each_architecture
-def implementations(dtype: Any) -> Table:
-    """Of a matmul whose result has a dtype; None for x's."""
-
-    def cut(check: Callable[..., None], kernel: Implementation, x: Any, w: PackedWeight) -> Array:
-        check(x.dtype, w)
-        return sharded.matmul(kernel, x, w, dtype=dtype)
-
-    kernel = ft.partial(cut, triton.check, triton.matmul)
-    named = ft.partial(cut, triton.check, ft.partial(triton.matmul, lookup=table.triton_tiling))
-    plain = ft.partial(reference.matmul, dtype=dtype)
-    hopper = rules.with_rules(ft.partial(cut, mosaic.check, mosaic.matmul), plain, fail)
-    read = rules.with_rules(ft.partial(direct.matmul, dtype=dtype), plain, fail)
-    return {
-        "triton": (
-            rules.with_rules(rules.everywhere(kernel, plain), plain, lambda e: tell_slow([f"triton: {e}"])),
-            rules.with_rules(named, plain, fail),
-        ),
-        "direct": (read, read),
-        "xla": (plain, plain),
-        "mosaic": (hopper, hopper),
-    }
+def operation(implementation: Implementation, name: str | None, dtype: Any) -> Matmul:
+    """`matmul(x, w)` by an implementation, in one program for CUDA and others unless it was asked for by name."""
+    plain = ft.partial(dense.matmul, dtype=dtype)
+    if implementation is dense.XLA:
+        return plain
+    kernel = ft.partial(implementation.matmul, dtype=dtype)
+    if implementation.is_custom_call:
+        kernel = ft.partial(sharded.matmul, implementation.matmul, dtype=dtype)
+        kernel = kernel if name else rules.everywhere(kernel, plain)
+    return rules.with_rules(kernel, plain, ft.partial(_int4_matmul, implementation=name, dtype=dtype))
 
 
 @for_each_architecture
-def grouped_implementations(dtype: Any) -> Table:
-    """As `implementations`, of sorted rows."""
-    kernel = ft.partial(sharded.grouped_matmul, triton.grouped_matmul, dtype=dtype)
-    plain = ft.partial(reference.grouped_matmul, dtype=dtype)
-    return {"triton": (rules.with_rules_of(plain, rules.everywhere(kernel, plain)), kernel), "xla": (plain, plain)}
+def grouped_operation(implementation: Implementation, name: str | None, dtype: Any) -> Matmul:
+    """As `operation`, of sorted rows."""
+    plain = ft.partial(dense.grouped_matmul, dtype=dtype)
+    if implementation is dense.GROUPED:
+        return plain
+    kernel = ft.partial(sharded.grouped_matmul, implementation.matmul, dtype=dtype)
+    return kernel if name else rules.with_rules_of(plain, rules.everywhere(kernel, plain))
 
 
 def int4_matmul(
@@ -83,7 +64,12 @@ def int4_matmul(
     Reads i * o / 2 bytes of codes and 3 i * o / group of scales and zeros: their bytes are the time up to some 60 rows.
     """
     check_shapes(x, w)
-    return first_that_can(implementations(result_dtype(dtype)), implementation, x, w)
+    return _int4_matmul(x, w, implementation, result_dtype(dtype))
+
+
+def _int4_matmul(x: Any, w: PackedWeight, implementation: str | None, dtype: Any) -> Any:
+    found = choose(TRIED, x, w) if implementation is None else named(IMPLEMENTATIONS, implementation, x, w)
+    return operation(found, implementation, dtype)(x, w)
 
 
 def shared_int4_matmul(x: Float[Array, "*b i"], *ws: PackedWeight) -> tuple[Float[Array, "*b o"], ...]:
@@ -104,13 +90,15 @@ def in_one_launch(x: Float[Array, "*b i"], *ws: PackedWeight) -> tuple[Float[Arr
         check_shapes(x, w)
     if jax.device_count() > 1:
         raise NotImplementedError("among several devices XLA may have cut the weights, and cannot cut a launch")
+    if reason := triton.refuses_shared(x, *ws):
+        raise NotImplementedError(reason)
     return together()(x, *ws)
 
 
 @for_each_architecture
-def together() -> Implementation:
+def together() -> Matmul:
     """The matmul of several weights in one launch."""
-    plain = lambda x, *ws: tuple(reference.matmul(x, w) for w in ws)
+    plain = lambda x, *ws: tuple(dense.matmul(x, w) for w in ws)
     return rules.with_rules_of(separate, rules.everywhere(triton.shared_matmul, plain))
 
 
@@ -143,17 +131,19 @@ def grouped_int4_matmul(
     if jnp.shape(group_sizes) != w.codes.shape[:1] or not jnp.issubdtype(jnp.result_type(group_sizes), jnp.integer):
         found = f"{jnp.result_type(group_sizes)} of shape {jnp.shape(group_sizes)}"
         raise ValueError(f"group_sizes are {found}: give one integer for each of the {w.codes.shape[0]} experts.")
-    return first_that_can(grouped_implementations(result_dtype(dtype)), implementation, x, w, group_sizes)
+    dtype = result_dtype(dtype)
+    found = choose(GROUPED, x, w) if implementation is None else named(GROUPED, implementation, x, w)
+    return grouped_operation(found, implementation, dtype)(x, w, group_sizes)
 
 
-def best_packing() -> str:
-    """How 4-bit codes are best packed here: "tiles" for the Triton kernels, "int4" where XLA alone has to read them.
+def best_packing() -> Packing:
+    """How 4-bit codes are best packed here: in tiles for the Triton kernels, as int4 where XLA alone has to read them.
 
     Where that was seen to spare the dense weight: TPUs, and NVIDIA GPUs on which the kernels cannot run.
     """
     arch = architecture()
     no_kernels = arch is not None and (arch < OLDEST or launch.missing() is not None)
-    return "int4" if no_kernels or jax.default_backend() == "tpu" else "tiles"
+    return INT4 if no_kernels or jax.default_backend() == "tpu" else TILES
 
 
 def result_dtype(dtype: Any) -> Any:
@@ -166,38 +156,3 @@ def result_dtype(dtype: Any) -> Any:
     if found is not None and found.name not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype={found.name}: a result is float32, bfloat16 or float16. Cast it after.")
     return found
-
-
-def first_that_can(table: Table, name: str | None, *args: Any) -> Float[Array, "*b o"]:
-    """What the named implementation returns, or the first of all that does not refuse."""
-    if name is not None:
-        if name not in table:
-            raise ValueError(f"implementation={name!r}: choose one of {sorted(table)} or None.")
-        return table[name][1](*args)
-    reasons: list[str] = []
-    for name, (implementation, _) in table.items():
-        try:
-            out = implementation(*args)
-        except NotImplementedError as e:
-            reasons.append(f"{name}: {e}")
-            continue
-        if reasons:
-            tell_slow(reasons)
-        return out
-    raise NotImplementedError("No implementation runs this int4 matmul. " + "; ".join(reasons))
-
-
-def fail(reason: NotImplementedError) -> None:
-    raise reason
-
-
-def tell_slow(reasons: Sequence[str]) -> None:
-    """What runs on a GPU instead of a kernel, and why."""
-    if jax.default_backend() == "gpu":
-        tell(f"int4 matmul runs as plain XLA, slower than it could. {'; '.join(reasons)}.")
-
-
-@ft.cache
-def tell(message: str) -> None:
-    """Warns, once for each message."""
-    warnings.warn(message, stacklevel=4)

@@ -1,29 +1,26 @@
 """What a kernel reads of a weight, and what it refuses in words.
 
-An implementation is a function of an activation and a PackedWeight. A case that it cannot run raises
-NotImplementedError with the reason; one that nobody could run is the caller's mistake and a ValueError.
+A case that an implementation cannot run it refuses with the reason, see implementation.py; one that nobody could run is
+the caller's mistake and a ValueError.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from awq_jax.kernels.packing.tiles import WORDS
-
-CODES = {"rows": jnp.uint32, "tiles": jnp.int16, "int4": jnp.int4}
-"""Of which dtype codes are, by packing."""
+from awq_jax.kernels.packing import PACKINGS, TILES
 
 
 class PackedWeight(Protocol):
     """What a kernel reads of a quantized weight of logical shape (*lead, i, o).
 
-    codes: with packing "rows" uint32 (*lead, w, o), see packing.py; with "tiles" int16 (*lead, blocks, o * 32), see
-    tiles.py; with "int4" int4 (*lead, groups, o, g), see int4.py. scales: float (*lead, groups, o); zeros: uint8 like
-    scales, or None where the zero point is `spec.middle`; input_scale: float (*lead, i), multiplied into x, or None.
-    The last `pad` rows of the codes are padding.
+    codes: as the entry of `packing` in packing/ says. scales: float (*lead, groups, o); zeros: uint8 like scales, or
+    None where the zero point is `spec.middle`; input_scale: float (*lead, i), multiplied into x, or None. The last
+    `pad` rows of the codes are padding.
     """
 
     @property
@@ -51,14 +48,17 @@ class PackedWeight(Protocol):
     def in_features(self) -> Any: ...
 
 
-def check_tiles(w: PackedWeight) -> None:
-    """Raises NotImplementedError unless w is packed as the kernels for GPUs read it."""
+def sizes(x: Float[Array, "*b i"], w: PackedWeight) -> tuple[int, int, int, int]:
+    """How many matrices w has, rows of x each is multiplied with, its input and its output features."""
+    lead = w.scales.shape[:-2]
+    return math.prod(lead), math.prod(x.shape[len(lead) : -1]), w.in_features, w.scales.shape[-1]
+
+
+def not_in_tiles(w: PackedWeight) -> str | None:
+    """Why the kernels for GPUs do not read w; None if it is packed for them."""
     if w.spec.bits != 4:
-        raise NotImplementedError(f"{w.spec.bits}-bit codes: the kernels read 4 bits")
-    if w.packing == "int4":
-        raise NotImplementedError("codes are an int4 array, for a machine without the kernels: see `awq-jax doctor`")
-    if w.packing != "tiles":
-        raise NotImplementedError("codes are packed in rows: call awq_jax.prepare(params) once after loading")
+        return f"{w.spec.bits}-bit codes: the kernels read 4 bits"
+    return None if w.packing == TILES.name else PACKINGS[w.packing].refused
 
 
 def check_shapes(x: Float[Array, "*b i"], w: PackedWeight, *, grouped: bool = False) -> None:
@@ -67,8 +67,9 @@ def check_shapes(x: Float[Array, "*b i"], w: PackedWeight, *, grouped: bool = Fa
     """
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x is {x.dtype}: cast it to float32, bfloat16 or float16.")
-    if w.codes.dtype != (stored := CODES.get(w.packing)):
-        expected = jnp.dtype(stored) if stored else "nothing"
+    packing = PACKINGS.get(w.packing)
+    if packing is None or w.codes.dtype != packing.dtype:
+        expected = packing.dtype if packing else "nothing"
         raise ValueError(
             f"codes are {w.codes.dtype}, packed in {w.packing!r} they are {expected}. "
             "Cast a weight's scales if you must, never all of its leaves."
@@ -78,8 +79,8 @@ def check_shapes(x: Float[Array, "*b i"], w: PackedWeight, *, grouped: bool = Fa
             f"x has {x.shape[-1]} features in its last axis, the weight takes {w.in_features}. "
             "Move the contracted axis of x to the end."
         )
-    of_groups = w.codes.shape[:-1] if w.packing == "int4" else w.codes.shape
-    lead, i = of_groups[:-2], w.in_features
+    *leading, _, outs = packing.shape(w.codes.shape, w.spec.bits)
+    lead, i = tuple(leading), w.in_features
     if not grouped and x.shape[: len(lead)] != lead:
         raise ValueError(
             f"x has shape {x.shape}, the weight {(*lead, i, w.scales.shape[-1])}: the weight's leading axes {lead} "
@@ -90,7 +91,6 @@ def check_shapes(x: Float[Array, "*b i"], w: PackedWeight, *, grouped: bool = Fa
             f"x has shape {x.shape}, the weight {(*lead, i, w.scales.shape[-1])}: sorted rows are (rows, i), experts "
             "(e, i, o). Reshape them."
         )
-    outs = of_groups[-1] // (WORDS if w.packing == "tiles" else 1)
     expected = (*lead, -(-i // w.spec.group(i)), outs)
     for name, found, shape in (
         ("scales", w.scales, expected),

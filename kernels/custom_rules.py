@@ -32,11 +32,8 @@ def differentiable(matmul: Matmul, plain: Matmul) -> Matmul:
     return with_gradients
 
 
-def with_rules(matmul: Matmul, plain: Matmul, refused: Callable[[NotImplementedError], None]) -> Matmul:
-    """`matmul(x, w)` that vmap and grad know.
-
-    Where it refuses what vmap makes of a case, `refused` says why or raises, and `plain` runs.
-    """
+def with_rules(matmul: Matmul, plain: Matmul, again: Matmul) -> Matmul:
+    """`matmul(x, w)` that vmap and grad know; `again` is given the case that vmap makes of a case."""
     batchable = jax.custom_batching.custom_vmap(matmul)
 
     @batchable.def_vmap
@@ -44,16 +41,9 @@ def with_rules(matmul: Matmul, plain: Matmul, refused: Callable[[NotImplementedE
         x_batched, w_batched = batched
         lead = w.scales.ndim - 2
         if not any(jax.tree.leaves(w_batched)):
-            return jnp.moveaxis(accepted(jnp.moveaxis(x, 0, lead), w), lead, 0), True
+            return jnp.moveaxis(again(jnp.moveaxis(x, 0, lead), w), lead, 0), True
         spread = lambda leaf, is_batched: leaf if is_batched else jnp.broadcast_to(leaf, (size, *leaf.shape))
-        return accepted(spread(x, x_batched), jax.tree.map(spread, w, w_batched)), True
-
-    def accepted(x: Any, w: Any) -> Any:
-        try:
-            return batchable(x, w)
-        except NotImplementedError as e:
-            refused(e)
-            return plain(x, w)
+        return again(spread(x, x_batched), jax.tree.map(spread, w, w_batched)), True
 
     return differentiable(batchable, plain)
 

@@ -76,28 +76,18 @@ def _serves(rows: int) -> tuple[str, str]:
     import jax
     import jax.numpy as jnp
 
-    from awq_jax.kernels import best_packing, gpu
-    from awq_jax.kernels.tilings import table
-    from awq_jax.kernels.triton import launch
-    from awq_jax.kernels.triton import matmul as triton
-    from awq_jax.kernels.xla import int4 as direct
+    from awq_jax.kernels import INT4, best_packing
+    from awq_jax.kernels.chooser import TABLED, TRIED
+    from awq_jax.kernels.gpu import architecture
     from awq_jax.weights.spec import QuantSpec
-    from awq_jax.weights.tensor import SCALE_DTYPE, in_tiles, quantize
+    from awq_jax.weights.tensor import SCALE_DTYPE, in_tiles, packed_as, quantize
 
-    arch, packing = gpu.architecture(), best_packing()
-    alone, to_do = "plain XLA", f"weights in {packing}: awq_jax.prepare(params) after loading"
-    if packing == "int4":
-        alone += ", reads 4-bit codes" if direct.few(rows, 128, jnp.bfloat16) else ", makes each weight dense"
-    if arch is None:
-        return alone, to_do if packing == "int4" else ""
-    dense = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)
-    w = jax.eval_shape(lambda w: in_tiles(quantize(w, QuantSpec(), steps=SCALE_DTYPE)), dense)
-    try:
-        triton.check(jnp.bfloat16, w)
-        tiling = table.tiling(arch, "bfloat16", 128, rows, 4096, 4096)
-        if reason := launch.missing() or launch.too_old(tiling.kernel):
-            raise NotImplementedError(reason)
-    except NotImplementedError as e:
-        return alone, f"{e}; {to_do}" if packing == "int4" else str(e)
-    runs = {"dense": "plain XLA, makes each weight dense", "mosaic": f"Pallas Mosaic GPU, {tiling.bm} x {tiling.bn}"}
-    return runs.get(tiling.kernel, f"Triton, {tiling.kernel} {tiling.bm} x {tiling.bn}"), to_do
+    dense, packing = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16), best_packing()
+    x = jax.ShapeDtypeStruct((rows, 4096), jnp.bfloat16)
+    w = jax.eval_shape(lambda dense: quantize(dense, QuantSpec(), steps=SCALE_DTYPE), dense)
+    ready, on_gpu = jax.eval_shape(lambda w: packed_as(w, packing), w), architecture() is not None
+    runs = next(i for i in TRIED if (on_gpu or i is not TABLED) and not i.refuses(x, ready))
+    reason = TABLED.refuses(x, jax.eval_shape(in_tiles, w)) if on_gpu else None
+    to_do = f"weights in {packing.name}: awq_jax.prepare(params) after loading"
+    advice = [reason or "", to_do if packing is INT4 or (on_gpu and not reason) else ""]
+    return runs.described(x, ready, None), "; ".join(filter(None, advice))

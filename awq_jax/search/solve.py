@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from awq_jax.kernels.arithmetic import dequantized, ungrouped
 from awq_jax.search.loss import output_error
 from awq_jax.search.moments import Moments
 from awq_jax.search.rounding.feedback import Codes, to_nearest
@@ -72,8 +73,7 @@ def rounding_error(
     moments: Moments,
 ) -> Float[Array, " o"]:
     """The mean squared output error of each column when these codes stand for `w`."""
-    flat = ((codes - zeros[:, None]) * steps[:, None]).reshape(-1, w.shape[1])[: len(w)]
-    return output_error(flat - w, moments)
+    return output_error(ungrouped(dequantized(codes, steps, zeros), len(w)) - w, moments)
 
 
 def rounded_to_nearest(w: Float[Array, "i o"], moments: Moments, spec: QuantSpec) -> tuple[Codes, Float[Array, " o"]]:

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from awq_jax.kernels.arithmetic import dequantized
 from awq_jax.search.moments import UNIT, Moments, unit
 from awq_jax.search.solve import Solution, find_scale, rounded_to_nearest, rounding_error, solve
 from awq_jax.weights.layout import Layout
@@ -130,7 +131,7 @@ def with_half_steps(
     a step moves and that is better.
     """
     steps = half_step(found.steps * size) / size
-    rounded = (found.codes - found.zeros[:, None]) * found.steps[:, None]
+    rounded = dequantized(found.codes, found.steps, found.zeros)
     choices = [nearest(a, steps, found.zeros, spec) for a in (rounded, group(w, spec))]
     kept, plain = (rounding_error(w, codes, steps, found.zeros, moments) for codes in choices)
     better = (steps != found.steps).any(0) & (plain < kept)

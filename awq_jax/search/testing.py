@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from awq_jax.kernels.arithmetic import dequantized, ungrouped
 from awq_jax.search.loss import output_error
 from awq_jax.search.moments import Moments, of
 from awq_jax.search.solve import find_scale
@@ -89,7 +90,7 @@ def check_rounding(strategy: Callable[..., Any]) -> None:
         assert ((codes >= 0) & (codes <= spec.levels)).all(), f"{name}: codes out of 0 to {spec.levels}"
         assert np.isfinite(steps).all(), f"{name}: steps are not finite"
         assert (steps > 0).all(), f"{name}: steps are not positive"
-        rounded = ((codes - zeros[:, None]) * steps[:, None]).reshape(-1, w.shape[1])[: len(w)]
+        rounded = ungrouped(dequantized(codes, steps, zeros), len(w))
         error, energy = (float(output_error(d, m).sum()) for d in (rounded - w, w))
         assert error <= 0.2 * energy + 1e-9, f"{name}: rounding loses {error / max(energy, 1e-30):.0%} of the output"
     _columns_apart(run, lambda codes, steps, zeros: jnp.concatenate([codes.reshape(-1, codes.shape[-1]), steps, zeros]))

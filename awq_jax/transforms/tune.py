@@ -15,12 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from awq_jax.kernels.chooser import TABLED, runner
 from awq_jax.kernels.gpu import TENSOR_CORES, architecture
-from awq_jax.kernels.mosaic import matmul as mosaic
 from awq_jax.kernels.tilings import table
 from awq_jax.kernels.tilings.table import Case, Tiling
 from awq_jax.kernels.triton import launch
-from awq_jax.kernels.triton import matmul as triton
 from awq_jax.weights.spec import QuantSpec
 from awq_jax.weights.tensor import SCALE_DTYPE, in_tiles, quantize
 
@@ -97,14 +96,8 @@ def candidates(case: Case) -> list[Tiling]:
     """The tilings worth timing for a case: those of the table, and of kernels not timed yet."""
     rows = table.packaged("rule") + table.packaged("untimed")
     able = [row.tiling for row in rows if row.arch <= case.arch and row.group <= case.group]
-    worth = {
-        "decode": lambda t: t.bm == max(8, case.m),
-        "tile": lambda t: case.m > 16,
-        "mosaic": lambda t: case.arch == mosaic.HOPPER and t.bm <= case.m,
-        "dense": lambda t: case.m >= 256,
-        "gemv": lambda t: False,
-    }
-    return [t for t in dict.fromkeys(able) if worth[t.kernel](t) and t.fits(case.arch)]
+    worth = [t for t in dict.fromkeys(able) if runner(t.kernel).worth_timing(t, case)]
+    return [t for t in worth if t.fits(case.arch)]
 
 
 @dataclass(frozen=True)
@@ -136,7 +129,7 @@ def timings(case: Case, before: Tiling, weights: list[Any]) -> Tuned:
         chains: dict[Tiling, Future[Chain]] = {}
         for t in dict.fromkeys((before, *candidates(case))):
             try:
-                chains[t] = pool.submit(Chain.of(ft.partial(triton.matmul, tiling=t), x, weights).compiled)
+                chains[t] = pool.submit(Chain.of(ft.partial(TABLED.matmul, tiling=t), x, weights).compiled)
             except Exception as e:
                 failed[t] = f"{type(e).__name__}: {e}"
     for t, chain in chains.items():

@@ -10,8 +10,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from awq_jax.kernels import BLOCK
-from awq_jax.kernels.packing.rows import ROWS
+from awq_jax.kernels import PACKINGS
 from awq_jax.kernels.partitioning import names_of
 from awq_jax.weights.layout import Cuts, names_in, pieces
 from awq_jax.weights.paths import named_leaves
@@ -33,8 +32,8 @@ def leaf_specs(w: QuantizedTensor, spec: PartitionSpec, mesh: Any) -> QuantizedT
     cuts = _matrix_cuts(w, cuts_of(spec, w.ndim, mesh))
     if cuts is None:
         return None
-    n, whole = pieces(cuts)[-2], BLOCK if w.packing == "tiles" else ROWS
-    if n > 1 and (w.pad or w.scales.shape[-2] % n or w.in_features // n % whole):
+    n = pieces(cuts)[-2]
+    if n > 1 and (w.pad or w.scales.shape[-2] % n or w.in_features // n % PACKINGS[w.packing].together):
         return None
     names = [names_in((cut,)) or None for cut in cuts]
     of_matrix = PartitionSpec(*names)

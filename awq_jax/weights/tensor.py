@@ -17,6 +17,8 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Int4, Int16, UInt8, UInt32
 
 import awq_jax.kernels as kernels
+from awq_jax.kernels import INT4, PACKINGS, ROWS, TILES, Packing
+from awq_jax.kernels.arithmetic import dequantized
 from awq_jax.kernels.xla.dense import dense_grouped_matmul, dense_matmul
 from awq_jax.weights.layout import Layout, layout_of_json
 from awq_jax.weights.no_array import NoArray
@@ -39,7 +41,7 @@ class QuantizedTensor(NoArray):
     """A weight of logical shape (*lead, i, o) in `spec.bits` bits: `w = input_scale[:, None] * (q - z) * s`.
 
     Args:
-      codes: q, packed down the input axis (kernels/packing.py): (i + pad) * bits / 32 words; or as `packing` says.
+      codes: q, packed down the input axis: (i + pad) * bits / 32 words; or as `packing` says.
       scales: the step s of each group; float16, or float32 where float16 has no normal number for one of them.
       zeros: the zero point z of each group; None when symmetric.
       input_scale: what multiplies x before the matmul; None for one. Lets each site have its own AWQ scale.
@@ -47,8 +49,8 @@ class QuantizedTensor(NoArray):
       dtype: of the dense weight that this one replaced.
       pad: rows of padding in the last group.
       layout: how the param is read as matrices; None when it is stored as (*lead, i, o).
-      packing: "rows", or after `prepare` "tiles" (kernels/tiles.py): (i + pad) / 128 blocks of 32 * o int16 words; or
-        "int4" (kernels/int4.py): (groups, o, g) int4 codes, minus 8.
+      packing: the name of one of kernels/packing: "rows", or after `prepare` "tiles": (i + pad) / 128 blocks of 32 * o
+        int16 words; or "int4": (groups, o, g) int4 codes, minus 8.
 
     The logical shape follows from the leaves, so vmap, scan and stacking may add or take leading axes.
     """
@@ -61,7 +63,7 @@ class QuantizedTensor(NoArray):
     dtype: Any
     pad: int = 0
     layout: Layout | None = None
-    packing: str = "rows"
+    packing: str = ROWS.name
 
     def __repr__(self) -> str:
         try:
@@ -71,11 +73,7 @@ class QuantizedTensor(NoArray):
 
     @property
     def in_features(self) -> int:
-        if self.packing == "int4":
-            return self.codes.shape[-3] * self.codes.shape[-1] - self.pad
-        words = self.codes.shape[-2]
-        rows = words * kernels.BLOCK if self.packing == "tiles" else words * 32 // self.spec.bits
-        return rows - self.pad
+        return PACKINGS[self.packing].shape(self.codes.shape, self.spec.bits)[-2] - self.pad
 
     @property
     def matrix_shape(self) -> tuple[int, ...]:
@@ -170,8 +168,7 @@ def round_trip(
 ) -> Float[Array, "*lead groups g o"]:
     """The weights after rounding to nearest within [low, high]."""
     steps, zeros = affine(low, high, spec)
-    codes = nearest(grouped, steps, zeros, spec)
-    return (codes - zeros[..., None, :]) * steps[..., None, :]
+    return dequantized(nearest(grouped, steps, zeros, spec), steps, zeros)
 
 
 @ft.partial(jax.jit, static_argnames=("spec", "in_features", "dtype", "layout"))
@@ -292,33 +289,35 @@ def as_floats(x: Array, dtype: Any) -> Array:
     return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(dtype)
 
 
-@jax.jit
 def in_tiles(w: QuantizedTensor) -> QuantizedTensor:
     """`w` with its 4-bit codes in the order that the GPU kernels read."""
-    if w.packing == "tiles":
-        return w
-    codes = kernels.to_tiles(in_rows(w).codes)
-    return replace(w, codes=codes, packing="tiles", pad=codes.shape[-2] * kernels.BLOCK - w.in_features)
+    return packed_as(w, TILES)
 
 
-@jax.jit
 def in_int4(w: QuantizedTensor) -> QuantizedTensor:
     """`w` with its 4-bit codes as an array of int4, which XLA reads."""
-    if w.packing == "int4":
-        return w
-    rows = in_rows(w)
-    return replace(rows, codes=kernels.to_int4(rows.codes, w.spec.group(w.in_features)), packing="int4")
+    return packed_as(w, INT4)
 
 
-@jax.jit
 def in_rows(w: QuantizedTensor) -> QuantizedTensor:
     """`w` with its codes as the canonical bit stream; undoes `in_tiles` and `in_int4`."""
-    if w.packing == "rows":
+    return packed_as(w, ROWS)
+
+
+@ft.partial(jax.jit, static_argnames="packing")
+def packed_as(w: QuantizedTensor, packing: Packing) -> QuantizedTensor:
+    """`w` with its codes laid out otherwise.
+
+    Raises:
+      ValueError: the packing does not hold codes of so many bits.
+    """
+    bits, i = w.spec.bits, w.in_features
+    if w.packing == packing.name:
         return w
-    pad = w.spec.padding(w.in_features)
-    is_int4 = w.packing == "int4"
-    codes = kernels.from_int4(w.codes) if is_int4 else kernels.from_tiles(w.codes, w.in_features + pad)
-    return replace(w, codes=codes, packing="rows", pad=pad)
+    if bits not in packing.bits:
+        raise ValueError(f"{w} has {bits}-bit codes, {packing.name} holds those of {list(packing.bits)}: leave it.")
+    codes = packing.pack(kernels.unpacked(w), bits, w.spec.group(i))
+    return replace(w, codes=codes, packing=packing.name, pad=packing.shape(codes.shape, bits)[-2] - i)
 
 
 def prepare(qparams: Any) -> Any:
@@ -331,8 +330,8 @@ def prepare(qparams: Any) -> Any:
     Example:
       >>> params = awq.prepare(awq.load("folder").params)
     """
-    pack = in_int4 if kernels.best_packing() == "int4" else in_tiles
-    convert = lambda leaf: pack(leaf) if is_quantized(leaf) and leaf.spec.bits == 4 else leaf
+    best = kernels.best_packing()
+    convert = lambda leaf: packed_as(leaf, best) if is_quantized(leaf) and leaf.spec.bits in best.bits else leaf
     return jax.tree.map(convert, qparams, is_leaf=is_quantized)
 
 
@@ -359,7 +358,7 @@ def static_fields(found: Mapping[str, Any]) -> dict[str, Any]:
         "dtype": jnp.dtype(found["dtype"]),
         "pad": found["pad"],
         "layout": layout_of_json(**layout) if layout else None,
-        "packing": found.get("packing", "rows"),
+        "packing": found.get("packing", ROWS.name),
     }
 
 

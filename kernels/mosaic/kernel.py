@@ -2,7 +2,7 @@
 
 One warpgroup copies by TMA what two others multiply by wgmma, 64 columns of the weight each: one unpacks codes while
 the tensor cores work for the other. Programs are as many as multiprocessors and take tile after tile, so that copies
-for the next tile run during the store of the last. Arithmetic and roundings are those of `tile` in triton_kernels.py:
+for the next tile run during the store of the last. Arithmetic and roundings are those of `tile` in triton/kernels.py:
 one `lop3` makes two weights of two nibbles (there it says how), the scale is multiplied into the weight.
 """
 

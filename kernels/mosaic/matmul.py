@@ -1,22 +1,22 @@
-"""The matmul by the kernel in mosaic_kernels.py: many rows on Hopper GPUs, 4-bit weights in tiles.
+"""The matmul by the kernel in kernel.py: many rows on Hopper GPUs, 4-bit weights in tiles.
 
 It runs where it is asked for by name, and where the table has measured it to be faster than the others.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from awq_jax.kernels.contract import PackedWeight, check_tiles
+from awq_jax.kernels.arithmetic import scaled
+from awq_jax.kernels.contract import PackedWeight, not_in_tiles, sizes
 from awq_jax.kernels.gpu import architecture, multiprocessors
+from awq_jax.kernels.implementation import Implementation
 from awq_jax.kernels.packing.tiles import BLOCK, WORDS
 from awq_jax.kernels.tilings import table
 from awq_jax.kernels.tilings.table import Tiling
-from awq_jax.kernels.xla.dense import scaled
 
 HOPPER = 90
 ROWS, COLUMNS = 8, 64
@@ -26,22 +26,23 @@ A warpgroup multiplies so many columns: the rows of a wgmma.
 """
 
 
-def check(dtype: Any, w: PackedWeight) -> None:
-    """Raises NotImplementedError with the reason why the kernel cannot multiply w with an x of this dtype."""
-    check_tiles(w)
+def refuses(x: Any, w: PackedWeight, tiling: Tiling | None = None) -> str | None:
+    """Why the kernel cannot multiply w with x."""
+    del tiling
+    if reason := not_in_tiles(w):
+        return reason
     if (arch := architecture()) != HOPPER:
         found = f"the GPU is sm_{arch}" if arch else "no NVIDIA GPU is here"
-        raise NotImplementedError(
-            f"{found}, wgmma is an instruction of sm_{HOPPER} alone: leave the choice to the table"
-        )
-    if dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"x is {jnp.dtype(dtype)}, the tensor cores take bfloat16 or float16: cast x")
+        return f"{found}, wgmma is an instruction of sm_{HOPPER} alone: leave the choice to the table"
+    if x.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"x is {x.dtype}, the tensor cores take bfloat16 or float16: cast x"
     k, n = w.in_features, w.scales.shape[-1]
     if k % BLOCK or n % COLUMNS:
-        raise NotImplementedError(f"the weight is {k} x {n}, the kernel takes multiples of {BLOCK} x {COLUMNS}")
+        return f"the weight is {k} x {n}, the kernel takes multiples of {BLOCK} x {COLUMNS}"
     group = w.spec.group(k)
     if group < k and BLOCK % group and group % BLOCK:
-        raise NotImplementedError(f"groups of {group} begin within a block of {BLOCK} rows at other places each time")
+        return f"groups of {group} begin within a block of {BLOCK} rows at other places each time"
+    return None
 
 
 def stages(t: Tiling, w: PackedWeight, dtype: Any) -> int:
@@ -66,13 +67,13 @@ def matmul(
     Raises:
       NotImplementedError: the kernel cannot run this case; the message says why.
     """
-    check(x.dtype, w)
+    if reason := refuses(x, w):
+        raise NotImplementedError(reason)
     # The import takes part of a second, which only programs that use the kernel shall pay.
     from awq_jax.kernels.mosaic import kernel as mosaic_kernels
 
-    *lead, blocks, _ = w.codes.shape
-    groups, n = w.scales.shape[-2:]
-    experts, rows, k = math.prod(lead), math.prod(x.shape[len(lead) : -1]), w.in_features
+    blocks, groups = w.codes.shape[-2], w.scales.shape[-2]
+    experts, rows, k, n = sizes(x, w)
     dtype = jnp.dtype(dtype or x.dtype)
     if 0 in (experts, rows, n, k):
         return jnp.zeros((*x.shape[:-1], n), dtype)
@@ -91,3 +92,14 @@ def matmul(
         dtype=dtype,
     )
     return y[:, :rows].reshape(*x.shape[:-1], n)
+
+
+MOSAIC = Implementation(
+    "mosaic",
+    refuses=refuses,
+    matmul=matmul,
+    kernels=(table.MOSAIC,),
+    worth_timing=lambda tiling, case: case.arch == HOPPER and tiling.bm <= case.m,
+    described=lambda x, w, tiling: f"Pallas Mosaic GPU, {tiling.bm} x {tiling.bn}" if tiling else "Pallas Mosaic GPU",
+    is_custom_call=True,
+)

@@ -7,16 +7,15 @@ what cuts scales into shards cuts codes too.
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int4, UInt8, UInt32
+from jaxtyping import Array, Int4, UInt8
 
-from awq_jax.kernels.packing.rows import pack, unpack
+from awq_jax.kernels.packing.entry import Packing
 
 MIDDLE = 8
 
 
-def to_int4(words: UInt32[Array, "*lead w o"], group: int) -> Int4[Array, "*lead groups o g"]:
-    """Canonical 4-bit words in groups of `group` rows, all of them whole."""
-    codes = unpack(words, 4)
+def pack_int4(codes: UInt8[Array, "*lead i o"], group: int) -> Int4[Array, "*lead groups o g"]:
+    """4-bit codes in groups of `group` rows, all of them whole."""
     *lead, i, o = codes.shape
     return (codes.astype(jnp.int8) - MIDDLE).astype(jnp.int4).reshape(*lead, i // group, group, o).swapaxes(-1, -2)
 
@@ -27,6 +26,13 @@ def unpack_int4(codes: Int4[Array, "*lead groups o g"]) -> UInt8[Array, "*lead i
     return (codes.astype(jnp.int8) + MIDDLE).astype(jnp.uint8).swapaxes(-1, -2).reshape(*lead, groups * g, o)
 
 
-def from_int4(codes: Int4[Array, "*lead groups o g"]) -> UInt32[Array, "*lead w o"]:
-    """The canonical words; undoes `to_int4`."""
-    return pack(unpack_int4(codes), 4)
+INT4 = Packing(
+    "int4",
+    dtype=jnp.dtype(jnp.int4),
+    bits=(4,),
+    together=1,
+    pack=lambda codes, bits, group: pack_int4(codes, group),
+    unpack=lambda codes, bits: unpack_int4(codes),
+    shape=lambda stored, bits: (*stored[:-3], stored[-3] * stored[-1], stored[-2]),
+    refused="codes are an int4 array, for a machine without the kernels: see `awq-jax doctor`",
+)

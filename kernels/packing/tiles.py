@@ -7,14 +7,12 @@ axis together with the columns, so codes have as many axes as the canonical bit 
 shards the last axis.
 """
 
-import functools as ft
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int16, UInt8, UInt16, UInt32
+from jaxtyping import Array, Int16, UInt8, UInt16
 
-from awq_jax.kernels.packing.rows import pack, unpack
+from awq_jax.kernels.packing.entry import Packing
 
 BLOCK, PLANE, WORDS = 128, 32, 32
 PLANES = BLOCK // PLANE
@@ -25,10 +23,8 @@ def shifts(ndim: int) -> UInt16[Array, "*ones 4 1 1"]:
     return jnp.arange(0, 16, 4, dtype=jnp.uint16).reshape(*[1] * (ndim - 3), 4, 1, 1)
 
 
-@jax.jit
-def to_tiles(words: UInt32[Array, "*lead w o"]) -> Int16[Array, "*lead blocks o32"]:
-    """Canonical 4-bit words as tiles; rows that the last block lacks get code 0."""
-    codes = unpack(words, 4)
+def pack_tiles(codes: UInt8[Array, "*lead i o"]) -> Int16[Array, "*lead blocks o32"]:
+    """4-bit codes as tiles; rows that the last block lacks get code 0."""
     *lead, i, o = codes.shape
     codes = jnp.pad(codes, [(0, 0)] * len(lead) + [(0, -i % BLOCK), (0, 0)]).astype(jnp.uint16)
     planes = codes.reshape(*lead, -1, PLANES, PLANE, o)
@@ -45,7 +41,12 @@ def unpack_tiles(tiles: Int16[Array, "*lead blocks o32"]) -> UInt8[Array, "*lead
     return (words >> shifts(words.ndim) & np.uint16(15)).astype(jnp.uint8).reshape(*lead, blocks * BLOCK, o32 // WORDS)
 
 
-@ft.partial(jax.jit, static_argnames="rows")
-def from_tiles(tiles: Int16[Array, "*lead blocks o32"], rows: int) -> UInt32[Array, "*lead w o"]:
-    """The canonical words of the first `rows` rows, a multiple of 32; undoes `to_tiles`."""
-    return pack(unpack_tiles(tiles)[..., :rows, :], 4)
+TILES = Packing(
+    "tiles",
+    dtype=jnp.dtype(jnp.int16),
+    bits=(4,),
+    together=BLOCK,
+    pack=lambda codes, bits, group: pack_tiles(codes),
+    unpack=lambda tiles, bits: unpack_tiles(tiles),
+    shape=lambda stored, bits: (*stored[:-2], stored[-2] * BLOCK, stored[-1] // WORDS),
+)

@@ -21,8 +21,8 @@ from typing import Any
 from awq_jax.cache import cache
 from awq_jax.kernels.gpu import TENSOR_CORES, device
 
-TRITON = ("decode", "tile", "gemv")
-KERNELS = (*TRITON, "mosaic", "dense")
+TRITON, MOSAIC, DENSE = ("decode", "tile", "gemv"), "mosaic", "dense"
+KERNELS = (*TRITON, MOSAIC, DENSE)
 UNLIMITED = 2**31
 SHARED = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
 """KiB of shared memory that a program may take, by architecture."""
@@ -32,7 +32,7 @@ SHARED = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227,
 class Tiling:
     """What a program of a kernel owns: bm rows of x, bn columns; kb blocks of 128 rows at once (decode, gemv).
 
-    The kernel "mosaic" is the one of mosaic_kernels.py; "dense" is none: XLA multiplies with the dense weight.
+    The kernel "mosaic" is the one of mosaic/; "dense" is none: XLA multiplies with the dense weight.
     """
 
     kernel: str
@@ -47,7 +47,7 @@ class Tiling:
 
         The tensor cores of sm_90 and sm_100 read x from there, so its part of the round that is multiplied stays too.
         """
-        if self.kernel == "mosaic":
+        if self.kernel == MOSAIC:
             return self.stages * self.round_on_hopper(per_column=3) + 32 * 1024 + 1024
         blocks, ahead = max(self.kb, 1), self.stages - 1
         stays = self.kernel in ("tile", "ragged") and 90 <= arch < 120
@@ -177,15 +177,11 @@ def power_of_two(m: int) -> int:
     return 1 << max(0, m - 1).bit_length()
 
 
-def tiling(arch: int, dtype: str, group: int, m: int, k: int, n: int) -> Tiling:
-    """The tiling for x (m, k) and a weight (k, n).
-
-    Raises:
-      NotImplementedError: too many rows of a dtype, or on a GPU, for which there are no tensor cores.
-    """
+def tiling(arch: int, dtype: str, group: int, m: int, k: int, n: int) -> Tiling | None:
+    """The tiling for x (m, k) and a weight (k, n); None where `too_many_rows` says why."""
     case = Case(arch, dtype, group, power_of_two(m), k, n)
     found = measured(case) or rule(arch, dtype, group, m, n)
-    if (record := _record.get()) is not None:
+    if found and (record := _record.get()) is not None:
         record[case] = found
     return found
 
@@ -196,22 +192,21 @@ def measured(case: Case, among: Sequence[str] = KERNELS) -> Tiling | None:
     return next((tiling for of, tiling in known if of == case and tiling.kernel in among), None)
 
 
-def rule(arch: int, dtype: str, group: int, m: int, n: int) -> Tiling:
-    """The tiling where nothing was measured.
-
-    Raises:
-      NotImplementedError: as `tiling`.
-    """
+def rule(arch: int, dtype: str, group: int, m: int, n: int) -> Tiling | None:
+    """The tiling where nothing was measured; None as `tiling`."""
     on_tensor_cores = arch >= TENSOR_CORES and dtype != "float32"
     for row in packaged("rule"):
         at_least = arch >= row.arch and group >= row.group and n >= row.n
         fits = on_tensor_cores == (row.tiling.kernel != "gemv") and row.tiling.fits(arch)
         if at_least and m <= row.m and fits:
             return row.tiling
+    return None
+
+
+def too_many_rows(arch: int, dtype: str) -> str:
+    """Why there is no tiling of a dtype on a GPU."""
     most = max(row.m for row in packaged("rule") if row.tiling.kernel == "gemv")
-    raise NotImplementedError(
-        f"more than {most} rows of {dtype} on sm_{arch} would need tensor cores that take them{remedy(arch)}"
-    )
+    return f"more than {most} rows of {dtype} on sm_{arch} would need tensor cores that take them{remedy(arch)}"
 
 
 def remedy(arch: int) -> str:
@@ -235,16 +230,16 @@ def mosaic_tiling(m: int, n: int, multiprocessors: int) -> Tiling:
     return large if m > small.bm and tiles >= multiprocessors else small
 
 
-def triton_tiling(arch: int, dtype: str, group: int, m: int, k: int, n: int) -> Tiling:
-    """The tiling of a Triton kernel, also where something else was measured, or is thought, to be faster."""
+def triton_tiling(arch: int, dtype: str, group: int, m: int, k: int, n: int) -> Tiling | None:
+    """The tiling of a Triton kernel, also where something else was measured, or is thought, to be faster; else None."""
     case = Case(arch, dtype, group, power_of_two(m), k, n)
     return measured(case, TRITON) or rule(arch, dtype, group, min(m, most_rows()), n)
 
 
 def grouped_tiling(arch: int, dtype: str, group: int, m: int, n: int) -> Tiling:
     """The tiling for ragged groups of some m rows each, which only the kernel of many rows has."""
-    found = rule(arch, dtype, group, min(max(m, 33), most_rows()), n)
-    return Tiling("ragged", 16, 64, 4, 4) if m <= 16 else found
+    found = None if m <= 16 else rule(arch, dtype, group, min(max(m, 33), most_rows()), n)
+    return found or Tiling("ragged", 16, 64, 4, 4)
 
 
 def most_rows() -> int:

@@ -40,14 +40,20 @@ def missing() -> str | None:
 
 def too_old(kernel: str) -> str | None:
     """Why this triton cannot compile a kernel for the GPU, None if it can."""
+    arch = architecture() or 0
+    if kernel not in ("tile", "ragged") or not 100 <= arch < 120:
+        return None
     import triton
 
-    arch = architecture() or 0
-    on_tcgen05 = kernel in ("tile", "ragged") and 100 <= arch < 120
-    if on_tcgen05 and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
         # It compiles 128 x 128 tiles to a trap, and unrolls smaller ones into twice the instructions.
         return f"triton {triton.__version__} compiles many rows wrongly for sm_{arch}: pip install 'triton>=3.9'"
     return None
+
+
+def unavailable(kernel: str) -> str | None:
+    """Why a kernel cannot be launched with what is installed here, None if it can."""
+    return missing() or too_old(kernel)
 
 
 def launch(
@@ -59,7 +65,7 @@ def launch(
     stages: int,
     **constants: Any,
 ) -> Any:
-    """The result of a kernel of triton_kernels.py, compiled when the program around it is.
+    """The result of a kernel of kernels.py, compiled when the program around it is.
 
     Args:
       kernel: its name. Pointers of `arrays` come first among its arguments, then that of the result.
@@ -69,7 +75,7 @@ def launch(
     Raises:
       NotImplementedError: a package is missing, or too old for the GPU.
     """
-    if reason := missing() or too_old(kernel):
+    if reason := unavailable(kernel):
         raise NotImplementedError(reason)
     import jax_triton
 

@@ -10,36 +10,51 @@ again for every tile of columns, and cost more instructions than the weights.
 
 from __future__ import annotations
 
-import functools as ft
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from awq_jax.kernels.contract import PackedWeight, check_tiles
+from awq_jax.kernels.arithmetic import scaled
+from awq_jax.kernels.contract import PackedWeight, not_in_tiles, sizes
 from awq_jax.kernels.gpu import OLDEST, TENSOR_CORES, architecture, multiprocessors
-from awq_jax.kernels.mosaic import matmul as mosaic
+from awq_jax.kernels.implementation import Implementation
 from awq_jax.kernels.packing.tiles import BLOCK
 from awq_jax.kernels.tilings import table
-from awq_jax.kernels.tilings.table import Tiling
-from awq_jax.kernels.triton.launch import launch
-from awq_jax.kernels.xla import dense as reference
-from awq_jax.kernels.xla.dense import scaled
+from awq_jax.kernels.tilings.table import Case, Tiling
+from awq_jax.kernels.triton.launch import launch, unavailable
 
 MOST_EXPERTS = 65535
 
 
-def check(dtype: Any, w: PackedWeight) -> None:
-    """Raises NotImplementedError with the reason why the kernels cannot multiply w with an x of this dtype."""
-    check_tiles(w)
+def unread(dtype: Any, w: PackedWeight) -> str | None:
+    """Why the kernels read no such w, or x of this dtype, on any number of rows."""
+    if reason := not_in_tiles(w):
+        return reason
     if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-        raise NotImplementedError(f"x is {jnp.dtype(dtype)}, the kernels take bfloat16, float16 or float32: cast x")
+        return f"x is {jnp.dtype(dtype)}, the kernels take bfloat16, float16 or float32: cast x"
     arch = architecture()
-    if arch is not None and arch < OLDEST:
-        raise NotImplementedError(f"the GPU is sm_{arch}, Triton compiles from sm_{OLDEST}")
+    return f"the GPU is sm_{arch}, Triton compiles from sm_{OLDEST}" if arch is not None and arch < OLDEST else None
+
+
+def refuses(x: Any, w: PackedWeight, tiling: Tiling | None = None) -> str | None:
+    """Why the kernels cannot multiply w with x, with a tiling or the one they take themselves."""
+    if reason := unread(x.dtype, w):
+        return reason
+    if 0 in sizes(x, w):
+        return None
+    if (experts := sizes(x, w)[0]) > MOST_EXPERTS:
+        return f"{experts} matrices at once: a grid of programs has {MOST_EXPERTS} in its last axis"
+    known = tiling or own_tiling(x, w)
+    return unavailable(known.kernel) if known else table.too_many_rows(architecture() or TENSOR_CORES, x.dtype.name)
+
+
+def own_tiling(x: Any, w: PackedWeight) -> Tiling | None:
+    """The one that is taken where none is given, also where another implementation would be faster."""
+    _, rows, k, n = sizes(x, w)
+    return table.triton_tiling(architecture() or TENSOR_CORES, x.dtype.name, w.spec.group(k), rows, k, n)
 
 
 def matmul(
@@ -48,7 +63,6 @@ def matmul(
     *,
     layer: Int[Array, ""] | None = None,
     dtype: Any = None,
-    lookup: Callable[..., Tiling] = table.tiling,
     tiling: Tiling | None = None,
 ) -> Float[Array, "*b o"]:
     """`x @ w`, batched over the weight's leading axes; float32 accumulators.
@@ -59,41 +73,31 @@ def matmul(
       layer: w has an axis of layers in front, and this one is meant. It is read in place: a slice handed to a
         custom call would be copied by XLA.
       dtype: of the result; None for x's.
-      lookup: where a tiling is found: `table.tiling`, which may name another implementation, or
-        `table.triton_tiling`.
-      tiling: None for the one found.
+      tiling: of one of these kernels; None for the table's.
 
     Raises:
       NotImplementedError: the kernels cannot run this case; the message says why.
       ValueError: the tiling takes more shared memory than the GPU has.
     """
-    check(x.dtype, w)
-    lead = w.codes.shape[:-2] if layer is None else w.codes.shape[1:-2]
-    n, k = w.scales.shape[-1], w.in_features
-    experts = math.prod(lead)
-    rows = math.prod(x.shape[len(lead) : -1])
+    one = w if layer is None else jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), w)
+    if reason := refuses(x, one, tiling):
+        raise NotImplementedError(reason)
+    experts, rows, k, n = sizes(x, one)
     dtype = jnp.dtype(dtype or x.dtype)
-    if 0 in (experts * rows, n, k):
+    t = tiling or own_tiling(x, one)
+    if t is None or 0 in (experts, rows, k, n):
         return jnp.zeros((*x.shape[:-1], n), dtype)
-    if experts > MOST_EXPERTS:
-        raise NotImplementedError(f"{experts} matrices at once: a grid of programs has {MOST_EXPERTS} in its last axis")
     arch = architecture() or TENSOR_CORES
-    known = lookup(arch, x.dtype.name, w.spec.group(k), rows, k, n)
-    t = tiling or known
     if not t.fits(arch):
         raise ValueError(
             f"{t} takes {t.shared(arch)} bytes of shared memory, sm_{arch} has {table.limit(arch)}: "
-            f"lower stages, or leave it to the table, which gives {known}."
+            f"lower stages, or leave it to the table, which gives {own_tiling(x, one)}."
         )
-    elsewhere = {"dense": reference.matmul, "mosaic": ft.partial(mosaic.matmul, tiling=t)}
-    if t.kernel in elsewhere:
-        one = w if layer is None else jax.tree.map(lambda leaf: leaf[layer], w)
-        return elsewhere[t.kernel](x, one, dtype=dtype)
     n_tiles, m_tiles, blocks = -(-n // t.bn), -(-rows // t.bm), -(-k // BLOCK)
     many = t.kernel == "tile"
     splits = table.splits(n_tiles * m_tiles * experts, blocks, multiprocessors()) if many else 1
     grid = {"decode": (n_tiles, m_tiles), "tile": (n_tiles * m_tiles, splits), "gemv": (m_tiles, n_tiles)}[t.kernel]
-    sizes = {"bm": t.bm, "bn": t.bn, "kb": min(t.kb, table.power_of_two(blocks)), "splits": splits}
+    tile_sizes = {"bm": t.bm, "bn": t.bn, "kb": min(t.kb, table.power_of_two(blocks)), "splits": splits}
     unused = {"decode": ("splits",), "tile": ("kb",), "gemv": ("bm", "f16", "splits")}[t.kernel]
     scale = w.input_scale if layer is None or w.input_scale is None else w.input_scale[layer]
     y = launch(
@@ -108,9 +112,29 @@ def matmul(
         M=rows,
         layered=layer is not None,
         E=experts,
-        **{name: value for name, value in (sizes | constants(x, w)).items() if name not in unused},
+        **{name: value for name, value in (tile_sizes | constants(x, w)).items() if name not in unused},
     )
     return y.sum(1).astype(dtype).reshape(*x.shape[:-1], n)
+
+
+def refuses_shared(x: Any, *ws: PackedWeight) -> str | None:
+    """Why one launch cannot multiply x with each of ws."""
+    if reason := next(filter(None, (unread(x.dtype, w) for w in ws)), None):
+        return reason
+    rows, k, ns = math.prod(x.shape[:-1]), x.shape[-1], [w.scales.shape[-1] for w in ws]
+    alike = {(w.in_features, w.spec.group(k), w.zeros is None, w.codes.ndim) for w in ws}
+    if len(ws) not in (2, 3) or alike != {(k, ws[0].spec.group(k), ws[0].zeros is None, 2)} or 0 in (rows, k, *ns):
+        return "one launch multiplies two or three matrices with the same groups"
+    t = shared_tiling(x, *ws)
+    if t is None:
+        return table.too_many_rows(architecture() or TENSOR_CORES, x.dtype.name)
+    return unavailable(t.kernel) if t.kernel == "decode" else "one launch multiplies few rows, on the tensor cores"
+
+
+def shared_tiling(x: Any, *ws: PackedWeight) -> Tiling | None:
+    """The table's for one weight as wide as all of them."""
+    rows, k, n = math.prod(x.shape[:-1]), x.shape[-1], sum(w.scales.shape[-1] for w in ws)
+    return table.tiling(architecture() or TENSOR_CORES, x.dtype.name, ws[0].spec.group(k), rows, k, n)
 
 
 def shared_matmul(x: Float[Array, "*b i"], *ws: PackedWeight) -> tuple[Float[Array, "*b o"], ...]:
@@ -119,15 +143,11 @@ def shared_matmul(x: Float[Array, "*b i"], *ws: PackedWeight) -> tuple[Float[Arr
     Raises:
       NotImplementedError: one launch cannot run this case; the message says why.
     """
-    for w in ws:
-        check(x.dtype, w)
+    if reason := refuses_shared(x, *ws):
+        raise NotImplementedError(reason)
+    t = shared_tiling(x, *ws)
+    assert t
     rows, k, ns = math.prod(x.shape[:-1]), x.shape[-1], [w.scales.shape[-1] for w in ws]
-    alike = {(w.in_features, w.spec.group(k), w.zeros is None, w.codes.ndim) for w in ws}
-    if len(ws) not in (2, 3) or alike != {(k, ws[0].spec.group(k), ws[0].zeros is None, 2)} or 0 in (rows, k, *ns):
-        raise NotImplementedError("one launch multiplies two or three matrices with the same groups")
-    t = table.tiling(architecture() or TENSOR_CORES, x.dtype.name, ws[0].spec.group(k), rows, k, sum(ns))
-    if t.kernel != "decode":
-        raise NotImplementedError("one launch multiplies few rows, on the tensor cores")
     padded = [*ws, ws[-1]][:3]
     ns = [*ns, 0][:3]
     fixed = {name: value for name, value in constants(x, ws[0]).items() if name != "N"}
@@ -148,6 +168,17 @@ def shared_matmul(x: Float[Array, "*b i"], *ws: PackedWeight) -> tuple[Float[Arr
     return tuple(y.reshape(*x.shape[:-1], n) for y, n in zip(ys, ns, strict=True) if n)
 
 
+def refuses_grouped(x: Any, w: PackedWeight, tiling: Tiling | None = None) -> str | None:
+    """Why the kernel cannot multiply sorted rows of x with the matrices of w."""
+    del tiling
+    if reason := unread(x.dtype, w):
+        return reason
+    arch = architecture() or TENSOR_CORES
+    if arch < TENSOR_CORES or x.dtype == jnp.float32:
+        return f"sorted rows of {x.dtype} on sm_{arch} would need tensor cores that take them{table.remedy(arch)}"
+    return None if 0 in (*x.shape, *w.scales.shape) else unavailable("ragged")
+
+
 def grouped_matmul(
     x: Float[Array, "m i"], w: PackedWeight, group_sizes: Int[Array, " e"], *, dtype: Any = None
 ) -> Float[Array, "m o"]:
@@ -158,17 +189,13 @@ def grouped_matmul(
     Raises:
       NotImplementedError: the kernels cannot run this case; the message says why.
     """
-    check(x.dtype, w)
-    arch = architecture() or TENSOR_CORES
-    if arch < TENSOR_CORES or x.dtype == jnp.float32:
-        raise NotImplementedError(
-            f"sorted rows of {x.dtype} on sm_{arch} would need tensor cores that take them{table.remedy(arch)}"
-        )
+    if reason := refuses_grouped(x, w):
+        raise NotImplementedError(reason)
     experts, (rows, k), n = w.codes.shape[0], x.shape, w.scales.shape[-1]
     dtype = jnp.dtype(dtype or x.dtype)
     if 0 in (experts, rows, n, k):
         return jnp.zeros((rows, n), dtype)
-    t = table.grouped_tiling(arch, x.dtype.name, w.spec.group(k), -(-rows // experts), n)
+    t = table.grouped_tiling(architecture() or TENSOR_CORES, x.dtype.name, w.spec.group(k), -(-rows // experts), n)
     which = row_tiles(group_sizes, rows, t.bm)
     if w.input_scale is not None:
         owner = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(rows), side="right")
@@ -230,3 +257,18 @@ def constants(x: Float[Array, "*b i"], w: PackedWeight) -> dict[str, Any]:
         "f16": x.dtype == jnp.float16,
         "asm": True,
     }
+
+
+def worth_timing(tiling: Tiling, case: Case) -> bool:
+    """Whether a tiling may be the fastest of a case."""
+    return tiling.bm == max(8, case.m) if tiling.kernel == "decode" else tiling.kernel == "tile" and case.m > 16
+
+
+def described(x: Any, w: PackedWeight, tiling: Tiling | None) -> str:
+    """Which kernel runs, in words."""
+    t = tiling or own_tiling(x, w)
+    return f"Triton, {t.kernel} {t.bm} x {t.bn}" if t else "Triton"
+
+
+TRITON = Implementation("triton", refuses, matmul, table.TRITON, worth_timing, described, is_custom_call=True)
+GROUPED = Implementation("triton", refuses_grouped, grouped_matmul, is_custom_call=True)

@@ -2,60 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int
 
-from awq_jax.kernels.packing.int4 import unpack_int4
-from awq_jax.kernels.packing.rows import unpack
-from awq_jax.kernels.packing.tiles import unpack_tiles
-
-if TYPE_CHECKING:
-    from awq_jax.kernels.contract import PackedWeight
+from awq_jax.kernels.arithmetic import dequantize, scaled
+from awq_jax.kernels.contract import PackedWeight
+from awq_jax.kernels.implementation import Implementation
+from awq_jax.kernels.tilings.table import DENSE, Tiling
 
 
-def unpacked(w: PackedWeight) -> UInt8[Array, "*lead i o"]:
-    """The codes of whole groups, whichever way they are packed."""
-    if w.packing == "rows":
-        return unpack(w.codes, w.spec.bits)
-    if w.packing == "int4":
-        return unpack_int4(w.codes)
-    return unpack_tiles(w.codes)[..., : w.in_features + w.spec.padding(w.in_features), :]
-
-
-def dequantize(w: PackedWeight) -> Float[Array, "*lead i o"]:
-    """`(q - z) * s` in float32, padding dropped, the input scale not applied."""
-    dense = in_groups(w)
-    *lead, groups, g, o = dense.shape
-    return dense.reshape(*lead, groups * g, o)[..., : w.in_features, :]
-
-
-def in_groups(w: PackedWeight) -> Float[Array, "*lead groups g o"]:
-    """`(q - z) * s` in float32 with the padding of the last group, the input scale not applied."""
-    codes = unpacked(w)
-    *lead, padded, o = codes.shape
-    groups = w.scales.shape[-2]
-    zeros = w.spec.middle if w.zeros is None else w.zeros[..., :, None, :].astype(jnp.float32)
-    steps = codes.reshape(*lead, groups, padded // groups, o).astype(jnp.float32) - zeros
-    return steps * w.scales[..., :, None, :].astype(jnp.float32)
-
-
-def matmul(x: Float[Array, "*b i"], w: PackedWeight, *, dtype: Any = None) -> Float[Array, "*b o"]:
+def matmul(
+    x: Float[Array, "*b i"], w: PackedWeight, *, dtype: Any = None, tiling: Tiling | None = None
+) -> Float[Array, "*b o"]:
     """`x @ w`, batched over the weight's leading axes; accumulates in float32. In x's dtype, or the one given."""
+    del tiling
     return dense_matmul(scaled(x, w.input_scale), dequantize(w).astype(x.dtype), dtype=dtype)
-
-
-def scaled(x: Float[Array, "*b i"], scale: Float[Array, "*lead i"] | None) -> Float[Array, "*b i"]:
-    """x times the input scale, whose leading axes are those of x; in x's dtype."""
-    if scale is None:
-        return x
-    between = (1,) * (x.ndim - scale.ndim)
-    wide = np.promote_types(x.dtype, scale.dtype)
-    scale = scale.reshape(*scale.shape[:-1], *between, scale.shape[-1])
-    return (x.astype(wide) * scale.astype(wide)).astype(x.dtype)
 
 
 def grouped_matmul(
@@ -80,3 +44,14 @@ def dense_grouped_matmul(
 ) -> Float[Array, "m o"]:
     """`jax.lax.ragged_dot`, accumulated in float32."""
     return lax.ragged_dot(x, w, group_sizes, preferred_element_type=jnp.float32).astype(dtype or x.dtype)
+
+
+XLA = Implementation(
+    "xla",
+    refuses=lambda x, w, tiling=None: None,
+    matmul=matmul,
+    kernels=(DENSE,),
+    worth_timing=lambda tiling, case: case.m >= 256,
+    described=lambda x, w, tiling: "plain XLA, makes each weight dense" if tiling else "plain XLA",
+)
+GROUPED = Implementation("xla", refuses=XLA.refuses, matmul=grouped_matmul)

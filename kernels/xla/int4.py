@@ -15,10 +15,18 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int4
 
-from awq_jax.kernels.contract import PackedWeight
+from awq_jax.kernels.arithmetic import in_groups, scaled
+from awq_jax.kernels.contract import PackedWeight, sizes
 from awq_jax.kernels.gpu import TENSOR_CORES, architecture
-from awq_jax.kernels.packing.int4 import MIDDLE
-from awq_jax.kernels.xla.dense import in_groups, scaled
+from awq_jax.kernels.implementation import Implementation
+from awq_jax.kernels.packing.int4 import INT4, MIDDLE
+from awq_jax.kernels.tilings.table import Tiling
+
+
+def refuses(x: Any, w: PackedWeight, tiling: Tiling | None = None) -> str | None:
+    """Why XLA cannot read the codes where they are."""
+    del x, tiling
+    return None if w.packing == INT4.name else f"codes are packed in {w.packing}"
 
 
 def matmul(x: Float[Array, "*b i"], w: PackedWeight, *, dtype: Any = None) -> Float[Array, "*b o"]:
@@ -27,8 +35,8 @@ def matmul(x: Float[Array, "*b i"], w: PackedWeight, *, dtype: Any = None) -> Fl
     Raises:
       NotImplementedError: the codes are packed otherwise.
     """
-    if w.packing != "int4":
-        raise NotImplementedError(f"codes are packed in {w.packing}")
+    if reason := refuses(x, w):
+        raise NotImplementedError(reason)
     *lead, groups, _, g = w.codes.shape
     n, rows = len(lead), x.shape[len(lead) : -1]
     whole = jnp.pad(scaled(x, w.input_scale), [(0, 0)] * (x.ndim - 1) + [(0, groups * g - x.shape[-1])])
@@ -67,3 +75,14 @@ def few(rows: int, group: int, dtype: Any) -> bool:
     if arch is not None and arch < TENSOR_CORES:
         return rows == 1
     return 4 * rows <= group * jnp.dtype(dtype).itemsize
+
+
+def described(x: Any, w: PackedWeight, tiling: Tiling | None) -> str:
+    """What XLA does with the codes, in words."""
+    del tiling
+    _, rows, k, _ = sizes(x, w)
+    reads = few(rows, w.spec.group(k), x.dtype)
+    return f"plain XLA, {'reads 4-bit codes' if reads else 'makes each weight dense'}"
+
+
+DIRECT = Implementation("direct", refuses=refuses, matmul=matmul, described=described)

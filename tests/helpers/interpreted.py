@@ -18,7 +18,7 @@ LOCK = threading.Lock()
 
 @ft.cache
 def interpreted_kernels() -> ModuleType:
-    """A copy of triton_kernels.py whose functions the interpreter runs; the module itself still compiles."""
+    """A copy of triton/kernels.py whose functions the interpreter runs; the module itself still compiles."""
     file = Path(awq_jax.kernels.__file__).with_name("triton") / "kernels.py"
     spec = importlib.util.spec_from_file_location("interpreted_triton_kernels", file)
     module = importlib.util.module_from_spec(spec)

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from awq_jax.commands import doctor
 from awq_jax.formats.autoawq import to_autoawq
 from awq_jax.formats.orbax import load_params, save_params
-from awq_jax.kernels import from_int4, int4_matmul, pack, target, to_int4
+from awq_jax.kernels import INT4, int4_matmul, target
 from awq_jax.kernels.triton import launch
 from awq_jax.tracing.view import View
 from awq_jax.weights.sharding import partition_specs
@@ -41,12 +41,11 @@ def same(a, b) -> None:
 )
 def test_element_p_o_r_holds_row_pg_r_of_column_o_minus_8(seed, groups, group, lead):
     codes = np.random.default_rng(seed).integers(0, 16, size=(*lead, groups * group, 5), dtype=np.uint8)
-    words = pack(jnp.asarray(codes), 4)
-    by_group = to_int4(words, group)
+    by_group = INT4.pack(jnp.asarray(codes), 4, group)
     assert (by_group.dtype, by_group.shape) == (jnp.int4, (*lead, groups, 5, group))
     expected = np.moveaxis(codes.reshape(*lead, groups, group, 5), -1, -2).astype(int) - 8
     np.testing.assert_array_equal(np.asarray(by_group).astype(int), expected)
-    np.testing.assert_array_equal(from_int4(by_group), words)
+    np.testing.assert_array_equal(INT4.unpack(by_group, 4), codes)
 
 
 @pytest.mark.parametrize("spec", [QuantSpec(4, 32), QuantSpec(4, 96, symmetric=True), QuantSpec(4, -1)])

@@ -28,10 +28,12 @@ pytest.importorskip("triton", reason="triton has wheels for Linux only")
 import interpreted
 from quick import quick_jit
 
-from awq_jax.kernels import api, grouped_int4_matmul, int4_matmul, shared_int4_matmul, target
+from awq_jax.kernels import grouped_int4_matmul, int4_matmul, shared_int4_matmul, target
 from awq_jax.kernels.api import separate
+from awq_jax.kernels.chooser import TABLED
 from awq_jax.kernels.gpu import architecture, multiprocessors
 from awq_jax.kernels.tilings import table
+from awq_jax.kernels.triton import launch
 from awq_jax.kernels.triton import matmul as triton
 from awq_jax.weights.spec import QuantSpec
 from awq_jax.weights.tensor import QuantizedTensor, in_int4, in_tiles, quantize, with_input_scale
@@ -48,6 +50,7 @@ ROUNDING = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}
 
 @pytest.fixture(autouse=True)
 def _interpreter(monkeypatch):
+    monkeypatch.setattr(launch, "missing", lambda: None)
     monkeypatch.setattr(triton, "launch", interpreted.launch)
 
 
@@ -240,11 +243,11 @@ def launches(monkeypatch):
     """The kernels that were launched, each with its grid and constants."""
     seen = []
 
-    def launch(kernel, *args, grid, **options):
+    def seen_launch(kernel, *args, grid, **options):
         seen.append((kernel, grid, options))
         return interpreted.launch(kernel, *args, grid=grid, **options)
 
-    monkeypatch.setattr(triton, "launch", launch)
+    monkeypatch.setattr(triton, "launch", seen_launch)
     return seen
 
 
@@ -416,12 +419,10 @@ def test_a_long_prefill_makes_the_weight_dense_once(monkeypatch):
     launched = []
     empty = lambda kernel, *_, out, **__: (launched.append(kernel), jnp.zeros(out.shape, out.dtype))[1]
     monkeypatch.setattr(triton, "launch", empty)
-    x, stack = jnp.asarray(normal(1025, 64), jnp.bfloat16), weight(2, 64, 20, scaled=True)
-    w = jax.tree.map(lambda leaf: leaf[1], stack)
+    x, w = jnp.asarray(normal(1025, 64), jnp.bfloat16), weight(64, 20, scaled=True)
     expected = int4_matmul(x, w, implementation="xla")
-    np.testing.assert_array_equal(triton.matmul(x, w), expected)
-    np.testing.assert_array_equal(triton.matmul(x, stack, layer=1), expected)
-    wide = triton.matmul(x, w, dtype=jnp.float32)
+    np.testing.assert_array_equal(TABLED.matmul(x, w), expected)
+    wide = TABLED.matmul(x, w, dtype=jnp.float32)
     assert wide.dtype == jnp.float32
     np.testing.assert_array_equal(wide.astype(jnp.bfloat16), expected)
     assert launched == []
@@ -475,19 +476,6 @@ def test_a_shared_launch_has_the_gradients_and_the_vmap_of_separate_ones(one_dev
     for y, alone in zip(batched, separate(x, *ws), strict=True):
         np.testing.assert_array_equal(y, alone)
     assert one_device
-
-
-def test_when_nothing_can_all_reasons_are_told():
-    def no(reason):
-        def refuse(*_):
-            raise NotImplementedError(reason)
-
-        return refuse, refuse
-
-    with pytest.raises(NotImplementedError, match=r"one: too big.*two: too small"):
-        api.first_that_can({"one": no("too big"), "two": no("too small")}, None, 0)
-    with pytest.raises(ValueError, match="three"):
-        api.first_that_can({"one": no("too big")}, "three", 0)
 
 
 def test_leading_axes_that_x_lacks_are_named():

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from awq_jax.kernels import pack, unpack
+from awq_jax.kernels import PACKINGS, TILES, pack, unpack
+from awq_jax.weights.spec import QuantSpec
+from awq_jax.weights.tensor import packed_as, quantize
 
 jitted_pack = jax.jit(pack, static_argnames="bits")
 jitted_unpack = jax.jit(unpack, static_argnames="bits")
@@ -69,3 +71,20 @@ def test_columns_and_leading_axes_are_packed_apart():
     whole = jitted_pack(original, bits=3)
     each = ft.partial(jitted_pack, bits=3)
     np.testing.assert_array_equal(whole[1, 2][:, 3:], each(original[1, 2][:, 3:]))
+
+
+@pytest.mark.parametrize(("name", "bits"), [(name, bits) for name, p in PACKINGS.items() for bits in p.bits])
+def test_an_entry_unpacks_what_it_packs_and_knows_its_shape(name, bits):
+    packing = PACKINGS[name]
+    codes = np.random.default_rng(bits).integers(0, 2**bits, (2, 192, 5), np.uint8)
+    stored = packing.pack(codes, bits, 96)
+    assert (packing.name, stored.dtype) == (name, packing.dtype)
+    back = np.asarray(packing.unpack(stored, bits))
+    assert back.shape == packing.shape(stored.shape, bits)
+    np.testing.assert_array_equal(back[:, :192], codes)
+
+
+def test_codes_too_wide_for_a_packing_are_refused():
+    w = quantize(np.ones((64, 4), np.float32), QuantSpec(3, 32))
+    with pytest.raises(ValueError, match=r"has 3-bit codes, tiles holds those of \[4\]"):
+        packed_as(w, TILES)

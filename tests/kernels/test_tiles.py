@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from awq_jax.formats.autoawq import to_autoawq
-from awq_jax.kernels import from_tiles, pack, to_tiles
+from awq_jax.kernels import TILES
 from awq_jax.tracing.view import View
 from awq_jax.weights.spec import QuantSpec
 from awq_jax.weights.tensor import dot, in_rows, in_tiles, prepare, quantize, with_input_scale
@@ -24,15 +24,14 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 @given(seed=st.integers(0, 2**32 - 1), planes=st.sampled_from([1, 4, 9]), lead=st.sampled_from([(), (2, 3)]))
 def test_nibble_j_of_word_r_of_block_p_holds_row_128p_32j_r(seed, planes, lead):
     codes = np.random.default_rng(seed).integers(0, 16, size=(*lead, 32 * planes, 5), dtype=np.uint8)
-    words = pack(jnp.asarray(codes), 4)
-    tiles = to_tiles(words)
+    tiles = TILES.pack(jnp.asarray(codes), 4, 32)
     blocks = -(-planes // 4)
     assert (tiles.dtype, tiles.shape) == (np.int16, (*lead, blocks, 5 * 32))
     expected = np.zeros((*lead, blocks, 5, 32), np.uint16)
     for k in range(32 * planes):
         expected[..., k // 128, :, k % 32] |= codes[..., k, :].astype(np.uint16) << (4 * (k % 128 // 32))
     np.testing.assert_array_equal(np.asarray(tiles).view(np.uint16).reshape(expected.shape), expected)
-    np.testing.assert_array_equal(from_tiles(tiles, 32 * planes), words)
+    np.testing.assert_array_equal(TILES.unpack(tiles, 4)[..., : 32 * planes, :], codes)
 
 
 SPECS = [QuantSpec(4, 32), QuantSpec(4, 64, symmetric=True), QuantSpec(4, 96), QuantSpec(4, 128), QuantSpec(4, -1)]

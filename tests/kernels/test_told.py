@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from awq_jax.kernels import api, grouped_int4_matmul, int4_matmul, shared_int4_matmul, target
+from awq_jax.kernels import chooser, grouped_int4_matmul, int4_matmul, shared_int4_matmul, target
 from awq_jax.kernels.triton import launch
 from awq_jax.weights.spec import QuantSpec
 from awq_jax.weights.tensor import in_tiles, quantize
@@ -30,10 +30,10 @@ def on_a_gpu(monkeypatch):
     """An H100, as far as the chooser can see, with the packages that run kernels on it."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(launch, "missing", lambda: None)
-    api.tell.cache_clear()
+    chooser.tell.cache_clear()
     with target(90):
         yield
-    api.tell.cache_clear()
+    chooser.tell.cache_clear()
 
 
 CASES = {
@@ -67,7 +67,7 @@ def test_the_slow_path_is_told_once_with_its_reason(on_a_gpu, name):
 
 
 def test_without_a_gpu_nothing_is_told():
-    api.tell.cache_clear()
+    chooser.tell.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for run, _ in CASES.values():
@@ -85,7 +85,7 @@ def test_a_triton_that_compiles_many_rows_to_a_trap_is_not_used_for_them(monkeyp
             lambda: int4_matmul(x(40), weight(64, 8)),
             lambda: grouped_int4_matmul(x(3), weight(2, 64, 8), jnp.array([1, 2])),
         ):
-            api.tell.cache_clear()
+            chooser.tell.cache_clear()
             with pytest.warns(UserWarning, match=advice):
                 run()
         monkeypatch.setattr(triton, "__version__", "3.9.0")

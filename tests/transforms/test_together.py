@@ -14,6 +14,7 @@ from loose import loose
 from awq_jax import quantized, sites, with_moments
 from awq_jax.kernels import api
 from awq_jax.kernels import custom_rules as rules
+from awq_jax.kernels.triton import launch
 from awq_jax.kernels.triton import matmul as triton
 from awq_jax.weights.layout import Layout
 from awq_jax.weights.spec import QuantSpec
@@ -44,12 +45,13 @@ def packed(fn, params, *inputs, specs=None):
 @pytest.fixture
 def one_device(monkeypatch):
     """Programs run the kernels, interpreted, as on one GPU."""
+    monkeypatch.setattr(launch, "missing", lambda: None)
     monkeypatch.setattr(triton, "launch", interpreted.launch)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     monkeypatch.setattr(rules, "everywhere", lambda kernel, plain: kernel)
-    api.implementations.cache_clear()
+    api.operation.cache_clear()
     yield
-    api.implementations.cache_clear()
+    api.operation.cache_clear()
 
 
 def launches(fn, *args) -> list[list[int]]:

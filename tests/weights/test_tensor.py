@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from awq_jax.kernels import unpack
+from awq_jax.kernels.arithmetic import dequantized, ungrouped
 from awq_jax.weights.layout import layout_of_json
 from awq_jax.weights.spec import QuantSpec
-from awq_jax.weights.tensor import assemble, dot, quantize, with_input_scale
+from awq_jax.weights.tensor import assemble, dot, group, quantize, with_input_scale
 
 FLOAT16_ROUNDING = 2.0**-11
 
@@ -245,3 +246,19 @@ def test_a_quantized_param_has_the_shape_and_order_of_the_dense_one(layout, matr
     q = assemble(codes, ones, 8 * ones, QuantSpec(4, 32), in_features=in_features, dtype=np.float32, layout=layout)
     assert (q.shape, q.ndim, q.matrix_shape) == (w.shape, w.ndim, as_matrices.shape)
     np.testing.assert_array_equal(q.dequantize(), w)
+
+
+@pytest.mark.parametrize("lead", [(), (2, 3)])
+def test_codes_are_made_weights_alike_by_group_and_by_weight(lead):
+    codes = np.random.default_rng(0).integers(0, 16, (*lead, 3, 32, 5)).astype(np.float32)
+    steps, zeros = np.exp(normal(*lead, 3, 5)), np.round(8 + normal(*lead, 3, 5, seed=1))
+    of_each = [np.repeat(a[..., None, :], 32, -2) for a in (steps, zeros)]
+    expected = (codes - of_each[1]) * of_each[0]
+    np.testing.assert_array_equal(dequantized(codes, steps, zeros), expected)
+    np.testing.assert_array_equal(dequantized(codes, *of_each), expected)
+    np.testing.assert_array_equal(dequantized(codes, steps, 8), (codes - 8) * of_each[0])
+
+
+def test_ungrouped_undoes_group():
+    w = normal(2, 70, 3)
+    np.testing.assert_array_equal(ungrouped(group(w, QuantSpec(4, 32)), 70), w)

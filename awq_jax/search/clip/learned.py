@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from awq_jax.compat import adam
+from awq_jax.kernels.arithmetic import dequantized
 from awq_jax.search.clip.shrink import Clip, Ranges
 from awq_jax.search.loss import group_blocks, group_error
 from awq_jax.search.moments import Moments
@@ -37,7 +38,7 @@ class LearnedClip:
         def errors(ratios: Float[Array, "2 groups o"]) -> Float[Array, "groups o"]:
             steps, zeros = affine(low * ratios[0], high * ratios[1], spec)
             codes = straight_through(grouped / steps[:, None] + zeros[:, None], spec)
-            return group_error((codes - zeros[:, None]) * steps[:, None] - grouped, gram)
+            return group_error(dequantized(codes, steps, zeros) - grouped, gram)
 
         optimizer = adam(self.rate)
 

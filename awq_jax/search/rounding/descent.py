@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from awq_jax.kernels.arithmetic import dequantized
 from awq_jax.weights.spec import QuantSpec
 
 CHUNK = 32
@@ -52,7 +53,7 @@ def descended_rows(
             return jax.lax.dynamic_update_slice(change, own, (start, 0)), new
 
         starts = jnp.arange(0, b, CHUNK)
-        change = (codes - zeros) * steps - w
+        change = dequantized(codes, steps, zeros) - w
         return jax.lax.scan(one_chunk, change, (starts, chunks(codes), chunks(steps), chunks(gram)))[1].reshape(b, o)
 
     return jax.lax.map(one_block, (rows, codes, steps, zeros, gram))

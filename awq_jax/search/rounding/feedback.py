@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from awq_jax.kernels.arithmetic import dequantized
 from awq_jax.search.loss import blocks
 from awq_jax.search.moments import Moments
 from awq_jax.search.rounding.descent import CHUNK, descended_rows
@@ -177,7 +178,7 @@ def _round_rows(
             targets, errors = state
             j, w, step, zero, out = row
             code = jnp.clip(jnp.round(targets[j] / step) + zero, 0, spec.levels)
-            error = w - (code - zero) * step
+            error = w - dequantized(code, step, zero)
             return (targets + out[:, None] * error[None], errors.at[j].set(error)), code
 
         (_, found), codes = jax.lax.scan(

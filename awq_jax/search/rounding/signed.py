@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from awq_jax.kernels.arithmetic import dequantized
 from awq_jax.search.loss import group_error
 from awq_jax.search.moments import Moments
 from awq_jax.search.rounding.feedback import Codes, in_rows, shrunk_blocks
@@ -45,7 +46,7 @@ class Signed:
 
         def errors(offset: Float[Array, "n b o"]) -> tuple[Float[Array, " o"], Float[Array, "n b o"]]:
             codes = straight_through(levels + offset, spec)
-            return group_error((codes - row_zeros) * row_steps - rows, gram).sum(0), codes
+            return group_error(dequantized(codes, row_steps, row_zeros) - rows, gram).sum(0), codes
 
         def step(state: tuple[Array, ...], k: Array) -> tuple[tuple[Array, ...], None]:
             offset, best, least = state

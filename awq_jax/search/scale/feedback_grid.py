@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from awq_jax.kernels.arithmetic import dequantized
 from awq_jax.search.loss import group_error
 from awq_jax.search.moments import Moments
 from awq_jax.search.rounding.feedback import in_blocks, rounded_rows, shrunk_blocks
@@ -48,5 +49,5 @@ class FeedbackGrid:
         steps, zeros = side_by_side(steps, 1), side_by_side(zeros, 0)
         rows = side_by_side(jnp.broadcast_to(w, (len(scales), *w.shape)), 0)
         codes = rounded_rows(rows, steps, zeros, gram, spec, ordered=True)
-        errors = group_error((codes - zeros) * steps - rows, gram).sum(0)
+        errors = group_error(dequantized(codes, steps, zeros) - rows, gram).sum(0)
         return scales[jnp.argmin(errors.reshape(len(scales), -1).sum(1))]

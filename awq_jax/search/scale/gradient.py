@@ -12,6 +12,7 @@ import optax
 from jaxtyping import Array, Float
 
 from awq_jax.compat import adam
+from awq_jax.kernels.arithmetic import dequantized, ungrouped
 from awq_jax.search.loss import output_error
 from awq_jax.search.moments import Moments
 from awq_jax.search.scale.grid import Grid, scale_error, some_columns
@@ -58,7 +59,7 @@ def smooth_error(w: Float[Array, "i o"], s: Float[Array, " i"], moments: Moments
     steps, zeros = affine(*group_ranges(scaled, spec), spec)
     levels = group(scaled, spec) / steps[..., None, :] + zeros[..., None, :]
     codes = straight_through(levels, spec)
-    rounded = ((codes - zeros[..., None, :]) * steps[..., None, :]).reshape(-1, w.shape[1])[: len(w)]
+    rounded = ungrouped(dequantized(codes, steps, zeros), len(w))
     return output_error((rounded - scaled) / s[:, None], moments).sum()
 
 
