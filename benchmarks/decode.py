@@ -35,7 +35,7 @@ from awq_jax.models.generate import generate
 from awq_jax.models.llama import Llama
 from awq_jax.pipeline.load import Model, load
 from awq_jax.weights.spec import QuantSpec
-from awq_jax.weights.tensor import prepare, quantize
+from awq_jax.weights.tensor import prepare, round_to_nearest
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def random_model(hf: dict[str, Any]) -> Model:
 
 def rounded(model: Model, group: int) -> Model:
     """`model` with 4-bit kernels."""
-    pack = lambda path, leaf: quantize(leaf, QuantSpec(4, group)) if path[-1].key == "kernel" else leaf
+    pack = lambda path, leaf: round_to_nearest(leaf, QuantSpec(4, group)) if path[-1].key == "kernel" else leaf
     params = jax.tree_util.tree_map_with_path(pack, model.params)
     return replace(model, params=params if architecture() is None else prepare(params))
 

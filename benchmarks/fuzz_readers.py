@@ -49,7 +49,7 @@ def quantized(folder: Path, format: str, **changes: Any) -> Path:
     from awq_jax.formats import autoawq, orbax
     from awq_jax.formats.checkpoint import open_checkpoint
     from awq_jax.pipeline.load import architecture
-    from awq_jax.weights.tensor import quantize
+    from awq_jax.weights.tensor import round_to_nearest
 
     checkpoint = open_checkpoint(tiny(folder, **changes))
     module, config = architecture(checkpoint)
@@ -58,7 +58,7 @@ def quantized(folder: Path, format: str, **changes: Any) -> Path:
     writer: Any = (autoawq if format == "awq" else orbax).Writer(out, checkpoint, recipe)
     params = checkpoint.params(module, config)
     down = params["layers_0"]["mlp"]["down"]
-    down["kernel"] = quantize(down["kernel"], QuantSpec(4, 32))
+    down["kernel"] = round_to_nearest(down["kernel"], QuantSpec(4, 32))
     for part in params:
         writer.write(part, module.to_names({part: params[part]}) if format == "awq" else params[part])
     writer.finish()
@@ -86,11 +86,11 @@ def params(folder: Path) -> Path:
     import jax.numpy as jnp
 
     from awq_jax import QuantSpec, save_params
-    from awq_jax.weights.tensor import quantize, with_input_scale
+    from awq_jax.weights.tensor import round_to_nearest, with_input_scale
 
     w = jnp.asarray(np.random.default_rng(0).normal(size=(40, 6)), jnp.float32)
-    scaled = with_input_scale(quantize(w[:32], QuantSpec(4, 32)), w[:32, 0])
-    save_params(folder / "params", {"bias": w[0], "a": {"kernel": quantize(w, QuantSpec(3, 32))}, "b": scaled})
+    scaled = with_input_scale(round_to_nearest(w[:32], QuantSpec(4, 32)), w[:32, 0])
+    save_params(folder / "params", {"bias": w[0], "a": {"kernel": round_to_nearest(w, QuantSpec(3, 32))}, "b": scaled})
     return folder / "params"
 
 

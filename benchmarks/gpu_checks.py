@@ -28,7 +28,7 @@ from awq_jax.kernels import grouped_int4_matmul, in_one_launch, int4_matmul
 from awq_jax.kernels.gpu import architecture
 from awq_jax.kernels.mosaic import matmul as mosaic
 from awq_jax.weights.spec import QuantSpec
-from awq_jax.weights.tensor import in_int4, in_tiles, quantize
+from awq_jax.weights.tensor import in_int4, in_tiles, round_to_nearest
 
 SIZES = jnp.array([3, 0, 150, 40])
 """Rows of each expert, where rows are sorted; of 200 rows the last 7 belong to none."""
@@ -63,7 +63,7 @@ class Case:
         draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
         pack = in_int4 if self.way == "direct" else in_tiles
         x = draw(self.m, self.k) if self.way == "ragged" else draw(*self.lead, self.m, self.k)
-        ws = [pack(quantize(draw(*self.lead, self.k, n), QuantSpec(4, self.group))) for n in self.ns]
+        ws = [pack(round_to_nearest(draw(*self.lead, self.k, n), QuantSpec(4, self.group))) for n in self.ns]
         return jnp.asarray(x, self.dtype), *ws
 
 

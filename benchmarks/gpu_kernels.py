@@ -23,7 +23,7 @@ from awq_jax.kernels.gpu import architecture
 from awq_jax.kernels.mosaic import matmul as mosaic
 from awq_jax.transforms.tune import Chain, distinct
 from awq_jax.weights.spec import QuantSpec
-from awq_jax.weights.tensor import SCALE_DTYPE, in_tiles, quantize
+from awq_jax.weights.tensor import SCALE_DTYPE, in_tiles, round_to_nearest
 
 LLAMA_8B = ((4096, 4096), (4096, 6144), (4096, 14336), (14336, 4096))
 LARGER = ((4096, 28672), (8192, 57344), (8192, 8192), (8192, 10240), (28672, 8192))
@@ -66,7 +66,7 @@ def times_of(
     k: int, n: int, rows: Sequence[int], others: dict[str, Peer], record: Record
 ) -> Iterator[tuple[int, dict[str, list[float]]]]:
     """For each number of rows, the times of two turns by name; what does not run is told in the record."""
-    packed = distinct(k, n, lambda w: in_tiles(quantize(w, QuantSpec(4, 128), steps=SCALE_DTYPE)))
+    packed = distinct(k, n, lambda w: in_tiles(round_to_nearest(w, QuantSpec(4, 128), steps=SCALE_DTYPE)))
     dense = distinct(k, n, lambda w: w)
     xs = {m: jax.random.normal(jax.random.key(0), (m, k), jnp.bfloat16) for m in rows}
     chains: dict[int, dict[str, Future[Chain]]] = {m: {} for m in xs}

@@ -21,7 +21,7 @@ from gpu_record import Record, Row
 
 from awq_jax.kernels import int4_matmul
 from awq_jax.weights.spec import QuantSpec
-from awq_jax.weights.tensor import in_tiles, quantize
+from awq_jax.weights.tensor import in_tiles, round_to_nearest
 
 METRICS = {
     "gpu__time_duration.sum": "time",
@@ -43,7 +43,7 @@ LARGE = ((1024, 4096, 14336, "triton"), (1024, 4096, 14336, "mosaic"))
 
 def multiply(m: int, k: int, n: int, way: str) -> None:
     x = jax.random.normal(jax.random.key(0), (m, k), jnp.bfloat16)
-    w = in_tiles(quantize(jax.random.normal(jax.random.key(1), (k, n), jnp.bfloat16), QuantSpec(4, 128)))
+    w = in_tiles(round_to_nearest(jax.random.normal(jax.random.key(1), (k, n), jnp.bfloat16), QuantSpec(4, 128)))
     run = jax.jit(ft.partial(int4_matmul, implementation=way))
     jax.block_until_ready([run(x, w) for _ in range(2)])
 

@@ -43,7 +43,7 @@ from awq_jax.transforms.recipe import Recipe
 from awq_jax.transforms.stream import Lazy
 from awq_jax.weights.paths import named_leaves
 from awq_jax.weights.spec import QuantSpec, Rule
-from awq_jax.weights.tensor import is_quantized, quantize
+from awq_jax.weights.tensor import is_quantized, round_to_nearest
 
 
 def random_decoder(hf: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
@@ -119,9 +119,9 @@ def on_cpu() -> Any:
 def ties() -> Iterator[Row]:
     """Rounding to nearest on both: codes may differ where a weight lies between two of them."""
     w = np.random.default_rng(0).standard_t(4, size=(1024, 512)).astype(np.float32)
-    q, s, z = parts(quantize(w, QuantSpec(4, 64)))
+    q, s, z = parts(round_to_nearest(w, QuantSpec(4, 64)))
     with on_cpu():
-        other, s_cpu, z_cpu = parts(quantize(w, QuantSpec(4, 64)))
+        other, s_cpu, z_cpu = parts(round_to_nearest(w, QuantSpec(4, 64)))
     spread = lambda a: np.repeat(a, 64, axis=0)
     off = np.abs(np.abs(w / spread(s) + spread(z) - np.minimum(q, other)) - 0.5)
     yield Row("rounded: steps and zeros that differ", int(((s != s_cpu) | (z != z_cpu)).sum()), "", 0, most=True)

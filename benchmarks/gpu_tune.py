@@ -18,7 +18,7 @@ from awq_jax.kernels.tilings import table
 from awq_jax.kernels.tilings.table import Case, Tiling
 from awq_jax.transforms.tune import distinct, timings
 from awq_jax.weights.spec import QuantSpec
-from awq_jax.weights.tensor import SCALE_DTYPE, in_tiles, quantize
+from awq_jax.weights.tensor import SCALE_DTYPE, in_tiles, round_to_nearest
 
 TABLE = Path(kernels.__file__).with_name("tilings") / "table.json"
 ROWS = (1, 1024, 64, 4096, 16, 256, 4, 32, 128, 512, 2, 8, 2048)
@@ -58,7 +58,7 @@ def run(record: Record) -> None:
     if arch is None:
         record.add(Row("tilings", why="no NVIDIA GPU is here"))
         return
-    packed = lambda w: in_tiles(quantize(w, QuantSpec(4, 128), steps=SCALE_DTYPE))
+    packed = lambda w: in_tiles(round_to_nearest(w, QuantSpec(4, 128), steps=SCALE_DTYPE))
     weights = ft.cache(lambda k, n: distinct(k, n, packed))
     for m in (16,) if record.toy else ROWS:
         for k, n in ((128, 32),) if record.toy else LLAMA_8B:

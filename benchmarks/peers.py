@@ -22,7 +22,7 @@ from awq_jax.formats.autoawq import to_autoawq
 from awq_jax.kernels import unpacked
 from awq_jax.kernels.xla import dense as reference
 from awq_jax.weights.spec import QuantSpec
-from awq_jax.weights.tensor import QuantizedTensor, in_tiles, quantize
+from awq_jax.weights.tensor import QuantizedTensor, in_tiles, round_to_nearest
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ PEERS: Mapping[str, Callable[[], Peer]] = {
 def usable(makers: Mapping[str, Callable[[], Peer]]) -> tuple[dict[str, Peer], dict[str, str]]:
     """The peers that are here and multiply right, by name; and of the others why not."""
     found, left_out = {}, {}
-    w = in_tiles(quantize(jax.random.normal(jax.random.key(1), (1024, 256)), QuantSpec(4, 128, symmetric=True)))
+    w = in_tiles(round_to_nearest(jax.random.normal(jax.random.key(1), (1024, 256)), QuantSpec(4, 128, symmetric=True)))
     x = jax.random.normal(jax.random.key(0), (16, w.shape[0]), jnp.bfloat16)
     expected = np.asarray(reference.matmul(x, w), np.float32)
     for name, make in makers.items():

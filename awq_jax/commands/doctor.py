@@ -80,11 +80,11 @@ def _serves(rows: int) -> tuple[str, str]:
     from awq_jax.kernels.chooser import TABLED, TRIED
     from awq_jax.kernels.gpu import architecture
     from awq_jax.weights.spec import QuantSpec
-    from awq_jax.weights.tensor import SCALE_DTYPE, in_tiles, packed_as, quantize
+    from awq_jax.weights.tensor import SCALE_DTYPE, in_tiles, packed_as, round_to_nearest
 
     dense, packing = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16), best_packing()
     x = jax.ShapeDtypeStruct((rows, 4096), jnp.bfloat16)
-    w = jax.eval_shape(lambda dense: quantize(dense, QuantSpec(), steps=SCALE_DTYPE), dense)
+    w = jax.eval_shape(lambda dense: round_to_nearest(dense, QuantSpec(), steps=SCALE_DTYPE), dense)
     ready, on_gpu = jax.eval_shape(lambda w: packed_as(w, packing), w), architecture() is not None
     runs = next(i for i in TRIED if (on_gpu or i is not TABLED) and not i.refuses(x, ready))
     reason = TABLED.refuses(x, jax.eval_shape(in_tiles, w)) if on_gpu else None

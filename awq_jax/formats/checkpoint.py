@@ -27,7 +27,7 @@ from awq_jax.formats.scratch import scratch_folder
 from awq_jax.formats.stored import StoredTensor
 from awq_jax.near import did_you_mean, names_in
 from awq_jax.text import unprinted
-from awq_jax.weights.tensor import QuantizedTensor, quantize
+from awq_jax.weights.tensor import QuantizedTensor, round_to_nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -182,7 +182,7 @@ def abstract(shape: tuple[int, ...], tensor: StoredTensor) -> Any:
     """What becomes of a stored tensor as a param of such a shape, without its numbers."""
     dense = jax.ShapeDtypeStruct(shape, jnp.dtype(tensor.dtype))
     spec = tensor.spec
-    return dense if spec is None else jax.eval_shape(lambda w: quantize(w, spec, steps=dense.dtype), dense)
+    return dense if spec is None else jax.eval_shape(lambda w: round_to_nearest(w, spec, steps=dense.dtype), dense)
 
 
 def open_checkpoint(model: str | Path) -> Checkpoint:

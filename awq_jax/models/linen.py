@@ -10,7 +10,7 @@ import jax
 from jaxtyping import Array, Float
 
 from awq_jax.weights.spec import QuantSpec
-from awq_jax.weights.tensor import SCALE_DTYPE, QuantizedTensor, dot, dots, is_quantized, plus, quantize
+from awq_jax.weights.tensor import SCALE_DTYPE, QuantizedTensor, dot, dots, is_quantized, plus, round_to_nearest
 
 
 class QuantizedDense(nn.Module):
@@ -55,7 +55,7 @@ class QuantizedDense(nn.Module):
 
     def _new_kernel(self, key: jax.Array, in_features: int) -> Array | QuantizedTensor:
         dense = nn.initializers.lecun_normal()(key, (in_features, self.features))
-        return dense if self.spec is None else quantize(dense, self.spec, steps=SCALE_DTYPE)
+        return dense if self.spec is None else round_to_nearest(dense, self.spec, steps=SCALE_DTYPE)
 
 
 class _Params(QuantizedDense):

@@ -56,7 +56,7 @@ class Model:
         if np.ndim(tokens) != 2:
             raise InputError(f"tokens have shape {np.shape(tokens)}: give [batch, length].")
         check_tokens(self.config, tokens, "tokens")
-        embed, block, _ = steps(self.module, self.config)
+        embed, block, _ = stages(self.module, self.config)
         h = embed(self.outer, jnp.asarray(tokens))
         for i in range(self.config.layers):
             h = block(self.params[f"layers_{i}"], h)
@@ -64,7 +64,7 @@ class Model:
 
     def head(self, hidden: Float[Array, "b t h"]) -> Float[Array, "b t v"]:
         """Logits of what the last layer gives, float32."""
-        return steps(self.module, self.config)[2](self.outer, hidden)
+        return stages(self.module, self.config)[2](self.outer, hidden)
 
     def logits(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t v"]:
         """Logits of every position, float32."""
@@ -72,7 +72,7 @@ class Model:
 
     def nbytes_of_logits(self, tokens: int) -> int:
         """About what `logits` of so many tokens takes beside the params in memory: a layer, and the logits thrice."""
-        embed, block, head = steps(self.module, self.config)
+        embed, block, head = stages(self.module, self.config)
         hidden = jax.eval_shape(embed, self.outer, jax.ShapeDtypeStruct((1, tokens), jnp.int32))
         layer, logits = matmul_bytes(block, self.params["layers_0"], hidden), matmul_bytes(head, self.outer, hidden)
         return to_be_read(self.params) + layer + 3 * logits
@@ -176,7 +176,7 @@ def key_of(seed: int) -> Array:
 
 
 @cache
-def steps(module: Any, config: Any) -> tuple[Any, Any, Any]:
+def stages(module: Any, config: Any) -> tuple[Any, Any, Any]:
     """Embed, block and head of an architecture, jitted."""
     embed, block, head = (jax.jit(partial(f, config)) for f in (module.embed, module.block, module.head))
     return embed, block, head

@@ -76,7 +76,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Fold:
-    """One gauge freedom of the function: `n` positive factors, and every param that must follow them."""
+    """One channel freedom of the function: `n` positive factors, and every param that must follow them."""
 
     n: int
     members: tuple[Member, ...]

@@ -15,8 +15,7 @@ from awq_jax.transforms.calibrate import calibrate, quantized
 from awq_jax.transforms.quantize import SiteReport, quantize
 from awq_jax.transforms.recipe import Recipe
 from awq_jax.weights.spec import QuantSpec
-from awq_jax.weights.tensor import SCALE_DTYPE, dot, plus
-from awq_jax.weights.tensor import quantize as to_nearest
+from awq_jax.weights.tensor import SCALE_DTYPE, dot, plus, round_to_nearest
 
 
 class QuantizedModule(nnx.Module):
@@ -98,7 +97,7 @@ class QuantizedLinear(nnx.Module):
 
     def __init__(self, in_features: int, out_features: int, spec: QuantSpec, *, use_bias: bool = True, rngs: nnx.Rngs):
         dense = nnx.initializers.lecun_normal()(rngs.params(), (in_features, out_features))
-        self.kernel = nnx.Param(to_nearest(dense, spec, steps=SCALE_DTYPE))
+        self.kernel = nnx.Param(round_to_nearest(dense, spec, steps=SCALE_DTYPE))
         self.bias = nnx.Param(jnp.zeros(out_features)) if use_bias else None
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:

@@ -21,7 +21,7 @@ from awq_jax.kernels.tilings import table
 from awq_jax.kernels.tilings.table import Case, Tiling
 from awq_jax.kernels.triton import launch
 from awq_jax.weights.spec import QuantSpec
-from awq_jax.weights.tensor import SCALE_DTYPE, in_tiles, quantize
+from awq_jax.weights.tensor import SCALE_DTYPE, in_tiles, round_to_nearest
 
 ROTATED = 256 * 2**20
 """Bytes of distinct weights that pass by, so that none stays in the cache from one matmul to the next."""
@@ -185,7 +185,7 @@ def tune(
             "no matmul of the function goes through a kernel that can be tuned: give it weights that awq.prepare has "
             "packed, and activations in bfloat16 or float16."
         )
-    packed = lambda w, group: in_tiles(quantize(w, QuantSpec(4, group), steps=SCALE_DTYPE))
+    packed = lambda w, group: in_tiles(round_to_nearest(w, QuantSpec(4, group), steps=SCALE_DTYPE))
     weights_of = ft.cache(lambda k, n, g: distinct(k, n, ft.partial(packed, group=g)))
     end = time.monotonic() + limit
     found: list[Tuned] = []

@@ -198,22 +198,22 @@ def assemble(
     )
 
 
-def quantize(w: Float[Array, "*lead i o"], spec: QuantSpec, *, steps: Any = None) -> QuantizedTensor:
+def round_to_nearest(w: Float[Array, "*lead i o"], spec: QuantSpec, *, steps: Any = None) -> QuantizedTensor:
     """`w` rounded to nearest in groups down axis -2; a group's range is its smallest to largest weight.
 
     Args:
       steps: their dtype. None for float16 where its normal numbers hold them all, else float32; in a traced function,
         which cannot ask, float32. With float16 those below 6e-8 or above 65504 are these, and small weights are lost.
     """
-    found = _quantize(w, spec, half=steps is not None and jnp.dtype(steps) == SCALE_DTYPE)
+    found = _round_to_nearest(w, spec, half=steps is not None and jnp.dtype(steps) == SCALE_DTYPE)
     if steps is None and not isinstance(found.scales, Tracer):
         steps = step_dtype(*map(float, jax.device_get((found.scales.min(initial=1), found.scales.max(initial=1)))))
     return found if steps is None else replace(found, scales=found.scales.astype(steps))
 
 
 @ft.partial(jax.jit, static_argnames=("spec", "half"))
-def _quantize(w: Float[Array, "*lead i o"], spec: QuantSpec, half: bool) -> QuantizedTensor:
-    """See `quantize`; steps are float32, with numbers that float16 has if they are to be `half`."""
+def _round_to_nearest(w: Float[Array, "*lead i o"], spec: QuantSpec, half: bool) -> QuantizedTensor:
+    """See `round_to_nearest`; steps are float32, with numbers that float16 has if they are to be `half`."""
     wide = jnp.asarray(w, jnp.float32)
     steps, zeros = affine(*group_ranges(wide, spec), spec)
     steps = half_step(steps) if half else steps

@@ -14,7 +14,7 @@ from awq_jax.kernels import target
 from awq_jax.kernels.tilings.table import Case, Tiling
 from awq_jax.transforms.tune import Tuned
 from awq_jax.weights.spec import QuantSpec
-from awq_jax.weights.tensor import in_tiles, quantize
+from awq_jax.weights.tensor import in_tiles, round_to_nearest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -60,7 +60,7 @@ def test_a_peer_that_multiplies_wrong_or_fails_is_left_out_with_its_reason(peers
 
 
 def test_parts_are_what_the_weight_is_made_of(peers):
-    w = in_tiles(quantize(np.random.default_rng(0).normal(size=(256, 8)).astype(np.float32), QuantSpec(4, 128)))
+    w = in_tiles(round_to_nearest(np.random.default_rng(0).normal(size=(256, 8)).astype(np.float32), QuantSpec(4, 128)))
     q, s, z = peers.parts(w)
     spread = lambda a: np.repeat(a, 128, axis=0)
     np.testing.assert_array_equal((q - spread(z)) * spread(s), w.dequantize())

@@ -8,7 +8,7 @@ from awq_jax.errors import InputError
 from awq_jax.formats.autoawq import to_autoawq
 from awq_jax.formats.checkpoint import open_checkpoint
 from awq_jax.weights.spec import QuantSpec
-from awq_jax.weights.tensor import quantize
+from awq_jax.weights.tensor import round_to_nearest
 
 CT = {"weights": {"num_bits": 4, "group_size": 64}, "input_activations": {"num_bits": 8}, "targets": ["Linear"]}
 FOREIGN = {
@@ -79,7 +79,7 @@ AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "
 
 def awq_folder(folder, symmetric=False, dropped=(), arrays=None, **quantization):
     """(path, the weight that it holds) of an AutoAWQ folder of one linear."""
-    w = quantize(W, QuantSpec(4, 32, symmetric=symmetric))
+    w = round_to_nearest(W, QuantSpec(4, 32, symmetric=symmetric))
     stored = {f"m.{name}": a for name, a in (to_autoawq(w) | (arrays or {})).items() if name not in dropped}
     found = {name: value for name, value in (AWQ | quantization).items() if value != "absent"}
     return hf_folder(folder, {"model.safetensors": stored}, {"quantization_config": found}), w

@@ -23,7 +23,7 @@ from awq_jax.formats.autoawq import (
 )
 from awq_jax.formats.checkpoint import open_checkpoint
 from awq_jax.weights.spec import QuantSpec
-from awq_jax.weights.tensor import quantize, with_input_scale
+from awq_jax.weights.tensor import round_to_nearest, with_input_scale
 
 SPEC = QuantSpec(4, 32)
 
@@ -66,7 +66,7 @@ def test_any_words_survive_unpacking(words):
 @given(seed=st.integers(0, 2**32 - 1), shape=st.sampled_from([(64, 24), (128, 8)]))
 def test_weights_survive_to_the_bit(group_size, seed, shape):
     k, n = shape
-    w = quantize(weight(k, n, seed), QuantSpec(4, group_size))
+    w = round_to_nearest(weight(k, n, seed), QuantSpec(4, group_size))
     arrays = to_autoawq(w)
     groups = w.scales.shape[0]
     assert {name: (a.dtype.name, a.shape) for name, a in arrays.items()} == {
@@ -80,7 +80,7 @@ def test_weights_survive_to_the_bit(group_size, seed, shape):
 
 
 def test_a_symmetric_weight_stores_its_zero_point():
-    w = quantize(weight(), QuantSpec(4, 32, symmetric=True))
+    w = round_to_nearest(weight(), QuantSpec(4, 32, symmetric=True))
     arrays = to_autoawq(w)
     assert set(arrays["qzeros"].view(np.uint32).ravel().tolist()) == {0x88888888}
     back = from_autoawq(**arrays, group_size=32, dtype=np.float32)
@@ -102,7 +102,7 @@ def test_what_does_not_fit_is_named_with_its_remedy(shape, spec, says):
     with pytest.raises(InputError, match=f"q_proj: .*{says}.*format='orbax'"):
         check_fits("q_proj", *shape, spec)
     with pytest.raises(InputError, match=says):
-        to_autoawq(quantize(weight(*shape), spec))
+        to_autoawq(round_to_nearest(weight(*shape), spec))
 
 
 def test_what_fits_passes():
@@ -112,19 +112,19 @@ def test_what_fits_passes():
 
 def test_an_input_scale_must_be_folded_first():
     with pytest.raises(InputError, match=r"fold=True"):
-        to_autoawq(with_input_scale(quantize(weight(), SPEC), np.ones(64, np.float32)))
+        to_autoawq(with_input_scale(round_to_nearest(weight(), SPEC), np.ones(64, np.float32)))
 
 
 def test_steps_are_held_against_those_of_their_column():
     small = weight() * np.where(np.arange(16) == 3, 1e-9, 1).astype(np.float32)
     with pytest.raises(InputError, match=r"its steps: values of at most .*e-10 are too small for float16"):
-        to_autoawq(quantize(small, SPEC))
+        to_autoawq(round_to_nearest(small, SPEC))
     part = weight() * np.where(np.arange(64) < 32, 1e-9, 1).astype(np.float32)[:, None]
-    assert to_autoawq(quantize(part, SPEC))["scales"].max() > 0.1
+    assert to_autoawq(round_to_nearest(part, SPEC))["scales"].max() > 0.1
 
 
 def test_arrays_that_do_not_fit_each_other_are_refused():
-    arrays = to_autoawq(quantize(weight(), SPEC))
+    arrays = to_autoawq(round_to_nearest(weight(), SPEC))
     with pytest.raises(ValueError, match="do not fit each other in groups of 64"):
         from_autoawq(**arrays, group_size=64, dtype=np.float32)
 
@@ -154,7 +154,7 @@ def test_a_written_model_reads_back_to_the_bit(tmp_path):
     generation = tmp_path / "generation_config.json"
     generation.write_text("{}")
     embedding = weight(16, 32).astype(ml_dtypes.bfloat16)
-    q, dense = quantize(weight(), SPEC), weight(16, 64, 1)
+    q, dense = round_to_nearest(weight(), SPEC), weight(16, 64, 1)
     parts = {
         "outer": {"model.embed_tokens.weight": embedding, "model.norm.weight": np.ones(4, np.float32)},
         "layers_0": {
@@ -193,9 +193,13 @@ def test_a_written_model_reads_back_to_the_bit(tmp_path):
         ("a.weight", np.array([[1e5]], ml_dtypes.bfloat16), "does not fit float16"),
         ("a.weight", np.array([[np.nan]], np.float32), "a value of nan"),
         ("a.weight", np.full((2, 2), 1e-9, np.float32), "part: a.weight: values of at most 1e-09 are too small"),
-        ("a.weight", quantize(weight(128), QuantSpec(4, 64)), r"is \(4, 64\) and \(4, 32\) elsewhere"),
-        ("lm_head.weight", quantize(weight(), SPEC), "dense lm_head"),
-        ("a.weight", with_input_scale(quantize(weight(), SPEC), np.ones(64)), "part: a.weight has an input scale"),
+        ("a.weight", round_to_nearest(weight(128), QuantSpec(4, 64)), r"is \(4, 64\) and \(4, 32\) elsewhere"),
+        ("lm_head.weight", round_to_nearest(weight(), SPEC), "dense lm_head"),
+        (
+            "a.weight",
+            with_input_scale(round_to_nearest(weight(), SPEC), np.ones(64)),
+            "part: a.weight has an input scale",
+        ),
     ],
 )
 def test_what_a_file_cannot_hold_is_named(tmp_path, name, tensor, says):
@@ -210,7 +214,7 @@ def raw_folder(folder, arrays, **quantization):
 
 
 def test_a_folder_of_an_old_autoawq_is_read(tmp_path):
-    w = quantize(weight(), SPEC)
+    w = round_to_nearest(weight(), SPEC)
     hf_folder(tmp_path, {"model.safetensors": {f"m.{n}": a for n, a in to_autoawq(w).items()}})
     old = {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}
     (tmp_path / "quant_config.json").write_text(json.dumps(old))
@@ -228,13 +232,13 @@ def test_a_folder_of_an_old_autoawq_is_read(tmp_path):
     ],
 )
 def test_a_folder_quantized_otherwise_is_refused(tmp_path, quantization, says):
-    raw_folder(tmp_path, to_autoawq(quantize(weight(), SPEC)), **quantization)
+    raw_folder(tmp_path, to_autoawq(round_to_nearest(weight(), SPEC)), **quantization)
     with pytest.raises(InputError, match=says):
         open_checkpoint(tmp_path)
 
 
 def test_a_weight_without_its_scales_is_named(tmp_path):
-    arrays = to_autoawq(quantize(weight(), SPEC))
+    arrays = to_autoawq(round_to_nearest(weight(), SPEC))
     del arrays["scales"]
     raw_folder(tmp_path, arrays)
     with pytest.raises(InputError, match=r"m\.qweight but no m\.scales"):

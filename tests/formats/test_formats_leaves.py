@@ -12,7 +12,7 @@ from awq_jax.formats.leaves import check_leaves
 from awq_jax.formats.orbax import METADATA, load_params, save_params
 from awq_jax.tracing.view import View
 from awq_jax.weights.spec import QuantSpec
-from awq_jax.weights.tensor import QuantizedTensor, is_quantized, quantize
+from awq_jax.weights.tensor import QuantizedTensor, is_quantized, round_to_nearest
 
 SPECS = st.builds(QuantSpec, st.integers(2, 8), st.sampled_from([32, 64, 128, -1]), st.booleans())
 
@@ -87,7 +87,8 @@ def test_leaves_that_do_not_fit(change, says):
 def test_a_folder_whose_group_size_was_changed_is_refused(tmp_path):
     """Read as it is, it would compute something."""
     save_params(
-        tmp_path / "p", {"a": {"kernel": quantize(np.ones((64, 8), np.float32), QuantSpec(4, 32))}, "b": np.ones(2)}
+        tmp_path / "p",
+        {"a": {"kernel": round_to_nearest(np.ones((64, 8), np.float32), QuantSpec(4, 32))}, "b": np.ones(2)},
     )
     assert is_quantized(load_params(tmp_path / "p")["a"]["kernel"])
     file = tmp_path / "p" / METADATA

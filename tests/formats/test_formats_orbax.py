@@ -19,7 +19,7 @@ from awq_jax.formats.checkpoint import open_checkpoint
 from awq_jax.formats.written import written_whole
 from awq_jax.tracing.view import View
 from awq_jax.weights.spec import QuantSpec
-from awq_jax.weights.tensor import QuantizedTensor, is_quantized, quantize, with_input_scale
+from awq_jax.weights.tensor import QuantizedTensor, is_quantized, round_to_nearest, with_input_scale
 
 CONFIG = {"model_type": "llama", "hidden_size": 4}
 
@@ -31,14 +31,14 @@ def weight(*shape, seed=0):
 def all_kinds():
     """Params with every kind of leaf."""
     layout = View.of((4, 40, 2)).layout((0,), (1,))
-    q = quantize(weight(40, 6), QuantSpec(3, 32))
+    q = round_to_nearest(weight(40, 6), QuantSpec(3, 32))
     return {
         "dense": {"f32": weight(3), "bf16": weight(2, 2).astype(jnp.bfloat16), "scalar": jnp.float32(2)},
         "padded": {"kernel": q},
-        "scaled": {"kernel": with_input_scale(quantize(weight(64, 6), QuantSpec(4, 32)), weight(64))},
-        "symmetric": {"kernel": quantize(weight(64, 6).astype(jnp.bfloat16), QuantSpec(8, 64, symmetric=True))},
-        "experts": quantize(weight(4, 32, 2), QuantSpec(2, 32)),
-        "laid_out": QuantizedTensor(**{**vars(quantize(weight(4, 40, 2), QuantSpec(5, 32))), "layout": layout}),
+        "scaled": {"kernel": with_input_scale(round_to_nearest(weight(64, 6), QuantSpec(4, 32)), weight(64))},
+        "symmetric": {"kernel": round_to_nearest(weight(64, 6).astype(jnp.bfloat16), QuantSpec(8, 64, symmetric=True))},
+        "experts": round_to_nearest(weight(4, 32, 2), QuantSpec(2, 32)),
+        "laid_out": QuantizedTensor(**{**vars(round_to_nearest(weight(4, 40, 2), QuantSpec(5, 32))), "layout": layout}),
     }
 
 
@@ -62,7 +62,7 @@ def assert_same(found, expected):
 
 
 def test_parts_come_back_as_they_were(tmp_path):
-    params = {"outer": all_kinds(), "layers_0": {"kernel": quantize(weight(32, 8), QuantSpec(4, 32))}}
+    params = {"outer": all_kinds(), "layers_0": {"kernel": round_to_nearest(weight(32, 8), QuantSpec(4, 32))}}
     out = written(tmp_path, **params)
     found, about = orbax.load(out)
     assert_same(found, params)
@@ -72,7 +72,7 @@ def test_parts_come_back_as_they_were(tmp_path):
 
 
 def test_the_folder_is_a_checkpoint(tmp_path):
-    layer = {"kernel": quantize(weight(32, 8), QuantSpec(4, 32))}
+    layer = {"kernel": round_to_nearest(weight(32, 8), QuantSpec(4, 32))}
     checkpoint = open_checkpoint(written(tmp_path, outer={"embed": {"embedding": weight(8, 4)}}, layers_0=layer))
     assert (checkpoint.kind, checkpoint.config, checkpoint.names) == ("orbax", CONFIG, frozenset())
     assert [p.name for p in checkpoint.companions] == ["tokenizer.json"]
@@ -103,7 +103,7 @@ def test_folders_that_are_not_whole_or_not_ours(tmp_path):
 
 
 def test_params_of_any_function(tmp_path):
-    kernel = quantize(weight(64, 8), QuantSpec(3, 32))
+    kernel = round_to_nearest(weight(64, 8), QuantSpec(3, 32))
     params = {"params": {"dense": {"kernel": kernel, "bias": np.ones(8, np.float32)}}}
     orbax.save_params(tmp_path / "small", params)
     found = orbax.load_params(tmp_path / "small")
@@ -126,7 +126,7 @@ class Linear(NamedTuple):
 
 
 def test_params_of_any_structure(tmp_path):
-    kernel = quantize(weight(64, 8), QuantSpec(3, 32))
+    kernel = round_to_nearest(weight(64, 8), QuantSpec(3, 32))
     params = (nn.Partitioned(kernel, ("in", "out")), [Linear(kernel, weight(8)), {"norm": weight(4)}])
     orbax.save_params(tmp_path / "small", params)
     dense = jax.tree.map(lambda w: w.dequantize() if is_quantized(w) else w, params, is_leaf=is_quantized)
@@ -152,7 +152,7 @@ def digests(folder):
 
 
 def test_params_are_read_and_placed_piece_by_piece(tmp_path, monkeypatch):
-    params = {f"layer.{k}": {"kernel": quantize(weight(64, 8, seed=k), QuantSpec(4, 32))} for k in range(5)}
+    params = {f"layer.{k}": {"kernel": round_to_nearest(weight(64, 8, seed=k), QuantSpec(4, 32))} for k in range(5)}
     params |= {"layer.5": {"kernel": jnp.ones((8, 8))}}
     orbax.save_params(tmp_path / "out", params)
     read, restored = [], orbax.restored
@@ -189,7 +189,7 @@ def test_the_same_params_are_the_same_bytes(tmp_path):
 )
 @pytest.mark.parametrize("below", [True, False])
 def test_any_path_can_be_read(tmp_path, name, below):
-    params = {"a": weight(3), "b": quantize(weight(32, 2), QuantSpec(4, 32))}
+    params = {"a": weight(3), "b": round_to_nearest(weight(32, 2), QuantSpec(4, 32))}
     folder = tmp_path / name / "out" if below else tmp_path / "out" / name
     folder.parent.mkdir()
     orbax.save_params(folder, params)
@@ -253,7 +253,7 @@ def test_save_params_replaces_only_what_it_wrote(tmp_path):
 
 
 def test_keys_with_slashes_need_their_structure(tmp_path):
-    params = {"mlp/~/linear_0": {"w": quantize(weight(32, 8), QuantSpec(4, 32))}, "b": weight(3)}
+    params = {"mlp/~/linear_0": {"w": round_to_nearest(weight(32, 8), QuantSpec(4, 32))}, "b": weight(3)}
     orbax.save_params(tmp_path / "small", params)
     found = orbax.load_params(tmp_path / "small", params)
     assert jax.tree.structure(found) == jax.tree.structure(params)

@@ -22,7 +22,7 @@ from awq_jax.models.generate import _generate
 from awq_jax.models.llama import Config, Llama
 from awq_jax.transforms.tune import program
 from awq_jax.weights.spec import QuantSpec
-from awq_jax.weights.tensor import SCALE_DTYPE, in_int4, in_rows, in_tiles, prepare, quantize, with_input_scale
+from awq_jax.weights.tensor import SCALE_DTYPE, in_int4, in_rows, in_tiles, prepare, round_to_nearest, with_input_scale
 
 pytestmark = [pytest.mark.gpu_compiler, pytest.mark.slow]
 
@@ -33,7 +33,7 @@ LEGACY = jax.__version_info__ < (0, 11)
 
 
 def weight(*lead: int, spec: QuantSpec = QuantSpec(), pack=in_tiles):  # noqa: B008
-    make = lambda w: pack(quantize(w, spec, steps=SCALE_DTYPE))
+    make = lambda w: pack(round_to_nearest(w, spec, steps=SCALE_DTYPE))
     return jax.eval_shape(make, jax.ShapeDtypeStruct((*lead, WIDTH, WIDTH), jnp.bfloat16))
 
 
@@ -185,7 +185,7 @@ def test_the_kernel_for_hopper_is_one_call_without_spills(monkeypatch, tmp_path,
     monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
     x = jax.ShapeDtypeStruct((*lead, m, WIDTH), dtype)
     dense = jax.ShapeDtypeStruct((*lead, WIDTH, n), jnp.bfloat16)
-    w = jax.eval_shape(lambda w: in_tiles(quantize(w, spec, steps=SCALE_DTYPE)), dense)
+    w = jax.eval_shape(lambda w: in_tiles(round_to_nearest(w, spec, steps=SCALE_DTYPE)), dense)
     compiled = compile_for_h200(ft.partial(int4_matmul, implementation="mosaic", dtype=result), x, w)
     assert compiled.as_text().count("custom-call(") == 1
     assert temporary(compiled) == 0
@@ -247,7 +247,9 @@ def test_greedy_decoding_copies_no_weight_and_runs_within_command_buffers(monkey
 
     def initial():
         params = Llama(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-        pack = lambda path, leaf: quantize(leaf, QuantSpec(), steps=SCALE_DTYPE) if path[-1].key == "kernel" else leaf
+        pack = lambda path, leaf: (
+            round_to_nearest(leaf, QuantSpec(), steps=SCALE_DTYPE) if path[-1].key == "kernel" else leaf
+        )
         return prepare(jax.tree_util.tree_map_with_path(pack, params))
 
     def run(params, tokens):

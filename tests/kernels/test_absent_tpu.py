@@ -16,7 +16,7 @@ os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "
 
 from awq_jax.kernels import int4_matmul
 from awq_jax.weights.spec import QuantSpec
-from awq_jax.weights.tensor import SCALE_DTYPE, in_int4, in_rows, quantize
+from awq_jax.weights.tensor import SCALE_DTYPE, in_int4, in_rows, round_to_nearest
 
 WIDTH = 4096
 CODES = WIDTH * WIDTH // 2
@@ -28,7 +28,7 @@ def device(request):
 
 
 def weight(*lead: int, pack=in_int4):
-    make = lambda w: pack(quantize(w, QuantSpec(), steps=SCALE_DTYPE))
+    make = lambda w: pack(round_to_nearest(w, QuantSpec(), steps=SCALE_DTYPE))
     return jax.eval_shape(make, jax.ShapeDtypeStruct((*lead, WIDTH, WIDTH), jnp.bfloat16))
 
 

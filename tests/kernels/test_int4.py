@@ -20,7 +20,7 @@ from awq_jax.kernels.triton import launch
 from awq_jax.tracing.view import View
 from awq_jax.weights.sharding import partition_specs
 from awq_jax.weights.spec import QuantSpec
-from awq_jax.weights.tensor import dot, in_int4, in_rows, in_tiles, prepare, quantize, with_input_scale
+from awq_jax.weights.tensor import dot, in_int4, in_rows, in_tiles, prepare, round_to_nearest, with_input_scale
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -51,7 +51,7 @@ def test_element_p_o_r_holds_row_pg_r_of_column_o_minus_8(seed, groups, group, l
 @pytest.mark.parametrize("spec", [QuantSpec(4, 32), QuantSpec(4, 96, symmetric=True), QuantSpec(4, -1)])
 @pytest.mark.parametrize("rows", [20, 192, 200])
 def test_it_is_the_same_weight(spec, rows):
-    w = with_input_scale(quantize(normal(2, rows, 6), spec), np.exp(normal(2, rows, seed=1)))
+    w = with_input_scale(round_to_nearest(normal(2, rows, 6), spec), np.exp(normal(2, rows, seed=1)))
     ready = in_int4(w)
     assert (ready.shape, ready.in_features, ready.matrix_shape) == (w.shape, rows, w.matrix_shape)
     np.testing.assert_array_equal(ready.dequantize(), w.dequantize())
@@ -60,7 +60,7 @@ def test_it_is_the_same_weight(spec, rows):
 
 
 def test_layers_are_sliced_by_scan_and_batched_by_vmap():
-    w, x = quantize(normal(3, 64, 64), QuantSpec(4, 32)), normal(2, 64, seed=1)
+    w, x = round_to_nearest(normal(3, 64, 64), QuantSpec(4, 32)), normal(2, 64, seed=1)
     step = lambda x, w: (jnp.tanh(dot(x, w)), None)
     np.testing.assert_allclose(jax.lax.scan(step, x, in_int4(w))[0], jax.lax.scan(step, x, w)[0], atol=1e-4)
     each = jax.vmap(dot, (None, 0))
@@ -68,21 +68,21 @@ def test_layers_are_sliced_by_scan_and_batched_by_vmap():
 
 
 def test_a_layout_survives():
-    w = quantize(normal(3, 64, 6), QuantSpec(4, 32))
+    w = round_to_nearest(normal(3, 64, 6), QuantSpec(4, 32))
     w = dataclasses.replace(w, layout=View.of((64, 2, 3)).layout((), (0,)))
     assert in_int4(w).shape == (3, 64, 2, 3)
     np.testing.assert_array_equal(in_int4(w).dequantize(), w.dequantize())
 
 
 def test_files_hold_words(tmp_path):
-    w = quantize(normal(128, 16), QuantSpec(4, 64))
+    w = round_to_nearest(normal(128, 16), QuantSpec(4, 64))
     jax.tree.map(np.testing.assert_array_equal, to_autoawq(in_int4(w), "w"), to_autoawq(w, "w"))
     save_params(tmp_path / "saved", {"w": in_int4(w), "b": np.zeros(1)})
     same(jax.tree.map(np.asarray, load_params(tmp_path / "saved")["w"]), jax.tree.map(np.asarray, w))
 
 
 def test_it_is_exported():
-    w, x = in_int4(quantize(normal(64, 6), QuantSpec(4, 32))), normal(3, 64)
+    w, x = in_int4(round_to_nearest(normal(64, 6), QuantSpec(4, 32))), normal(3, 64)
     exported = jax.export.deserialize(jax.export.export(jax.jit(dot))(x, w).serialize())
     np.testing.assert_allclose(exported.call(x, w), dot(x, w), rtol=1e-5, atol=1e-5)
 
@@ -100,7 +100,10 @@ def test_it_is_exported():
     ],
 )
 def test_prepare_packs_for_the_machine(monkeypatch, backend, arch, missing, packing):
-    params = {"four": quantize(normal(64, 4), QuantSpec(4, 32)), "three": quantize(normal(64, 4), QuantSpec(3, 32))}
+    params = {
+        "four": round_to_nearest(normal(64, 4), QuantSpec(4, 32)),
+        "three": round_to_nearest(normal(64, 4), QuantSpec(3, 32)),
+    }
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(launch, "missing", lambda: missing)
     with target(arch):
@@ -143,7 +146,7 @@ def mesh():
     ids=["columns", "inputs", "experts"],
 )
 def test_xla_cuts_it_and_gathers_no_weight(mesh, shape, x_spec, w_spec, y_spec, m):
-    w = with_input_scale(quantize(normal(*shape), QuantSpec(4, 64)), np.exp(normal(*shape[:-1], seed=1)))
+    w = with_input_scale(round_to_nearest(normal(*shape), QuantSpec(4, 64)), np.exp(normal(*shape[:-1], seed=1)))
     x = jnp.asarray(normal(*shape[:-2], m, 256, seed=2), jnp.bfloat16)
     ready = in_int4(w)
     place = lambda tree, specs: jax.device_put(tree, jax.tree.map(lambda s: NamedSharding(mesh, s), specs))

@@ -36,7 +36,7 @@ from awq_jax.kernels.tilings import table
 from awq_jax.kernels.triton import launch
 from awq_jax.kernels.triton import matmul as triton
 from awq_jax.weights.spec import QuantSpec
-from awq_jax.weights.tensor import QuantizedTensor, in_int4, in_tiles, quantize, with_input_scale
+from awq_jax.weights.tensor import QuantizedTensor, in_int4, in_tiles, round_to_nearest, with_input_scale
 
 pytestmark = pytest.mark.slow
 
@@ -74,7 +74,7 @@ def weight(
 @ft.partial(quick_jit, static_argnums=(2, 3, 4))
 def packed(w, scale, spec, pack, steps) -> QuantizedTensor:
     """One program: the operations one by one take a compilation each, for every shape."""
-    w = quantize(w, spec, steps=steps)
+    w = round_to_nearest(w, spec, steps=steps)
     return pack(w if scale is None else with_input_scale(w, scale))
 
 
@@ -201,7 +201,9 @@ def test_zero_points_taken_off_after_the_product_cost_float32_rounding_only(
 ):
     """Weights far from zero: sums of x times codes are an order of magnitude more than what is left of them."""
     w = in_int4(
-        quantize(normal(*lead, k, 6, seed=seed) * 0.1 + np.float32(seed % 3 - 1), QuantSpec(4, group, symmetric))
+        round_to_nearest(
+            normal(*lead, k, 6, seed=seed) * 0.1 + np.float32(seed % 3 - 1), QuantSpec(4, group, symmetric)
+        )
     )
     x = jnp.asarray(normal(*lead, *rows, k, seed=seed + 1), dtype)
     y = np.asarray(int4_matmul(x, w, implementation="direct"), np.float64).reshape(*lead, -1, 6)
@@ -399,8 +401,11 @@ def test_int4_arrays_are_read_where_they_are_and_are_no_case_for_a_kernel():
 
 
 REFUSED = {
-    "rows": (lambda: (jnp.ones((2, 64), jnp.bfloat16), quantize(normal(64, 4), QuantSpec(4, 32))), "awq_jax.prepare"),
-    "bits": (lambda: (jnp.ones((2, 64), jnp.bfloat16), quantize(normal(64, 4), QuantSpec(3, 32))), "3-bit"),
+    "rows": (
+        lambda: (jnp.ones((2, 64), jnp.bfloat16), round_to_nearest(normal(64, 4), QuantSpec(4, 32))),
+        "awq_jax.prepare",
+    ),
+    "bits": (lambda: (jnp.ones((2, 64), jnp.bfloat16), round_to_nearest(normal(64, 4), QuantSpec(3, 32))), "3-bit"),
     "float8": (lambda: (jnp.ones((2, 64), jnp.float8_e4m3fn), weight(64, 4)), "cast x"),
     "rows of float32": (lambda: (jnp.ones((9, 64)), weight(64, 4)), "more than 8 rows of float32"),
 }
@@ -485,7 +490,9 @@ def test_leading_axes_that_x_lacks_are_named():
 
 
 def test_more_matrices_than_a_grid_has_programs_are_refused():
-    w = jax.eval_shape(lambda w: in_tiles(quantize(w, SPEC)), jax.ShapeDtypeStruct((70_000, 32, 1), jnp.float32))
+    w = jax.eval_shape(
+        lambda w: in_tiles(round_to_nearest(w, SPEC)), jax.ShapeDtypeStruct((70_000, 32, 1), jnp.float32)
+    )
     with pytest.raises(NotImplementedError, match="70000 matrices"):
         jax.eval_shape(triton.matmul, jax.ShapeDtypeStruct((70_000, 1, 32), jnp.bfloat16), w)
 

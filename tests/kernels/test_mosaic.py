@@ -14,7 +14,7 @@ from awq_jax.kernels.mosaic import matmul as mosaic
 from awq_jax.kernels.tilings import table
 from awq_jax.kernels.tilings.table import Tiling
 from awq_jax.weights.spec import QuantSpec
-from awq_jax.weights.tensor import SCALE_DTYPE, in_tiles, quantize, with_input_scale
+from awq_jax.weights.tensor import SCALE_DTYPE, in_tiles, round_to_nearest, with_input_scale
 
 pytestmark = pytest.mark.slow
 
@@ -74,7 +74,7 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 )
 def test_the_product_is_within_its_bound(emulator, lead, rows, k, n, spec, dtype, result):
     """The bound of the kernel of many rows: see test_kernels.py."""
-    w = with_input_scale(quantize(normal(*lead, k, n) + 0.3, spec), np.exp(normal(*lead, k, seed=1)))
+    w = with_input_scale(round_to_nearest(normal(*lead, k, n) + 0.3, spec), np.exp(normal(*lead, k, seed=1)))
     w = dataclasses.replace(w, scales=w.scales * np.exp(normal(*w.scales.shape, seed=2)).astype(np.float16))
     x = jnp.asarray(normal(*lead, rows, k, seed=3), dtype)
     y = mosaic.matmul(x, in_tiles(w), dtype=result, tiling=SMALL)
@@ -92,7 +92,7 @@ def test_the_product_is_within_its_bound(emulator, lead, rows, k, n, spec, dtype
 def test_a_program_takes_tile_after_tile(emulator, monkeypatch, bm, k):
     """Of two matrices, with more copies in flight than there are rounds, or fewer."""
     monkeypatch.setattr(mosaic, "multiprocessors", lambda: 1)
-    w = jax.vmap(lambda w: in_tiles(quantize(w, QuantSpec(4, 64), steps=SCALE_DTYPE)))(normal(2, k, 192))
+    w = jax.vmap(lambda w: in_tiles(round_to_nearest(w, QuantSpec(4, 64), steps=SCALE_DTYPE)))(normal(2, k, 192))
     x = jnp.asarray(normal(2, 2 * bm - 8, k, seed=1), jnp.bfloat16)
     y = mosaic.matmul(x, w, tiling=dataclasses.replace(SMALL, bm=bm, stages=3))
     expected = np.asarray(x, np.float64) @ np.asarray(jax.vmap(lambda w: w.dequantize())(w), np.float64)
@@ -101,7 +101,7 @@ def test_a_program_takes_tile_after_tile(emulator, monkeypatch, bm, k):
 
 @emulated
 def test_a_batched_weight_is_one_call_of_experts(emulator):
-    w = jax.vmap(lambda w: in_tiles(quantize(w, QuantSpec(4, 64), steps=SCALE_DTYPE)))(normal(2, 128, 64))
+    w = jax.vmap(lambda w: in_tiles(round_to_nearest(w, QuantSpec(4, 64), steps=SCALE_DTYPE)))(normal(2, 128, 64))
     x = jnp.asarray(normal(2, 8, 128, seed=1), jnp.bfloat16)
     one = lambda x, w: int4_matmul(x, w, implementation="mosaic")
     y = jax.vmap(one)(x, w)
@@ -111,7 +111,7 @@ def test_a_batched_weight_is_one_call_of_experts(emulator):
 
 def test_what_it_refuses():
     def refused(match, x_dtype=jnp.bfloat16, arch=90, shape=(256, 128), group=128, pack=in_tiles, bits=4):
-        w = pack(quantize(normal(*shape), QuantSpec(bits, group)))
+        w = pack(round_to_nearest(normal(*shape), QuantSpec(bits, group)))
         x = jnp.ones((64, shape[0]), x_dtype)
         with target(arch), pytest.raises(NotImplementedError, match=match):
             int4_matmul(x, w, implementation="mosaic")
@@ -119,7 +119,9 @@ def test_what_it_refuses():
     refused("sm_80", arch=80)
     with pytest.raises(NotImplementedError, match="no NVIDIA GPU is here"):
         int4_matmul(
-            jnp.ones((64, 64), jnp.bfloat16), in_tiles(quantize(normal(64, 64), QuantSpec())), implementation="mosaic"
+            jnp.ones((64, 64), jnp.bfloat16),
+            in_tiles(round_to_nearest(normal(64, 64), QuantSpec())),
+            implementation="mosaic",
         )
     refused("sm_100", arch=100)
     refused("float32", x_dtype=jnp.float32)
@@ -147,5 +149,5 @@ def test_tiles_are_small_where_large_ones_leave_multiprocessors_idle(m, n, bm):
 @pytest.mark.parametrize("group", [32, 128])
 def test_shared_memory_holds_two_rounds_or_more(group, result, m):
     t = table.mosaic_tiling(m, 4096, 132)
-    w = in_tiles(quantize(normal(128, 64), QuantSpec(4, group)))
+    w = in_tiles(round_to_nearest(normal(128, 64), QuantSpec(4, group)))
     assert 2 <= mosaic.stages(t, w, jnp.dtype(result)) <= t.stages

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from awq_jax.kernels import PACKINGS, TILES, pack, unpack
 from awq_jax.weights.spec import QuantSpec
-from awq_jax.weights.tensor import packed_as, quantize
+from awq_jax.weights.tensor import packed_as, round_to_nearest
 
 jitted_pack = jax.jit(pack, static_argnames="bits")
 jitted_unpack = jax.jit(unpack, static_argnames="bits")
@@ -85,6 +85,6 @@ def test_an_entry_unpacks_what_it_packs_and_knows_its_shape(name, bits):
 
 
 def test_codes_too_wide_for_a_packing_are_refused():
-    w = quantize(np.ones((64, 4), np.float32), QuantSpec(3, 32))
+    w = round_to_nearest(np.ones((64, 4), np.float32), QuantSpec(3, 32))
     with pytest.raises(ValueError, match=r"has 3-bit codes, tiles holds those of \[4\]"):
         packed_as(w, TILES)

@@ -18,7 +18,7 @@ from awq_jax.kernels.xla import dense as reference
 from awq_jax.kernels import custom_rules as rules
 from awq_jax.kernels import partitioning as sharded
 from awq_jax.weights.spec import QuantSpec
-from awq_jax.weights.tensor import in_tiles, quantize, with_input_scale
+from awq_jax.weights.tensor import in_tiles, round_to_nearest, with_input_scale
 
 mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "model"))
 normal = lambda *shape, seed=0: np.random.default_rng(seed).normal(size=shape).astype(np.float32)
@@ -29,7 +29,7 @@ def kernel(x, w, *sizes, dtype=None):
     return (reference.grouped_matmul if sizes else reference.matmul)(x, w, *sizes, dtype=dtype)
 
 def weight(*shape, group=128, scaled=False):
-    w = quantize(normal(*shape), QuantSpec(4, group))
+    w = round_to_nearest(normal(*shape), QuantSpec(4, group))
     return in_tiles(with_input_scale(w, np.exp(normal(*shape[:-1], seed=2))) if scaled else w)
 
 def place(tree, spec):

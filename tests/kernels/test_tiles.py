@@ -14,7 +14,7 @@ from awq_jax.formats.autoawq import to_autoawq
 from awq_jax.kernels import TILES
 from awq_jax.tracing.view import View
 from awq_jax.weights.spec import QuantSpec
-from awq_jax.weights.tensor import dot, in_rows, in_tiles, prepare, quantize, with_input_scale
+from awq_jax.weights.tensor import dot, in_rows, in_tiles, prepare, round_to_nearest, with_input_scale
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -40,7 +40,7 @@ SPECS = [QuantSpec(4, 32), QuantSpec(4, 64, symmetric=True), QuantSpec(4, 96), Q
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.group_size}{'s' if s.symmetric else ''}")
 @pytest.mark.parametrize("rows", [20, 128, 200])
 def test_a_weight_in_tiles_is_the_same_weight(spec, rows):
-    w = with_input_scale(quantize(normal(2, rows, 6), spec), np.exp(normal(2, rows, seed=1)))
+    w = with_input_scale(round_to_nearest(normal(2, rows, 6), spec), np.exp(normal(2, rows, seed=1)))
     tiles = in_tiles(w)
     assert (tiles.shape, tiles.in_features, tiles.matrix_shape) == (w.shape, rows, w.matrix_shape)
     np.testing.assert_array_equal(tiles.dequantize(), w.dequantize())
@@ -52,7 +52,7 @@ def test_a_weight_in_tiles_is_the_same_weight(spec, rows):
 
 
 def test_layers_in_tiles_are_sliced_by_scan_and_batched_by_vmap():
-    w, x = quantize(normal(3, 64, 64), QuantSpec(4, 32)), normal(2, 64, seed=1)
+    w, x = round_to_nearest(normal(3, 64, 64), QuantSpec(4, 32)), normal(2, 64, seed=1)
     step = lambda x, w: (jnp.tanh(dot(x, w)), None)
     np.testing.assert_array_equal(jax.lax.scan(step, x, in_tiles(w))[0], jax.lax.scan(step, x, w)[0])
     each = jax.vmap(dot, (None, 0))
@@ -60,7 +60,7 @@ def test_layers_in_tiles_are_sliced_by_scan_and_batched_by_vmap():
 
 
 def test_a_layout_survives():
-    w = quantize(normal(64, 6), QuantSpec(4, 32))
+    w = round_to_nearest(normal(64, 6), QuantSpec(4, 32))
     w = dataclasses.replace(w, layout=View.of((64, 2, 3)).layout((), (0,)))
     assert in_tiles(w).shape == (64, 2, 3)
     np.testing.assert_array_equal(in_tiles(w).dequantize(), w.dequantize())
@@ -68,8 +68,8 @@ def test_a_layout_survives():
 
 def test_prepare_takes_the_four_bit_weights_of_a_pytree():
     params = {
-        "four": quantize(normal(64, 4), QuantSpec(4, 32)),
-        "three": quantize(normal(64, 4), QuantSpec(3, 32)),
+        "four": round_to_nearest(normal(64, 4), QuantSpec(4, 32)),
+        "three": round_to_nearest(normal(64, 4), QuantSpec(3, 32)),
         "dense": normal(4),
     }
     ready = prepare(params)
@@ -79,7 +79,7 @@ def test_prepare_takes_the_four_bit_weights_of_a_pytree():
 
 
 def test_files_do_not_know_of_tiles():
-    w = quantize(normal(128, 16), QuantSpec(4, 64))
+    w = round_to_nearest(normal(128, 16), QuantSpec(4, 64))
     jax.tree.map(np.testing.assert_array_equal, to_autoawq(in_tiles(w), "w"), to_autoawq(w, "w"))
 
 

@@ -13,11 +13,11 @@ import pytest
 from awq_jax.kernels import chooser, grouped_int4_matmul, int4_matmul, shared_int4_matmul, target
 from awq_jax.kernels.triton import launch
 from awq_jax.weights.spec import QuantSpec
-from awq_jax.weights.tensor import in_tiles, quantize
+from awq_jax.weights.tensor import in_tiles, round_to_nearest
 
 
 def weight(*shape: int, bits: int = 4, tiles: bool = True):
-    w = quantize(np.random.default_rng(0).normal(size=shape).astype(np.float32), QuantSpec(bits, 32))
+    w = round_to_nearest(np.random.default_rng(0).normal(size=shape).astype(np.float32), QuantSpec(bits, 32))
     return in_tiles(w) if tiles else w
 
 

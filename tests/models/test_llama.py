@@ -12,7 +12,7 @@ from tiny import CHANGES, LLAMA3, hf_config, random_params, random_tokens
 from awq_jax.models import for_config, llama
 from awq_jax.models.generate import generate
 from awq_jax.weights.spec import QuantSpec
-from awq_jax.weights.tensor import is_quantized, quantize
+from awq_jax.weights.tensor import is_quantized, round_to_nearest
 
 BOTH = ("grouped heads", "tied head")
 
@@ -97,7 +97,7 @@ def test_attention_in_slices_is_attention(length):
 def test_quantized_kernels_compute_what_their_dense_weights_do(case):
     config, params = model(case)
     tokens = random_tokens(config)
-    quantized = on_kernels(lambda w: quantize(w, QuantSpec(group_size=32)), params)
+    quantized = on_kernels(lambda w: round_to_nearest(w, QuantSpec(group_size=32)), params)
     dense = on_kernels(lambda w: w.dequantize(), quantized)
     expected = np.asarray(logits(config, dense, tokens))
     np.testing.assert_allclose(logits(config, quantized, tokens), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
@@ -128,7 +128,7 @@ def test_load_puts_each_tensor_where_it_was(case):
 
 def test_a_part_is_written_under_the_names_it_is_read_by():
     config, params = model("biases")
-    params["layers_0"] = on_kernels(lambda w: quantize(w, QuantSpec(group_size=32)), params["layers_0"])
+    params["layers_0"] = on_kernels(lambda w: round_to_nearest(w, QuantSpec(group_size=32)), params["layers_0"])
     tensors = llama.to_names(params)
     jax.tree.map(np.testing.assert_array_equal, llama.load(tensors.__getitem__, config), params)
     for name, shape in llama.matrix_shapes(config).items():
@@ -138,14 +138,14 @@ def test_a_part_is_written_under_the_names_it_is_read_by():
 
 def test_load_takes_quantized_matrices_as_they_are():
     config, params = model()
-    quantized = on_kernels(lambda w: quantize(w, QuantSpec(group_size=32)), params)
+    quantized = on_kernels(lambda w: round_to_nearest(w, QuantSpec(group_size=32)), params)
     tensors = hf_tensors(params)
     tensors["model.layers.1.mlp.down_proj.weight"] = quantized["layers_1"]["mlp"]["down"]["kernel"]
     assert (
         llama.param(tensors.__getitem__, config, "layers_1/mlp/down/kernel")
         is quantized["layers_1"]["mlp"]["down"]["kernel"]
     )
-    tensors["model.embed_tokens.weight"] = quantize(params["embed"]["embedding"], QuantSpec(group_size=32))
+    tensors["model.embed_tokens.weight"] = round_to_nearest(params["embed"]["embedding"], QuantSpec(group_size=32))
     with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight is quantized"):
         llama.load(tensors.__getitem__, config)
 
@@ -233,7 +233,7 @@ def test_samples_follow_the_distribution():
 @pytest.mark.parametrize("memory", [0, 2**40], ids=["from codes", "made dense before"])
 def test_generation_runs_on_quantized_params(memory, monkeypatch, doors):
     config, params = model()
-    quantized = on_kernels(lambda w: quantize(w, QuantSpec(group_size=32)), params)
+    quantized = on_kernels(lambda w: round_to_nearest(w, QuantSpec(group_size=32)), params)
     dense = on_kernels(lambda w: w.dequantize(), quantized)
     doors["dense"] = 0
     monkeypatch.setattr("awq_jax.models.generate.free_memory", lambda: memory)

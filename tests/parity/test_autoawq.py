@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from awq_jax.formats.autoawq import Writer
 from awq_jax.formats.checkpoint import open_checkpoint
 from awq_jax.weights.spec import QuantSpec
-from awq_jax.weights.tensor import quantize
+from awq_jax.weights.tensor import round_to_nearest
 
 NIBBLE_OF_COLUMN = [0, 4, 1, 5, 2, 6, 3, 7]
 
@@ -39,7 +39,7 @@ def test_an_independent_reader_finds_the_same_weights_to_the_bit(tmp_path, group
     weights = {
         f"model.layers.{i}.up_proj": rng.normal(size=(256, 8 * n)).astype(np.float32) for i, n in ((0, 3), (1, 9))
     }
-    quantized = {name: quantize(w, spec) for name, w in weights.items()}
+    quantized = {name: round_to_nearest(w, spec) for name, w in weights.items()}
     writer = Writer(tmp_path, Source({"model_type": "llama"}), spec)
     writer.write("outer", {"model.norm.weight": np.ones(4, np.float32)})
     writer.write("layers", {f"{name}.weight": w for name, w in quantized.items()})

@@ -20,8 +20,7 @@ from awq_jax.pipeline.calibration_text import calibration_tokens
 from awq_jax.pipeline.distill_decoder import logits, nbytes, shuffled, together
 from awq_jax.transforms.distill import _step, kl_of_logits
 from awq_jax.weights.paths import named_leaves
-from awq_jax.weights.tensor import is_quantized
-from awq_jax.weights.tensor import quantize as to_nearest
+from awq_jax.weights.tensor import is_quantized, round_to_nearest
 
 OPTIONS = ("--group-size", "32", "--samples", "8", "--seq-len", "64", "--preset", "rtn")
 
@@ -55,7 +54,7 @@ def test_what_it_takes_is_told_before_any_work(tmp_path, monkeypatch):
     shapes = jax.eval_shape(lambda: params)
     dense = {"outer": {k: params[k] for k in ("embed", "norm", "head")}}
     dense |= {"layers": together([params[f"layers_{i}"] for i in range(4)])}
-    is_matrix = lambda path, w: to_nearest(w, awq.QuantSpec(4, 32)) if path[-1].key == "kernel" else w
+    is_matrix = lambda path, w: round_to_nearest(w, awq.QuantSpec(4, 32)) if path[-1].key == "kernel" else w
     small = dense | {"layers": jax.tree_util.tree_map_with_path(is_matrix, dense["layers"])}
     factors = jax.tree.map(
         lambda w: jnp.zeros(w.scales.shape) if is_quantized(w) else None, small, is_leaf=is_quantized

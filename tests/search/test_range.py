@@ -18,8 +18,7 @@ from awq_jax.search.moments import of
 from awq_jax.transforms.distill import stored_like
 from awq_jax.transforms.mixed_bits import relative_error
 from awq_jax.transforms.quantize import FAINT, relative
-from awq_jax.weights.tensor import half_step, rounded_step, step_dtype
-from awq_jax.weights.tensor import quantize as to_nearest
+from awq_jax.weights.tensor import half_step, round_to_nearest, rounded_step, step_dtype
 
 RECIPES = {"nearest": dataclasses.replace(PRESETS["rtn"], group_size=32), "default": Recipe(group_size=32)}
 HALF = {name: dataclasses.replace(recipe, input_scales=False) for name, recipe in RECIPES.items()}
@@ -186,7 +185,7 @@ def test_the_change_of_tiny_outputs_is_relative_too():
 
 
 def test_trained_steps_keep_their_dtype():
-    w = to_nearest(jnp.asarray(problem(64)[1]), QuantSpec(4, 32))
+    w = round_to_nearest(jnp.asarray(problem(64)[1]), QuantSpec(4, 32))
     tiny = dataclasses.replace(w, scales=w.scales.astype(jnp.float32) * 1e-9)
     for before in (w, tiny):
         trained = dataclasses.replace(before, scales=before.scales.astype(jnp.float32) * 1.001)

@@ -32,7 +32,7 @@ SCALES = {
     "any": Grid(tuple(k / 5 for k in range(6)), duo="any"),
     "rms": Grid(statistic="rms"),
     "golden": Golden(),
-    "gradient": Gradient(steps=20),
+    "gradient": Gradient(iterations=20),
     "joint": Joint(),
     "feedback": FeedbackGrid(),
 }
@@ -42,9 +42,9 @@ CLIPS = {
     "mirrored": Clip(mirrored=True),
     "ends": Clip(ends=True),
     "importance": Importance(),
-    "learned": LearnedClip(steps=20),
+    "learned": LearnedClip(iterations=20),
 }
-ROUNDINGS = {"nearest": to_nearest, "feedback": Feedback(), "signed": Signed(steps=40)}
+ROUNDINGS = {"nearest": to_nearest, "feedback": Feedback(), "signed": Signed(iterations=40)}
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +81,7 @@ def test_golden_section_is_as_good_as_a_fine_grid():
 
 def test_gradients_better_the_grid():
     w, m, spec = usual()
-    grid, found = (float(scale_error(w, f(w, m, spec), m, spec)) for f in (Grid(), Gradient(steps=60, columns=0)))
+    grid, found = (float(scale_error(w, f(w, m, spec), m, spec)) for f in (Grid(), Gradient(iterations=60, columns=0)))
     assert found < 0.97 * grid
 
 
@@ -125,7 +125,7 @@ def test_signed_gradients_better_rounding_to_nearest():
     w, m, spec = usual()
     low, high = group_ranges(w, spec)
     errors = []
-    for strategy in (to_nearest, Signed(steps=200, shrink=0)):
+    for strategy in (to_nearest, Signed(iterations=200, shrink=0)):
         codes, steps, zeros = strategy(w, low, high, m, spec)
         errors.append(float(output_error(((codes - zeros[:, None]) * steps[:, None]).reshape(w.shape) - w, m).sum()))
     assert errors[1] < 0.8 * errors[0]

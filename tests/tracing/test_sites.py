@@ -17,7 +17,7 @@ from zoo import WAYS, ZOO, short
 from awq_jax.tracing.sites import sites
 from awq_jax.weights.paths import named_leaves
 from awq_jax.weights.spec import QuantSpec
-from awq_jax.weights.tensor import quantize
+from awq_jax.weights.tensor import round_to_nearest
 
 LLAMA = ["q k v", "o", "gate up", "down"]
 GROUPS = {
@@ -287,7 +287,7 @@ class Params(NamedTuple):
 
 
 def test_leaves_are_named_by_their_path():
-    dense, quantized = normal(32, 4), quantize(normal(32, 4), QuantSpec(group_size=32))
+    dense, quantized = normal(32, 4), round_to_nearest(normal(32, 4), QuantSpec(group_size=32))
     leaves = named_leaves(Params([{"w": dense}, {"w": quantized}], 1e-5))
     assert list(leaves) == ["layers/0/w", "layers/1/w", "eps"]
     assert leaves["layers/1/w"] is quantized

@@ -25,7 +25,7 @@ from awq_jax.transforms.mixed_bits import (
 )
 from awq_jax.weights.paths import named_leaves
 from awq_jax.weights.spec import QuantSpec
-from awq_jax.weights.tensor import is_quantized, quantize
+from awq_jax.weights.tensor import is_quantized, round_to_nearest
 
 NEAREST = replace(awq.PRESETS["rtn"], group_size=32)
 
@@ -113,7 +113,7 @@ def test_the_average_is_kept(name):
 def test_errors_fall_with_the_square_of_the_step():
     w = np.random.default_rng(0).normal(size=(512, 64)).astype("f4")
     offer = Offer.of(Group(("w",), w.size), 1.0)
-    lost = [np.square(np.asarray(quantize(w, QuantSpec(bits, 64)).dequantize()) - w).sum() for bits in CHOICES]
+    lost = [np.square(np.asarray(round_to_nearest(w, QuantSpec(bits, 64)).dequantize()) - w).sum() for bits in CHOICES]
     np.testing.assert_allclose(offer.errors, np.array(lost) / lost[CHOICES.index(3)], rtol=0.03)
 
 

@@ -470,7 +470,9 @@ def test_a_tied_embedding_stays_dense_unless_a_rule_names_it():
     [
         G32,
         dataclasses.replace(G32, fold=True),
-        dataclasses.replace(G32, scale=Gradient(steps=2), clip=LearnedClip(steps=2), rounding=Signed(steps=2)),
+        dataclasses.replace(
+            G32, scale=Gradient(iterations=2), clip=LearnedClip(iterations=2), rounding=Signed(iterations=2)
+        ),
         dataclasses.replace(CHEAP, scale=Joint(), clip=Importance()),
         dataclasses.replace(CHEAP, scale=Golden()),
     ],

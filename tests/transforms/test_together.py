@@ -18,7 +18,7 @@ from awq_jax.kernels.triton import launch
 from awq_jax.kernels.triton import matmul as triton
 from awq_jax.weights.layout import Layout
 from awq_jax.weights.spec import QuantSpec
-from awq_jax.weights.tensor import prepare, quantize
+from awq_jax.weights.tensor import prepare, round_to_nearest
 
 WIDTH, HEAD = 64, 16
 SPEC = QuantSpec(4, 32)
@@ -36,7 +36,7 @@ def packed(fn, params, *inputs, specs=None):
     """The params with their matrices in 4 bits, in tiles; of the specs named, else SPEC."""
 
     def one(name: str, layout: Layout):
-        w = quantize(layout.apply(jnp.asarray(params[name])), (specs or {}).get(name, SPEC))
+        w = round_to_nearest(layout.apply(jnp.asarray(params[name])), (specs or {}).get(name, SPEC))
         return prepare(w if layout.is_matrix else w.__class__(**{**vars(w), "layout": layout}))
 
     return params | {name: one(name, site.layout) for name, site in sites(fn, params, *inputs).sites.items()}
@@ -101,7 +101,7 @@ def test_a_layer_is_four_launches(one_device, monkeypatch, wrap):
 
 def test_many_rows_and_other_refusals_leave_the_program_as_it_was(monkeypatch):
     q = packed(layer, PARAMS, jnp.ones((1, WIDTH), jnp.bfloat16))
-    rows = jax.tree.map(lambda w: quantize(w.dequantize(), SPEC), q, is_leaf=lambda w: hasattr(w, "codes"))
+    rows = jax.tree.map(lambda w: round_to_nearest(w.dequantize(), SPEC), q, is_leaf=lambda w: hasattr(w, "codes"))
     cases = [(q, (40, WIDTH), jnp.bfloat16), (q, (1, WIDTH), jnp.float32), (rows, (1, WIDTH), jnp.bfloat16)]
     program = lambda p, shape, dtype: str(jax.make_jaxpr(quantized(loose(layer)))(p, jnp.ones(shape, dtype)))
     apart = [program(*case) for case in cases]

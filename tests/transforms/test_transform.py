@@ -16,8 +16,7 @@ from awq_jax import calibrate, quantized, sites, with_moments
 from awq_jax.search.moments import UNIT
 from awq_jax.weights.paths import named_leaves
 from awq_jax.weights.spec import QuantSpec
-from awq_jax.weights.tensor import QuantizedTensor, is_quantized
-from awq_jax.weights.tensor import quantize as to_nearest
+from awq_jax.weights.tensor import QuantizedTensor, is_quantized, round_to_nearest
 
 
 def normal(*shape, seed=0):
@@ -536,7 +535,7 @@ def test_a_block_of_no_size(block):
 
 def test_keyword_arguments_go_to_the_function():
     fn = lambda p, x, train, by=1.0: by * (x @ p) if train else -(x @ p)
-    w = to_nearest(jnp.eye(32), QuantSpec(8, 32))
+    w = round_to_nearest(jnp.eye(32), QuantSpec(8, 32))
     x = np.random.default_rng(0).normal(size=(3, 32)).astype(np.float32)
     y = np.asarray(x @ w.dequantize())
     np.testing.assert_allclose(quantized(fn)(w, x, train=False), -y, rtol=1e-5, atol=1e-6)

@@ -20,7 +20,7 @@ from awq_jax.kernels.tilings.table import Case, Tiling
 from awq_jax.kernels.triton import launch
 from awq_jax.kernels.triton import matmul as triton
 from awq_jax.weights.spec import QuantSpec
-from awq_jax.weights.tensor import in_tiles, quantize
+from awq_jax.weights.tensor import in_tiles, round_to_nearest
 
 tune = importlib.import_module("awq_jax.transforms.tune")
 SHAPE = {"dtype": "bfloat16", "group": 128, "k": 256, "n": 384}
@@ -54,7 +54,7 @@ def clock(monkeypatch):
 
 
 def weight(k: int = 256, n: int = 384):
-    return in_tiles(quantize(np.ones((k, n), np.float32), QuantSpec(4, 128)))
+    return in_tiles(round_to_nearest(np.ones((k, n), np.float32), QuantSpec(4, 128)))
 
 
 def rows(m: int, k: int = 256):

@@ -13,9 +13,9 @@ from flax import nnx
 from jax import lax
 
 import awq_jax as awq
-from awq_jax.weights.tensor import quantize
+from awq_jax.weights.tensor import round_to_nearest
 
-W = quantize(jax.random.normal(jax.random.key(0), (64, 64)), awq.QuantSpec(4, 32))
+W = round_to_nearest(jax.random.normal(jax.random.key(0), (64, 64)), awq.QuantSpec(4, 32))
 X = np.ones((3, 64), np.float32)
 REMEDY = r"QuantizedTensor\(shape=\(64, 64\).* awq\.quantized\(apply_fn\).*w\.dequantize\(\)"
 
@@ -110,7 +110,7 @@ def test_copies_and_trees_of_it_stay_what_they_are():
 
 
 def test_every_quantized_tensor_of_a_tree_is_made_dense():
-    half = quantize(jnp.ones((2, 40, 8), jnp.bfloat16), awq.QuantSpec(3, 32))
+    half = round_to_nearest(jnp.ones((2, 40, 8), jnp.bfloat16), awq.QuantSpec(3, 32))
     params = {"a": W, "b": [half, jnp.arange(3)], "c": nn.Partitioned(W, ("x", None)), "d": None}
     found = awq.dequantize(params)
     assert jax.tree.map(lambda w: (w.shape, w.dtype.name), found) == {

@@ -14,7 +14,7 @@ from awq_jax.kernels import unpack
 from awq_jax.kernels.arithmetic import dequantized, ungrouped
 from awq_jax.weights.layout import layout_of_json
 from awq_jax.weights.spec import QuantSpec
-from awq_jax.weights.tensor import assemble, dot, group, quantize, with_input_scale
+from awq_jax.weights.tensor import assemble, dot, group, round_to_nearest, with_input_scale
 
 FLOAT16_ROUNDING = 2.0**-11
 
@@ -55,7 +55,7 @@ def test_quantize_agrees_with_numpy(bits, symmetric, group_size):
     in_features = 200
     w = normal(in_features, 24) + np.linspace(-2, 2, 24, dtype=np.float32)
     spec = QuantSpec(bits, group_size, symmetric)
-    q = quantize(w, spec)
+    q = round_to_nearest(w, spec)
 
     group = 224 if group_size == -1 else group_size
     groups = -(-in_features // group)
@@ -80,7 +80,7 @@ def test_quantize_agrees_with_numpy(bits, symmetric, group_size):
 @pytest.mark.parametrize("bits", [3, 4, 8])
 @given(w=hnp.arrays(np.float32, (96, 2), elements=st.floats(-1e4, 1e4, width=32)))
 def test_error_is_at_most_half_a_step(bits, symmetric, w):
-    q = quantize(w, QuantSpec(bits, 64, symmetric))
+    q = round_to_nearest(w, QuantSpec(bits, 64, symmetric))
     _, step, _ = stored(q)
     rounding_of_the_step = 2**bits * FLOAT16_ROUNDING
     assert np.all(np.abs(q.dequantize() - w) <= step * (0.5 + rounding_of_the_step))
@@ -90,7 +90,7 @@ def test_error_is_at_most_half_a_step(bits, symmetric, w):
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_group_of_one_sign_keeps_its_weights_apart(sign, symmetric):
     w = sign * np.linspace(5, 6, 32, dtype=np.float32)[:, None]
-    q = quantize(w, QuantSpec(8, 32, symmetric))
+    q = round_to_nearest(w, QuantSpec(8, 32, symmetric))
     _, step, _ = stored(q)
     assert np.all(np.abs(q.dequantize() - w) <= 0.6 * step)
     assert step.max() <= 6 / 126
@@ -102,8 +102,8 @@ def test_weights_of_any_size_are_held(size):
     usual, spec = normal(64, 8), QuantSpec(4, 32)
     error = lambda q: np.square(np.asarray(q.dequantize(), np.float64) / size - usual).sum() / np.square(usual).sum()
     w = (usual * size).astype(np.float32)
-    traced = jax.jit(quantize, static_argnums=1)(w, spec)
-    q, half = quantize(w, spec), quantize(w, spec, steps=np.float16)
+    traced = jax.jit(round_to_nearest, static_argnums=1)(w, spec)
+    q, half = round_to_nearest(w, spec), round_to_nearest(w, spec, steps=np.float16)
     assert max(error(q), error(traced)) < 0.02
     assert (q.scales.dtype, half.scales.dtype) == (np.float16 if size == 1 else np.float32, np.float16)
     assert traced.scales.dtype == np.float32
@@ -114,7 +114,7 @@ def test_weights_of_any_size_are_held(size):
 def test_zero_constant_and_dead_columns_are_finite(constant, symmetric):
     w = normal(64, 3)
     w[:, 1], w[:32, 2] = constant, constant
-    q = quantize(w, QuantSpec(4, 32, symmetric))
+    q = round_to_nearest(w, QuantSpec(4, 32, symmetric))
     assert np.isfinite(q.scales).all()
     assert (np.asarray(q.scales) > 0).all()
     back = np.asarray(q.dequantize())
@@ -128,16 +128,16 @@ def test_zero_constant_and_dead_columns_are_finite(constant, symmetric):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_half_precision_weights_are_quantized_in_float32(bits, dtype):
     w = jnp.asarray(normal(64, 8), dtype)
-    q = quantize(w, QuantSpec(bits, 32))
-    wide = quantize(w.astype(jnp.float32), QuantSpec(bits, 32))
+    q = round_to_nearest(w, QuantSpec(bits, 32))
+    wide = round_to_nearest(w.astype(jnp.float32), QuantSpec(bits, 32))
     jax.tree.map(np.testing.assert_array_equal, dataclasses.replace(q, dtype=wide.dtype), wide)
     assert q.dequantize().dtype == dtype
 
 
 def test_leading_axes_are_quantized_apart():
     w, spec = normal(2, 3, 96, 4), QuantSpec(4, 64)
-    each = quantize(w[1, 2], spec)
-    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda a: a[1, 2], quantize(w, spec)), each)
+    each = round_to_nearest(w[1, 2], spec)
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda a: a[1, 2], round_to_nearest(w, spec)), each)
 
 
 SPEC = QuantSpec(4, 64)
@@ -148,13 +148,13 @@ X, EXPERT_X = normal(2, 5, 100, seed=1), normal(3, 5, 100, seed=1)
 CASES = {
     "dense": lambda: (X, W),
     "dense experts": lambda: (EXPERT_X, EXPERTS),
-    "quantized": lambda: (X, quantize(W, SPEC)),
-    "one row": lambda: (X[0, 0], quantize(W, SPEC)),
-    "symmetric": lambda: (X, quantize(W, QuantSpec(3, -1, symmetric=True))),
-    "input scale": lambda: (X, with_input_scale(quantize(W, SPEC), INPUT_SCALE)),
-    "experts": lambda: (EXPERT_X, quantize(EXPERTS, SPEC)),
-    "experts, more axes": lambda: (EXPERT_X[:, None], quantize(EXPERTS, SPEC)),
-    "experts, input scale": lambda: (EXPERT_X, with_input_scale(quantize(EXPERTS, SPEC), EXPERT_INPUT_SCALE)),
+    "quantized": lambda: (X, round_to_nearest(W, SPEC)),
+    "one row": lambda: (X[0, 0], round_to_nearest(W, SPEC)),
+    "symmetric": lambda: (X, round_to_nearest(W, QuantSpec(3, -1, symmetric=True))),
+    "input scale": lambda: (X, with_input_scale(round_to_nearest(W, SPEC), INPUT_SCALE)),
+    "experts": lambda: (EXPERT_X, round_to_nearest(EXPERTS, SPEC)),
+    "experts, more axes": lambda: (EXPERT_X[:, None], round_to_nearest(EXPERTS, SPEC)),
+    "experts, input scale": lambda: (EXPERT_X, with_input_scale(round_to_nearest(EXPERTS, SPEC), EXPERT_INPUT_SCALE)),
 }
 
 

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from awq_jax.tracing.view import View
 from awq_jax.weights.spec import QuantSpec
-from awq_jax.weights.tensor import SCALE_DTYPE, QuantizedTensor, dot, is_quantized, quantize, with_input_scale
+from awq_jax.weights.tensor import SCALE_DTYPE, QuantizedTensor, dot, is_quantized, round_to_nearest, with_input_scale
 
 LAYERS, WIDTH = 3, 80
 HEADS = View.of((WIDTH, 5, 16)).layout((), (0,))
@@ -33,7 +33,7 @@ def same(a, b) -> None:
 def stacked(request) -> QuantizedTensor:
     """Square weights of three layers, stacked."""
     spec = QuantSpec(4, 32, symmetric=request.param == "symmetric")
-    q = quantize(normal(LAYERS, WIDTH, WIDTH) / WIDTH**0.5, spec)
+    q = round_to_nearest(normal(LAYERS, WIDTH, WIDTH) / WIDTH**0.5, spec)
     if request.param == "input scale":
         q = with_input_scale(q, jnp.exp(normal(LAYERS, WIDTH, seed=2)))
     return dataclasses.replace(q, layout=HEADS) if request.param == "layout" else q
@@ -82,7 +82,10 @@ def test_vmap_over_stacked_leaves(stacked):
 
 def test_vmapped_quantize_stacks(stacked):
     dense = normal(LAYERS, WIDTH, WIDTH)
-    same(jax.vmap(lambda w: quantize(w, stacked.spec, steps=SCALE_DTYPE))(dense), quantize(dense, stacked.spec))
+    same(
+        jax.vmap(lambda w: round_to_nearest(w, stacked.spec, steps=SCALE_DTYPE))(dense),
+        round_to_nearest(dense, stacked.spec),
+    )
 
 
 def test_scan_slices_layers(stacked):
@@ -112,7 +115,7 @@ def test_paths_name_the_fields(stacked):
 
 
 def test_nbytes_counts_codes_steps_and_zero_points():
-    q = quantize(normal(128, 64), QuantSpec(4, 32))
+    q = round_to_nearest(normal(128, 64), QuantSpec(4, 32))
     assert q.nbytes == 128 * 64 // 2 + 4 * 64 * (2 + 1)
 
 
@@ -128,12 +131,12 @@ ON_FOUR_DEVICES = """
     import jax, numpy as np
     from jax.sharding import NamedSharding, PartitionSpec as P
     from awq_jax.weights.spec import QuantSpec
-    from awq_jax.weights.tensor import dot, quantize
+    from awq_jax.weights.tensor import dot, round_to_nearest
 
     mesh = jax.make_mesh((4,), ("model",))
     rng = np.random.default_rng(0)
     x, w = rng.normal(size=(8, 128)).astype(np.float32), rng.normal(size=(128, 64)).astype(np.float32)
-    q = quantize(w, QuantSpec(4, 32))
+    q = round_to_nearest(w, QuantSpec(4, 32))
     for spec in (P(None, "model"), P("model", None)):
         placed = jax.device_put(q, NamedSharding(mesh, spec))
         assert len(placed.codes.addressable_shards) == 4

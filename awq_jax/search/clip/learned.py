@@ -21,14 +21,14 @@ from awq_jax.weights.tensor import affine, group
 
 @dataclass(frozen=True)
 class LearnedClip:
-    """The best ranges met on `steps` of Adam, group by group, from what `start` finds.
+    """The best ranges met on `iterations` of Adam, group by group, from what `start` finds.
 
     Args:
       rate: of the ratios.
     """
 
     start: Clip = field(default_factory=Clip)
-    steps: int = 50
+    iterations: int = 50
     rate: float = 0.01
 
     def __call__(self, w: Float[Array, "i o"], moments: Moments, spec: QuantSpec) -> Ranges:
@@ -52,5 +52,5 @@ class LearnedClip:
 
         first = jnp.ones((2, *low.shape), low.dtype)
         state = (first, optimizer.init(first), first, jnp.full_like(low, jnp.inf))
-        (_, _, best, _), _ = jax.lax.scan(step, state, length=self.steps)
+        (_, _, best, _), _ = jax.lax.scan(step, state, length=self.iterations)
         return low * best[0], high * best[1]

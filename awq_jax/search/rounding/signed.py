@@ -24,11 +24,11 @@ class Signed:
     The paper descends on a block's output, from activations; this one on the site's, from moments.
 
     Args:
-      steps: of descent; the rate falls from 1 / steps to 0.
+      iterations: of descent; the rate falls from 1 / iterations to 0.
       shrink: how far the Gram matrix is shrunk towards its diagonal, as in Feedback.
     """
 
-    steps: int = 100
+    iterations: int = 100
     shrink: float = 0.3
 
     def __call__(
@@ -53,10 +53,10 @@ class Signed:
             found, pull, codes = jax.vjp(errors, offset, has_aux=True)
             (gradient,) = pull(jnp.ones_like(found))
             best, least = jnp.where(found < least, codes, best), jnp.minimum(found, least)
-            rate = (1 - k / self.steps) / self.steps
+            rate = (1 - k / self.iterations) / self.iterations
             return (jnp.clip(offset - rate * jnp.sign(gradient), -0.5, 0.5), best, least), None
 
         first = jnp.zeros_like(levels)
         state = (first, jnp.round(jnp.clip(levels, 0, spec.levels)), jnp.full_like(w[0], jnp.inf))
-        (_, codes, _), _ = jax.lax.scan(step, state, jnp.arange(self.steps, dtype=w.dtype))
+        (_, codes, _), _ = jax.lax.scan(step, state, jnp.arange(self.iterations, dtype=w.dtype))
         return jnp.round(codes).reshape(-1, spec.group(len(w)), w.shape[1])[: len(steps)], steps, zeros

@@ -17,13 +17,13 @@ RATIO = (5**0.5 - 1) / 2
 
 @dataclass(frozen=True)
 class Golden:
-    """The exponent between 0 and 1 that `steps` sections leave; right where the error has one valley.
+    """The exponent between 0 and 1 that `iterations` sections leave; right where the error has one valley.
 
     Args:
       columns: at most so many columns of the weight, evenly spread, vote; 0 for all.
     """
 
-    steps: int = 8
+    iterations: int = 8
     columns: int = 512
 
     def __call__(self, w: Float[Array, "i o"], moments: Moments, spec: QuantSpec) -> Float[Array, " i"]:
@@ -49,6 +49,6 @@ class Golden:
 
         low, high = jnp.float32(0), jnp.float32(1)
         left, right = high - RATIO * (high - low), low + RATIO * (high - low)
-        state = jax.lax.fori_loop(0, self.steps, section, (low, left, right, high, error(left), error(right)))
+        state = jax.lax.fori_loop(0, self.iterations, section, (low, left, right, high, error(left), error(right)))
         _, left, right, _, at_left, at_right = state
         return scale(jnp.where(at_left < at_right, left, right))

@@ -22,7 +22,7 @@ from awq_jax.weights.tensor import affine, group, group_ranges
 
 @dataclass(frozen=True)
 class Gradient:
-    """The best scale met on `steps` of Adam, from what `start` finds; on the columns that vote never worse than that.
+    """The best scale met by Adam, from what `start` finds; on the columns that vote never worse than that.
 
     Args:
       rate: of log s.
@@ -30,7 +30,7 @@ class Gradient:
     """
 
     start: Callable[..., Any] = field(default_factory=Grid)
-    steps: int = 100
+    iterations: int = 100
     rate: float = 0.01
     columns: int = 128
 
@@ -48,7 +48,7 @@ class Gradient:
             return (optax.apply_updates(log_s, updates), optimizer_state, best, least), None
 
         state = (first, optimizer.init(first), first, jnp.float32(jnp.inf))
-        (_, _, best, _), _ = jax.lax.scan(step, state, length=self.steps)
+        (_, _, best, _), _ = jax.lax.scan(step, state, length=self.iterations)
         errors = jnp.stack([scale_error(w, jnp.exp(s), moments, spec) for s in (first, best)])
         return jnp.exp(jnp.where(errors[1] < errors[0], best, first))
 

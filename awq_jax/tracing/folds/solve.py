@@ -1,4 +1,4 @@
-"""The gauge freedoms of a function: which channels of which params can be rescaled without changing it.
+"""The channel freedoms of a function: which channels of which params can be rescaled without changing it.
 
 Every param axis gets one unknown log-scale per position. Walking the jaxpr, each value carries the sum of the
 unknowns by which its elements would be scaled (`terms`), and each equation adds what it needs to stay exact:
@@ -258,7 +258,7 @@ class Assumed:
 
 
 def components(jaxpr: Any, params: dict[int, tuple[str, tuple[int, ...]]]) -> Components:
-    """Every gauge freedom of a closed jaxpr; `params` names the arguments that are params (position -> name, shape)."""
+    """Every channel freedom of a closed jaxpr; `params`: the arguments that are params, position to (name, shape)."""
     assumed, known_frozen = Assumed(), list[tuple[Ids, str]]()
     while True:
         walk = _walked(jaxpr, params, assumed)
