@@ -52,7 +52,7 @@ def quantized_in_memory(checkpoint: Any, tokens: np.ndarray, recipe: Any, **opti
     """The params of a checkpoint's model, every QuantizedTensor made dense again, and what streaming reports."""
     module = for_config(checkpoint.config)
     config = module.Config.from_hf(checkpoint.config)
-    lazy = lazy_params(checkpoint, module, config, wide=recipe.fold)
+    lazy = lazy_params(checkpoint, module, config, wide=recipe.folds)
     parts: dict[str, Any] = read(outer(lazy))
 
     def keep(part: str, params: Any) -> None:

@@ -16,7 +16,7 @@ from awq_jax.search.solve import solve
 KEYS = jax.random.split(jax.random.key(0), 3)
 PARAMS = {"layers": jax.random.normal(KEYS[0], (2, 64, 64)), "head": jax.random.normal(KEYS[1], (64, 32))}
 X = jax.random.normal(KEYS[2], (48, 64)).at[:, 3].set(0.0)
-RECIPE = awq.Recipe(group_size=32, fold=True)
+RECIPE = awq.Recipe(group_size=32, scales="both")
 
 
 def fn(params, x):

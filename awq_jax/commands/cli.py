@@ -31,7 +31,7 @@ Preset = Literal["default", "fast", "rtn", "llm_awq", "autoawq", "llmcompressor"
 class Quantize:
     """Make a model 4 times smaller: calibrate, search, write."""
 
-    spelled: ClassVar = {"fold=False": "--format orbax", "skip=True in a rule": "--skip"}
+    spelled: ClassVar = {"scales='beside'": "--format orbax", "skip=True in a rule": "--skip"}
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]
     """Hugging Face folder or hub id, or a GGUF file."""

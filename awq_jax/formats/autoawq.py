@@ -61,9 +61,7 @@ def to_autoawq(w: QuantizedTensor, name: str = "the weight") -> dict[str, np.nda
         raise InputError(f"{name}: shape {w.matrix_shape}, AutoAWQ files hold matrices: write one expert at a time.")
     check_fits(name, *w.matrix_shape, w.spec)
     if w.input_scale is not None:
-        raise InputError(
-            f"{name} has an input scale, which AutoAWQ files cannot hold: quantize with fold=True, input_scales=False."
-        )
+        raise InputError(f"{name} has an input scale, which AutoAWQ files cannot hold: quantize with scales='folded'.")
     scales = np.asarray(w.scales)
     codes = kernels.unpack(jnp.asarray(in_rows(w).codes), BITS)
     zeros = np.full(scales.shape, w.spec.middle, np.uint8) if w.zeros is None else np.asarray(w.zeros)

@@ -93,7 +93,7 @@ def quantize_checkpoint(
     Args:
       model: Hugging Face folder or hub id, or a GGUF file.
       out: a new or empty folder, or one that this function wrote, with `overwrite`.
-      recipe: None for `awq.Recipe()`; `fold` and `input_scales` follow from the format. In an AutoAWQ folder a
+      recipe: None for `awq.Recipe()`; `scales` follow from the format. In an AutoAWQ folder a
         rule that skips one of q, k, v or of gate, up skips the others too.
       format: "awq" (AutoAWQ, for vLLM, SGLang, transformers) or "orbax" (ours: a scale for each site).
       calib: see `calibration_tokens`.
@@ -121,7 +121,7 @@ def quantize_checkpoint(
             raise InputError(f"{name}={chosen!r}: choose one of {', '.join(known)}.")
     clock = Clock()
     progress("loading", 0, 1)
-    recipe = replace(recipe or Recipe(), fold=format == "awq", input_scales=format != "awq")
+    recipe = replace(recipe or Recipe(), scales="folded" if format == "awq" else "beside")
     if samples is not None:
         recipe = replace(recipe, samples=samples)
     if average_bits is not None:
@@ -147,7 +147,7 @@ def quantize_checkpoint(
     check_length(config, seq_len, f"seq_len={seq_len}")
     if distill:
         # Folds are put into float32.
-        wider = jnp.float32 if recipe.fold else None
+        wider = jnp.float32 if recipe.folds else None
         dense = lambda w: jax.ShapeDtypeStruct(w.shape, wider or w.dtype)
         needed = nbytes_of_refine(
             module, config, jax.tree.map(dense, checkpoint.shapes(module, config)), recipe.samples, seq_len
@@ -170,7 +170,7 @@ def quantize_checkpoint(
             told(str(source))
         clock.rest("text")
         progress("calibration text", 1, 1)
-        params = lazy_params(checkpoint, module, config, wide=recipe.fold)
+        params = lazy_params(checkpoint, module, config, wide=recipe.folds)
         if average_bits is not None:
             offered = offers(module, config, params, tokens, recipe, progress)
             recipe = with_bits(recipe, allocate(offered, average_bits))

@@ -9,7 +9,7 @@ from awq_jax.errors import InputError
 from awq_jax.formats.autoawq_folder import read_spec
 
 NAMES = ("group_size", "format", "overwrite", "calib", "bits")
-SPELLED = {"fold=False": "--format orbax", "skip=True in a rule": "--skip"}
+SPELLED = {"scales='beside'": "--format orbax", "skip=True in a rule": "--skip"}
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ SPELLED = {"fold=False": "--format orbax", "skip=True in a rule": "--skip"}
         ("calib='my text': no", "--calib 'my text': no"),
         ("give overwrite=True to", "give --overwrite to"),
         ("leave it dense (skip=True in a rule)", "leave it dense (--skip)"),
-        ("Quantize with fold=False, and", "Quantize with --format orbax, and"),
+        ("Quantize with scales='beside', and", "Quantize with --format orbax, and"),
         ("leave calib= out, or calib=", "leave --calib out, or --calib"),
         ("do not fit config.json's group_size=128", "do not fit config.json's group_size=128"),
         ("its QuantSpec(bits=4, group_size=32) has bits=4", "its QuantSpec(bits=4, group_size=32) has --bits 4"),

@@ -16,7 +16,7 @@ from awq_jax.transforms.recipe import Recipe
 from awq_jax.transforms.stream import Lazy
 from awq_jax.weights.tensor import is_quantized
 
-RECIPE = Recipe(group_size=32, fold=True)
+RECIPE = Recipe(group_size=32, scales="both")
 
 
 @pytest.fixture(scope="module", autouse=True)

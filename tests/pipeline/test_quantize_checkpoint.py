@@ -117,7 +117,7 @@ def test_the_folded_model_is_the_model(dense):
     big, layers = awq.load(dense), {}
     params = lazy_params(open_checkpoint(dense), big.module, big.config, wide=True)
     text = random_tokens(big.config, batch=4, length=128, seed=2)
-    recipe = replace(QUICK, fold=True, input_scales=False)
+    recipe = replace(QUICK, scales="folded")
     stream_decoder(big.module, big.config, params, text, recipe, layers.__setitem__, solve=only)
     assert layers.keys() == {"layers_0", "layers_1"}
     tokens = random_tokens(big.config, batch=2, length=64)
