@@ -100,8 +100,6 @@ def decide(site: Site, recipe: Recipe, prefix: str = "") -> tuple[QuantSpec | No
 def fold_refused(candidate: Fold, traced: Traced, specs: Mapping[str, QuantSpec]) -> str | None:
     """Why a fold is not used with these specs of its quantized sites; None if it can be."""
     first, *others = (name for name in candidate.sites if name in specs)
-    if any(traced.sites[name].lead for name in candidate.sites):
-        return "batched experts"
     if any(specs[name] != specs[first] for name in others):
         return "its sites have different specs"
     if any(not np.array_equal(candidate.channels(name), candidate.channels(first)) for name in others):
