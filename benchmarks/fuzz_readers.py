@@ -46,8 +46,10 @@ def tiny(folder: Path, **changes: Any) -> Path:
 def quantized(folder: Path, format: str, **changes: Any) -> Path:
     """A folder with one quantized matrix, rounded to nearest: a search would take long to compile."""
     from awq_jax import QuantSpec, Recipe
-    from awq_jax.formats import autoawq, orbax
+    from awq_jax.formats import orbax
     from awq_jax.formats.checkpoint import open_checkpoint
+    from awq_jax.formats.codecs import AUTOAWQ
+    from awq_jax.formats.quantized_writer import Writer
     from awq_jax.pipeline.load import architecture
     from awq_jax.weights.tensor import round_to_nearest
 
@@ -55,7 +57,9 @@ def quantized(folder: Path, format: str, **changes: Any) -> Path:
     module, config = architecture(checkpoint)
     recipe, out = Recipe(bits=4, group_size=32), folder / format
     out.mkdir()
-    writer: Any = (autoawq if format == "awq" else orbax).Writer(out, checkpoint, recipe)
+    writer: Any = orbax.Writer(out, checkpoint, recipe)
+    if format == "awq":
+        writer = Writer(AUTOAWQ, out, checkpoint, recipe.spec)
     params = checkpoint.params(module, config)
     down = params["layers_0"]["mlp"]["down"]
     down["kernel"] = round_to_nearest(down["kernel"], QuantSpec(4, 32))

@@ -17,11 +17,11 @@ from tyro.conf import Positional, arg
 
 from awq_jax.cache import keep_compiled_programs
 from awq_jax.commands.ending import failed, silence_libraries
-from awq_jax.commands.flags import as_flags, one_of
+from awq_jax.commands.flags import as_flags, one_of, some_of
 from awq_jax.commands.progress import progress_bar
 from awq_jax.commands.tables import console, scores_table, sites_table, summary, tunings_table
 from awq_jax.near import did_you_mean
-from awq_jax.pipeline.quantize_checkpoint import Format
+from awq_jax.pipeline.outputs import FORMATS
 from awq_jax.transforms.stream import Feed
 
 Preset = Literal["default", "fast", "rtn", "llm_awq", "autoawq", "llmcompressor"]
@@ -38,11 +38,12 @@ class Quantize:
     out: Annotated[Positional[Path], arg(metavar="OUT")]
     """Folder to write."""
     bits: float = 4
-    """Width of the codes, 2 to 8 (awq files hold 4). 3.5, say, gives every site a width of its own, 3.5 in the mean."""
+    """Width of the codes, 2 to 8 (awq holds 4). 3.5, say, gives every site a width of its own, 3.5 in the mean."""
     group_size: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: chosen)")] = None
     """Input channels that share a step; without it the largest of 128, 64, 32 that divides all widths."""
-    format: Annotated[Format, one_of(Format)] = "awq"
-    """awq: AutoAWQ safetensors for vLLM, SGLang, transformers. orbax: ours, a scale for each site."""
+    format: Annotated[str, some_of(FORMATS)] = "awq"
+    """awq: AutoAWQ safetensors for vLLM, SGLang, transformers. compressed-tensors: the same, any bits, TPUs too. gptq,
+    gptq_v2, mlx: what these say. orbax: ours, a scale for each site. Several, awq,mlx, give a folder each in OUT."""
     preset: Annotated[Preset, one_of(Preset)] = "default"
     """How the numbers are chosen; fast takes a quarter of the text, smaller statistics and a coarser search;
     the last three do as others do."""

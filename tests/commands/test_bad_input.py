@@ -18,7 +18,7 @@ from commands import run
 from transformers import AutoTokenizer
 
 import awq_jax as awq
-from awq_jax.formats import autoawq
+from awq_jax.formats import quantized_writer
 from awq_jax.formats.checkpoint import Checkpoint
 from awq_jax.formats.shard_writer import ShardWriter
 from awq_jax.formats.written import written_whole
@@ -407,7 +407,7 @@ FULL = {
     "at the first part": (ShardWriter, "add", NO_SPACE, 1, "awq"),
     "at a later part": (ShardWriter, "add", NO_SPACE, 2, "awq"),
     "at the index": (ShardWriter, "finish", NO_SPACE, 1, "awq"),
-    "at config.json": (autoawq, "write_about", NO_SPACE, 1, "awq"),
+    "at config.json": (quantized_writer, "write_about", NO_SPACE, 1, "awq"),
     "in orbax": (ocp.PyTreeCheckpointHandler, "save", ValueError("EXHAUSTED:\n No space left"), 2, "orbax"),
 }
 

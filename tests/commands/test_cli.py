@@ -301,7 +301,10 @@ def test_inspect(small, dense, root, monkeypatch):
             ("quantize", "model", "out", "--preset", "fst"),
             "none of default, fast, rtn, llm_awq, autoawq, llmcompressor (did you mean fast?)",
         ),
-        (("quantize", "model", "out", "--format", "awg"), "--format: 'awg' is none of awq, orbax (did you mean awq?)"),
+        (
+            ("quantize", "model", "out", "--format", "awg"),
+            "--format: 'awg' is none of awq, compressed-tensors, gptq, gptq_v2, mlx, orbax (did you mean awq?)",
+        ),
         (("quantize", "model", "out", "--wat"), "--wat"),
     ],
 )

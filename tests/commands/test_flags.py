@@ -6,7 +6,7 @@ import pytest
 
 from awq_jax.commands.flags import as_flags
 from awq_jax.errors import InputError
-from awq_jax.formats.autoawq_folder import read_spec
+from awq_jax.formats.quantized_folder import read_declared
 
 NAMES = ("group_size", "format", "overwrite", "calib", "bits")
 SPELLED = {"scales='beside'": "--format orbax", "skip=True in a rule": "--skip"}
@@ -39,6 +39,6 @@ def test_arguments_become_flags_and_names_of_files_stay(message, told):
 )
 def test_a_field_of_a_config_stays_as_it_is(field):
     with pytest.raises(InputError) as refused:
-        read_spec(Path("m"), {"quantization_config": {"quant_method": "awq", **field}})
+        read_declared(Path("m"), {"quantization_config": {"quant_method": "awq", **field}})
     assert f"quantization_config's {next(iter(field))}=" in str(refused.value)
     assert as_flags(str(refused.value), (*NAMES, "zero_point", "q_group_size", "w_bit"), SPELLED) == str(refused.value)

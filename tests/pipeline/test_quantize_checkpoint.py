@@ -24,7 +24,8 @@ from awq_jax.formats.written import written_whole
 from awq_jax.models.inputs import without_rows
 from awq_jax.models.llama import Config, Llama
 from awq_jax.pipeline.decoder import lazy_params, stream_decoder
-from awq_jax.pipeline.quantize_checkpoint import computed_in, fitted, halved
+from awq_jax.pipeline.outputs import fitted, halved
+from awq_jax.pipeline.quantize_checkpoint import computed_in
 from awq_jax.search import Grid, no_clip, to_nearest
 from awq_jax.transforms.quantize import fold_scales, plan
 from awq_jax.weights.paths import named_leaves
@@ -423,7 +424,7 @@ def test_where_the_recipe_names_none_the_largest_group_that_divides_all_widths_i
 )
 def test_the_group_that_fits(widths, rules, format, group):
     shapes = {f"s{k}": (i, 8) for k, i in enumerate(widths)}
-    recipe, why = fitted(Recipe(rules=rules), shapes, format)
+    recipe, why = fitted(Recipe(rules=rules), shapes, [format])
     assert recipe.group_size == group
     assert why.startswith(f"Groups of {group}")
 
@@ -438,4 +439,4 @@ def test_tokens_that_the_embedding_has_no_rows_for_are_told():
 def test_no_group_fits():
     says = r"No group size of 128, 64, 32 divides all widths \(48, 64\).*format='orbax', which pads"
     with pytest.raises(InputError, match=says):
-        fitted(Recipe(), {"a": (48, 8), "b": (64, 8)}, "awq")
+        fitted(Recipe(), {"a": (48, 8), "b": (64, 8)}, ["awq"])
