@@ -28,7 +28,7 @@ def from_torch(model: torch.nn.Module, *example: Any, **kwargs: Any) -> tuple[Ca
     Args:
       model: any module that torch.export can trace, such as those of transformers, with params in memory or on the meta
         device. Buffers that are not in its state_dict must be in memory.
-      example: positional arguments, torch's tensors, arrays or jax.ShapeDtypeStructs, in dicts and lists too. Of tensors
+      example: positional arguments, torch's tensors, arrays or jax.ShapeDtypeStructs, in dicts and lists too. Of these
         only shape and dtype matter; all else (numbers, True, None) is fixed as it is.
       kwargs: further arguments of the same kinds.
 

@@ -6,9 +6,10 @@ No weight is in memory while it is traced: params are fake tensors. Buffers are 
 from __future__ import annotations
 
 import copy
+import logging
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def exported(model: torch.nn.Module, mode: FakeTensorMode, call: Call, example: 
     with mode:
         fake = tuple(torch.empty(x.shape, dtype=x.dtype) for x in example)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), unlogged():
             found = torch.export.export(Called(model, call), fake, strict=False)
             return found.run_decompositions(decompositions())
     except Exception as e:
@@ -75,6 +76,17 @@ def key(op: Any) -> str:
     """The name of one of torch's operations in the table, with its overload."""
     namespace, name = op._schema.name.split("::")
     return ("" if namespace == "aten" else f"{namespace}::") + f"{name}.{op._schema.overload_name}"
+
+
+@contextmanager
+def unlogged() -> Iterator[None]:
+    """Without what torch logs of an error that it also raises, thousands of lines."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 class Called(torch.nn.Module):

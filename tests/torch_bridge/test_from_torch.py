@@ -18,8 +18,8 @@ class Block(nn.Module):
     def __init__(self, dtype=torch.float32):
         super().__init__()
         torch.manual_seed(0)
-        self.norm = nn.LayerNorm(16, dtype=dtype)
-        self.up, self.down = nn.Linear(16, 32, dtype=dtype), nn.Linear(32, 16, bias=False, dtype=dtype)
+        self.norm = nn.LayerNorm(32, dtype=dtype)
+        self.up, self.down = nn.Linear(32, 64, dtype=dtype), nn.Linear(64, 32, bias=False, dtype=dtype)
         self.drop = nn.Dropout(0.5)
         self.register_buffer("kept", torch.tensor(2.0, dtype=dtype))
         self.register_buffer("constant", torch.tensor(3.0, dtype=dtype), persistent=False)
@@ -32,7 +32,7 @@ class Block(nn.Module):
 @pytest.fixture(scope="module")
 def block():
     module = Block()
-    x = torch.randn(2, 5, 16)
+    x = torch.randn(2, 5, 32)
     return module, x, *awq.from_torch(module, x)
 
 
@@ -51,20 +51,20 @@ def test_outputs_keep_their_structure_and_training_is_off(block):
 def test_params_have_the_names_of_the_state_dict(block):
     module, _, _, params = block
     assert list(params) == list(module.state_dict())
-    assert params["up.weight"].shape == (32, 16)
+    assert params["up.weight"].shape == (64, 32)
 
 
 def test_linears_are_sites_and_folds_are_found(block):
     _, x, fn, params = block
     found = awq.sites(fn, params, x.numpy())
     assert list(found.sites) == ["up.weight", "down.weight"]
-    assert [(s.in_features, s.out_features) for s in found.sites.values()] == [(16, 32), (32, 16)]
+    assert [(s.in_features, s.out_features) for s in found.sites.values()] == [(32, 64), (64, 32)]
     assert len(found.folds) == 2
 
 
 def test_other_shapes_are_traced_when_they_come(block):
     module, _, fn, params = block
-    x = torch.randn(3, 16)
+    x = torch.randn(3, 32)
     close(fn(params, x.numpy())["out"], module.eval()(x)["out"])
 
 
@@ -79,7 +79,7 @@ def test_params_follow_what_is_given(block):
 def test_the_module_is_left_alone():
     module = Block().train()
     before = {name: t.clone() for name, t in module.state_dict().items()}
-    _, params = awq.from_torch(module, torch.zeros(2, 16))
+    _, params = awq.from_torch(module, torch.zeros(2, 32))
     assert module.training
     assert all(torch.equal(t, before[name]) for name, t in module.state_dict().items())
     module.up.weight.data.zero_()
@@ -98,7 +98,7 @@ def test_without_weights(block):
 
 
 def test_half_precision():
-    module, x = Block(torch.bfloat16), torch.randn(4, 16).bfloat16()
+    module, x = Block(torch.bfloat16), torch.randn(4, 32).bfloat16()
     fn, params = awq.from_torch(module, x)
     got = fn(params, jnp.asarray(x.float().numpy(), jnp.bfloat16))["out"]
     assert got.dtype == jnp.bfloat16
@@ -106,7 +106,7 @@ def test_half_precision():
 
 
 def test_arguments_by_name_and_fixed_ones():
-    module, x = Block().eval(), torch.randn(2, 16)
+    module, x = Block().eval(), torch.randn(2, 32)
     fn, params = awq.from_torch(module, x, scale=2, shift=x)
     close(fn(params, x.numpy(), shift=x.numpy())["out"], module(x, 2, x)["out"])
     close(fn(params, x.numpy(), scale=2, shift=x.numpy())["out"], module(x, 2, x)["out"])
@@ -115,7 +115,7 @@ def test_arguments_by_name_and_fixed_ones():
     with pytest.raises(InputError, match=r"called with \(array, scale=2\)"):
         fn(params, x.numpy())
     with pytest.raises(InputError, match=r"Input 0 is of int32: the module was traced for float32"):
-        fn(params, np.zeros((2, 16), np.int32), shift=x.numpy())
+        fn(params, np.zeros((2, 32), np.int32), shift=x.numpy())
 
 
 def test_tied_weights_are_one_param():
@@ -136,7 +136,7 @@ def test_tied_weights_are_one_param():
 
 def test_quantized_and_streamed_it_is_as_any_function(block):
     module, x, fn, params = block
-    recipe = awq.Recipe(group_size=16)
+    recipe = awq.Recipe(group_size=32)
     quantized, report = awq.quantize(params, awq.calibrate(fn, params, [(x.numpy(),)]), recipe)
     streamed = awq.stream(fn, params, [(x.numpy(),)], recipe)
     assert [r.name for r in report] == [r.name for r in streamed.reports]
@@ -144,13 +144,6 @@ def test_quantized_and_streamed_it_is_as_any_function(block):
     for found in (quantized, streamed.params):
         got = awq.quantized(fn)(found, x.numpy())["out"]
         assert 0 < np.linalg.norm(got - want) < 0.2 * np.linalg.norm(want)
-
-
-class Odd(nn.Module):
-    def __init__(self, forward):
-        super().__init__()
-        self.inner = nn.Identity()
-        self.inner.forward = forward
 
 
 class Outer(nn.Module):
@@ -168,8 +161,8 @@ class Outer(nn.Module):
 
 
 def test_an_unknown_operation_is_named_with_its_module():
-    with pytest.raises(InputError, match=r"_cdist_forward.* \(in part\).*table"):
-        awq.from_torch(Outer(lambda x: torch.cdist(x, x)), torch.zeros(40, 4))
+    with pytest.raises(InputError, match=r"_fft_r2c.* \(in part\).*table"):
+        awq.from_torch(Outer(lambda x: torch.fft.rfft(x).real), torch.zeros(4))
 
 
 def test_a_branch_on_values_is_named_with_its_module():
@@ -201,7 +194,7 @@ def test_lost_buffers_are_named():
     with torch.device("meta"):
         module = Block()
     with pytest.raises(InputError, match=r"constant is a buffer on the meta device.*without_weights"):
-        awq.from_torch(module, torch.zeros(2, 16))
+        awq.from_torch(module, torch.zeros(2, 32))
 
 
 def test_no_module():
@@ -217,8 +210,8 @@ assert "torch" not in sys.modules
 sys.modules["torch"] = None
 try:
     awq.from_torch(None)
-except ImportError as e:
+except ValueError as e:
     assert "pip install 'awq-jax[torch]'" in str(e), e
 """
-    done = subprocess.run([sys.executable, "-c", code.replace("ImportError", "ValueError")], capture_output=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True)
     assert done.returncode == 0, done.stderr.decode()

@@ -31,7 +31,9 @@ CASES = {
     "powers": lambda x, y, n, b, h: torch.stack([x**2, x**3, 2.0**x, x.abs() ** 0.5]),
     "round half to even": lambda x, y, n, b, h: (n / 2).round(),
     "clamp": lambda x, y, n, b, h: x.clamp(-0.5) + x.clamp(max=y),
-    "activations": lambda x, y, n, b, h: torch.stack([f(x) for f in (F.gelu, F.silu, F.softplus, F.elu, F.relu6, F.mish)]),
+    "activations": lambda x, y, n, b, h: torch.stack(
+        [f(x) for f in (F.gelu, F.silu, F.softplus, F.elu, F.relu6, F.mish)]
+    ),
     "gelu by tanh": lambda x, y, n, b, h: F.gelu(x, approximate="tanh"),
     "softmax to single": lambda x, y, n, b, h: F.softmax(h, -1, dtype=torch.float32),
     "variance": lambda x, y, n, b, h: x.var(-1) + x.var(-1, unbiased=False),
@@ -45,7 +47,7 @@ CASES = {
     "padded and cut": lambda x, y, n, b, h: F.pad(x, (1, -2, 0, 1), value=3.0),
     "squeezed": lambda x, y, n, b, h: x[None, :, None].squeeze(0).expand(-1, 2, -1),
     "split": lambda x, y, n, b, h: x.split([1, 3], -1)[1] * x.chunk(2, 1)[0][:, :1] * x.unbind(1)[0][:, None],
-    "repeated": lambda x, y, n, b, h: x.repeat(2, 1, 2) + x.repeat_interleave(2, 1).tile(2, 1),
+    "repeated": lambda x, y, n, b, h: x.repeat(2, 2) + x.repeat_interleave(2, 1).tile(2, 1),
     "rolled and flipped": lambda x, y, n, b, h: x.roll(1, 0) + x.roll(2) + x.flip(0, 1),
     "unfolded": lambda x, y, n, b, h: x.unfold(1, 2, 1),
     "triangles": lambda x, y, n, b, h: x.tril(-1) + x.triu(1),
@@ -59,12 +61,18 @@ CASES = {
     "index_add": lambda x, y, n, b, h: x.index_add(0, PLACES, y[:2], alpha=2),
     "matmuls": lambda x, y, n, b, h: x @ y.T + torch.addmm(x[:, :3], x, y.T, beta=2, alpha=3),
     "einsum": lambda x, y, n, b, h: torch.einsum("ij,kj->ki", x, y),
-    "complex": lambda x, y, n, b, h: torch.view_as_real(torch.polar(x.abs(), y) * torch.view_as_complex(x.reshape(6, 2))[:4]),
+    "complex": lambda x, y, n, b, h: torch.view_as_real(
+        torch.polar(x.abs(), y) * torch.view_as_complex(x.reshape(6, 2))[:4]
+    ),
     "layer norm": lambda x, y, n, b, h: F.layer_norm(x, (4,), y[0], y[1]) + F.layer_norm(h, (4,)),
     "rms norm": lambda x, y, n, b, h: F.rms_norm(x, (4,), y[0], 1e-3) + F.rms_norm(x, (4,)),
     "group norm": lambda x, y, n, b, h: F.group_norm(x[None], 3, y[:, 0], y[:, 1]),
-    "convolution": lambda x, y, n, b, h: F.conv1d(x[None].repeat(1, 2, 1), y[:, :2, None].repeat(2, 1, 3), None, 2, 1, 1, 3),
-    "transposed convolution": lambda x, y, n, b, h: F.conv_transpose1d(x[None], y[:, :2, None].repeat(1, 1, 3), stride=2),
+    "convolution": lambda x, y, n, b, h: F.conv1d(
+        x[None].repeat(1, 2, 1), y[:, :2, None].repeat(2, 1, 3), None, 2, 1, 1, 3
+    ),
+    "transposed convolution": lambda x, y, n, b, h: F.conv_transpose1d(
+        x[None], y[:, :2, None].repeat(1, 1, 3), stride=2
+    ),
     "causal attention": lambda x, y, n, b, h: F.scaled_dot_product_attention(Q, K, K, is_causal=True, enable_gqa=True),
     "a query that sees no key": lambda x, y, n, b, h: F.scaled_dot_product_attention(x, x[:3], y, b[:, :3]),
     "attention with a bias": lambda x, y, n, b, h: F.scaled_dot_product_attention(Q, Q, V, Q @ Q.mT, scale=0.3),
