@@ -11,7 +11,6 @@ from torch import nn
 import awq_jax as awq
 from awq_jax.errors import InputError
 from awq_jax.torch_bridge.meta import without_weights
-from awq_jax.weights.paths import named_leaves
 
 
 class Block(nn.Module):
