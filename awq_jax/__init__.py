@@ -20,6 +20,7 @@ from awq_jax.pipeline.evaluate import evaluate as evaluate
 from awq_jax.pipeline.load import Model as Model
 from awq_jax.pipeline.load import load as load
 from awq_jax.pipeline.quantize_checkpoint import quantize_checkpoint as quantize_checkpoint
+from awq_jax.torch_bridge.from_torch import from_torch as from_torch
 from awq_jax.tracing.sites import sites as sites
 from awq_jax.transforms.calibrate import Calibration as Calibration
 from awq_jax.transforms.calibrate import calibrate as calibrate

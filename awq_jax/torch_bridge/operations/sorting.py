@@ -1,0 +1,67 @@
+"""What ranks and counts, as routers do."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from awq_jax.torch_bridge.operations.table import operation
+
+
+@operation("topk")
+def topk(x: Array, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> list[Array]:
+    last = jnp.moveaxis(x, dim, -1)
+    values, places = lax.top_k(last if largest else -last, k)
+    return [jnp.moveaxis(values if largest else -values, -1, dim), jnp.moveaxis(places, -1, dim)]
+
+
+@operation("sort")
+def sort(x: Array, dim: int = -1, descending: bool = False) -> list[Array]:
+    places = jnp.argsort(x, dim, stable=True, descending=descending)
+    return [jnp.take_along_axis(x, places, dim), places]
+
+
+@operation("sort.stable")
+def sort_stable(x: Array, stable: bool | None = None, dim: int = -1, descending: bool = False) -> list[Array]:
+    return sort(x, dim, descending)
+
+
+@operation("argsort")
+def argsort(x: Array, dim: int = -1, descending: bool = False) -> Array:
+    return sort(x, dim, descending)[1]
+
+
+@operation("argsort.stable")
+def argsort_stable(x: Array, stable: bool, dim: int = -1, descending: bool = False) -> Array:
+    return sort(x, dim, descending)[1]
+
+
+@operation("histc")
+def histc(x: Array, bins: int = 100, min: float = 0, max: float = 0) -> Array:
+    """How many of x are `min`, `min + 1`, ... `max`: experts are counted so."""
+    if max - min not in (bins - 1, bins):
+        raise NotImplementedError(f"{bins} bins from {min} to {max}, which are not a whole number each")
+    at = jnp.floor(x.reshape(-1) - min).astype(jnp.int32)
+    # The last bin holds its upper end too.
+    at = jnp.where(x.reshape(-1) == max, bins - 1, at)
+    return jnp.sum(at[:, None] == jnp.arange(bins), 0).astype(x.dtype)
+
+
+@operation("bincount")
+def bincount(x: Array, weights: Array | None = None, minlength: int = 0) -> Array:
+    return jnp.bincount(x, weights, length=minlength)
+
+
+@operation("searchsorted")
+def searchsorted(
+    boundaries: Array, x: Array, out_int32: bool = False, right: bool = False, side: str | None = None
+) -> Array:
+    if boundaries.ndim != 1:
+        raise NotImplementedError("boundaries of several rows")
+    return jnp.searchsorted(boundaries, x, side="right" if right or side == "right" else "left")
+
+
+@operation("bucketize")
+def bucketize(x: Array, boundaries: Array, out_int32: bool = False, right: bool = False) -> Array:
+    return searchsorted(boundaries, x, right=right)
