@@ -17,9 +17,10 @@ from tyro.conf import Positional, arg
 
 from awq_jax.cache import keep_compiled_programs
 from awq_jax.commands.ending import failed, silence_libraries
+from awq_jax.commands.eval import Eval
 from awq_jax.commands.flags import as_flags, one_of, some_of
 from awq_jax.commands.progress import progress_bar
-from awq_jax.commands.tables import console, scores_table, sites_table, summary, tunings_table
+from awq_jax.commands.tables import console, say, sites_table, summary, tunings_table
 from awq_jax.near import did_you_mean
 from awq_jax.pipeline.outputs import FORMATS
 from awq_jax.transforms.stream import Feed
@@ -106,37 +107,6 @@ class Quantize:
             symmetric=self.symmetric,
             rules=tuple(Rule(pattern, skip=True) for pattern in self.skip),
         )
-
-
-@dataclass(frozen=True)
-class Eval:
-    """Perplexity of a text; with --dense also KL and top-1 agreement with that model."""
-
-    model: Annotated[Positional[str], arg(metavar="MODEL")]
-    """Any checkpoint, dense or quantized."""
-    text: Annotated[Positional[Path], arg(metavar="TEXT")]
-    """A text, or a file of chats or texts; best one that calibration never saw."""
-    dense: str | None = None
-    """The model to compare with."""
-    windows: int = 8
-    """Windows from the start of the text."""
-    length: int = 1024
-    """Tokens a window."""
-
-    def run(self) -> None:
-        from awq_jax.pipeline.evaluate import evaluate
-
-        with progress_bar() as progress:
-            scores = evaluate(
-                self.model,
-                self.text,
-                self.dense,
-                windows=self.windows,
-                length=self.length,
-                told=say,
-                progress=progress,
-            )
-        console().print(scores_table(scores))
 
 
 @dataclass(frozen=True)
@@ -266,11 +236,6 @@ COMMANDS: dict[str, Any] = {
     "doctor": Doctor,
 }
 Command: Any = Union[tuple(Annotated[command, tyro.conf.subcommand(name)] for name, command in COMMANDS.items())]  # noqa: UP007
-
-
-def say(text: str) -> None:
-    """Text as it is, whatever the width of the terminal."""
-    console().print(text, markup=False, soft_wrap=True)
 
 
 def parsed(words: list[str]) -> Any:

@@ -76,3 +76,8 @@ def tunings_table(found: Iterable[Tuned]) -> Table:
 
 def console() -> Console:
     return Console(highlight=False, emoji=False)
+
+
+def say(text: str) -> None:
+    """Text as it is, whatever the width of the terminal."""
+    console().print(text, markup=False, soft_wrap=True)
