@@ -195,7 +195,7 @@ def _matmuls(eqns: list[Any], ins: list[list[Any]], on_dots: OnDots) -> tuple[li
         flat = rows.reshape(*lead, *places[len(m.batch) :], -1)
         weights = [w for _, w in read.values()]
         products, records = on_dots(weights, flat, sizes[0] if sizes else None, wider(x, eqns[j]))
-        for j, w, y in zip(read, weights, products, strict=True):
+        for (j, (m, w)), y in zip(read.items(), products, strict=True):
             y = y.reshape(*places, *(w.view.seen[k] for k in m.w_free)).transpose(m.order)
             outs[j] = y.astype(eqns[j].outvars[0].aval.dtype)
     return [outs[j] for j in range(len(eqns))], records

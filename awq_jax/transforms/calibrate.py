@@ -16,7 +16,7 @@ from jaxtyping import Array
 from awq_jax.kernels import in_one_launch
 from awq_jax.search import moments as mo
 from awq_jax.search.moments import Moments
-from awq_jax.tracing.interpret import RULES, Products, Records, Weight, evaluate
+from awq_jax.tracing.interpret import RULES, Products, Records, Weight, evaluate, merge
 from awq_jax.tracing.interpret_shard_map import all_gather, shard_map
 from awq_jax.tracing.sites import Traced, abstract, sites, trace
 from awq_jax.tracing.view import View
@@ -130,8 +130,9 @@ def with_moments(fn: Function, traced: Traced, *, block: int | None = mo.GRAM_BL
             # Else XLA computes what leads to x twice, for the matmul and for the moments.
             x = jax.lax.optimization_barrier(x)
             ys, _ = _multiply(read, x, sizes, dtype)
-            kept = [weight for weight in read if weight.name in leaders]
-            return ys, {weight.key: _moments(weight, x, sizes, weights, block) for weight in kept}
+            kept = (weight for weight in read if weight.name in leaders)
+            found = ({weight.key: _moments(weight, x, sizes, weights, block)} for weight in kept)
+            return ys, ft.reduce(merge, found, {})
 
         out, found = _interpreted(fn, params, inputs, on_dots, lambda leaf: hasattr(leaf, "shape"))
         leaves = named_leaves(params)
