@@ -109,6 +109,37 @@ class Quantize:
 
 
 @dataclass(frozen=True)
+class Convert:
+    """A quantized model in another format: the same codes, or none."""
+
+    model: Annotated[Positional[str], arg(metavar="MODEL")]
+    """A quantized checkpoint of any tool."""
+    out: Annotated[Positional[Path], arg(metavar="OUT")]
+    """Folder to write."""
+    to: Annotated[str, some_of(FORMATS)]
+    """The format; several, awq,mlx, give a folder each in OUT."""
+    bits: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: as they are)")] = None
+    """Another width of the codes, with --requantize."""
+    group_size: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: as they are)")] = None
+    """Other groups, with --requantize."""
+    symmetric: bool = False
+    """Declare zero points to be the middle code; without loss where they are."""
+    requantize: bool = False
+    """Round weights anew, to nearest, that the format does not hold as they are."""
+    overwrite: bool = False
+    """Replace what an earlier run wrote at OUT, and nothing else."""
+
+    def run(self) -> None:
+        from awq_jax.pipeline.convert import Grid, convert
+
+        grid = Grid(self.bits, self.group_size, self.symmetric or None)
+        options: dict[str, Any] = {"requantize": self.requantize, "overwrite": self.overwrite}
+        with progress_bar() as progress:
+            done = convert(self.model, self.out, self.to, grid, **options, progress=progress, told=say)
+        say(f"Wrote {done}.")
+
+
+@dataclass(frozen=True)
 class Eval:
     """Perplexity of a text; with --dense also KL and top-1 agreement with that model."""
 
@@ -258,6 +289,7 @@ class Doctor:
 
 COMMANDS: dict[str, Any] = {
     "quantize": Quantize,
+    "convert": Convert,
     "eval": Eval,
     "generate": Generate,
     "inspect": Inspect,
