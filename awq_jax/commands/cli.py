@@ -17,9 +17,10 @@ from tyro.conf import Positional, arg
 
 from awq_jax.cache import keep_compiled_programs
 from awq_jax.commands.ending import failed, silence_libraries
-from awq_jax.commands.flags import as_flags, one_of, some_of
+from awq_jax.commands.flags import as_flags, one_of, one_word_of, some_of
 from awq_jax.commands.progress import progress_bar
 from awq_jax.commands.tables import console, scores_table, sites_table, summary, tunings_table
+from awq_jax.formats.servers import TARGETS
 from awq_jax.near import did_you_mean
 from awq_jax.pipeline.outputs import FORMATS
 from awq_jax.transforms.stream import Feed
@@ -44,6 +45,9 @@ class Quantize:
     format: Annotated[str, some_of(FORMATS)] = "awq"
     """awq: AutoAWQ safetensors for vLLM, SGLang, transformers. compressed-tensors: the same, any bits, TPUs too. gptq,
     gptq_v2, mlx: what these say. orbax: ours, a scale for each site. Several, awq,mlx, give a folder each in OUT."""
+    target: Annotated[str | None, one_word_of(TARGETS)] = None
+    """What is to run the model: chooses format, symmetry and groups that its fast kernels read, in place of --format,
+    and says why."""
     preset: Annotated[Preset, one_of(Preset)] = "default"
     """How the numbers are chosen; fast takes a quarter of the text, smaller statistics and a coarser search;
     the last three do as others do."""
@@ -70,12 +74,18 @@ class Quantize:
     def run(self) -> None:
         from awq_jax.pipeline.quantize_checkpoint import quantize_checkpoint
 
+        format, recipe = self.format, self.recipe()
+        if self.target is not None:
+            from awq_jax.pipeline.targets import for_target
+
+            format, recipe, why = for_target(self.target, recipe)
+            say(why)
         with progress_bar() as progress:
             done = quantize_checkpoint(
                 self.model,
                 self.out,
-                self.recipe(),
-                format=self.format,
+                recipe,
+                format=format,
                 calib=self.calib,
                 samples=self.samples,
                 seq_len=self.seq_len,
@@ -220,11 +230,13 @@ class Inspect:
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]
     """Any checkpoint, dense or quantized."""
+    target: Annotated[str | None, one_word_of(TARGETS)] = None
+    """Show what each matrix would run on there."""
 
     def run(self) -> None:
         from awq_jax.commands.inspect import inspect
 
-        console().print(inspect(self.model))
+        console().print(inspect(self.model, self.target))
 
 
 @dataclass(frozen=True)
