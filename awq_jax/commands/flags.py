@@ -45,7 +45,12 @@ def as_flags(message: str, arguments: Iterable[str], spelled: Mapping[str, str],
 
 def one_of(choices: Any) -> PrimitiveConstructorSpec[str]:
     """How a flag with a `Literal` of words is read: another word is told the nearest."""
-    return words_of(get_args(choices), lambda said: [said])
+    return one_word_of(get_args(choices))
+
+
+def one_word_of(known: Iterable[str]) -> PrimitiveConstructorSpec[str]:
+    """The same of a flag whose words are not those of a type."""
+    return words_of([*known], lambda said: [said])
 
 
 def some_of(known: Sequence[str]) -> PrimitiveConstructorSpec[str]:
@@ -65,6 +70,6 @@ def words_of(known: Sequence[str], split: Callable[[str], list[str]]) -> Primiti
         nargs=1,
         metavar=f"{{{','.join(known)}}}",
         instance_from_str=read,
-        is_instance=lambda value: isinstance(value, str),
-        str_from_instance=lambda value: [value],
+        is_instance=lambda value: value is None or isinstance(value, str),
+        str_from_instance=lambda value: [str(value)],
     )

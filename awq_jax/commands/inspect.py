@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ from awq_jax.errors import reading
 from awq_jax.files import inside, parse_json
 from awq_jax.formats import orbax
 from awq_jax.formats.checkpoint import Checkpoint, open_checkpoint
+from awq_jax.formats.servers import Target
 from awq_jax.memory import nbytes_of, size
 from awq_jax.pipeline.agreement import check_params
 from awq_jax.pipeline.load import architecture
 from awq_jax.pipeline.quantize_checkpoint import REPORT
+from awq_jax.pipeline.targets import kernels, target_of
+from awq_jax.weights.spec import QuantSpec
 
 MAIN = re.compile(r"/(kernel|scale|embedding)$")
 """What the name of a layer's main param ends with."""
@@ -28,20 +32,30 @@ MAIN = re.compile(r"/(kernel|scale|embedding)$")
 
 @dataclass(frozen=True)
 class Stored:
-    """A param on disk: its shape, [in, out] of matrices, how it is stored, and in how many bytes."""
+    """A param on disk: its shape, [in, out] of matrices, how it is stored, in how many bytes, what would run it."""
 
     shape: tuple[int, ...]
     stored_as: str
     nbytes: int
+    spec: QuantSpec | None = None
+    kernel: str = ""
 
 
-def inspect(path: str | Path) -> Group:
+def inspect(path: str | Path, target: str | None = None) -> Group:
     """Tables of a checkpoint's params (layers of the same shape and storage as one row) and its totals.
 
     Nothing but headers is read.
+
+    Args:
+      target: what is to run it; the table then says on which kernel.
+
+    Raises:
+      InputError: the checkpoint cannot be read, or there is no such target.
     """
+    server = None if target is None else target_of(target)
     checkpoint = open_checkpoint(path)
     found = own_params(checkpoint) if checkpoint.kind == "orbax" else params_of(checkpoint)
+    found = found if server is None else with_kernels(checkpoint, found, server)
     errors = read_errors(checkpoint.path)
     # Short headings and names: with the sizes of a real model the table just fits a terminal.
     table = Table(title=escape(str(path)))
@@ -49,6 +63,8 @@ def inspect(path: str | Path) -> Group:
         table.add_column(column)
     for column in ("n", "bytes", "bits", *(("error", "worst") if errors else ())):
         table.add_column(column, justify="right")
+    if server is not None:
+        table.add_column(f"on {server.name}")
     inside = {name for name in found if name.startswith("layers_")}
     for section in (found.keys() - inside, inside):
         rows: dict[tuple[str, Stored], list[str]] = {}
@@ -57,7 +73,8 @@ def inspect(path: str | Path) -> Group:
             rows.setdefault((MAIN.sub("", kind), found[name]), []).append(name)
         for (kind, one), names in rows.items():
             known = [errors[n] for n in names if n in errors]
-            shown = (f"{sum(known) / len(known):.2%}", f"{max(known):.2%}") if known else ()
+            shown = (f"{sum(known) / len(known):.2%}", f"{max(known):.2%}") if known else ("", "") if errors else ()
+            shown += (one.kernel,) if server else ()
             shape, nbytes = " x ".join(map(str, one.shape)), len(names) * one.nbytes
             bits = f"{8 * one.nbytes / math.prod(one.shape):.2f}"
             table.add_row(kind, shape, one.stored_as, str(len(names)), size(nbytes), bits, *shown)
@@ -80,9 +97,17 @@ def params_of(checkpoint: Checkpoint) -> dict[str, Stored]:
     shapes = module.param_shapes(config)
     tensors = (checkpoint.tensors[name] for name in module.stored_shapes(config))
     return {
-        name: Stored(shape, tensor.stored_as, tensor.nbytes)
+        name: Stored(shape, tensor.stored_as, tensor.nbytes, tensor.spec)
         for (name, shape), tensor in zip(shapes.items(), tensors, strict=True)
     }
+
+
+def with_kernels(checkpoint: Checkpoint, found: Mapping[str, Stored], target: Target) -> dict[str, Stored]:
+    """Params that say what they would run on."""
+    module, config = architecture(checkpoint)
+    weights = {name: (one.shape, one.spec) for name, one in found.items() if one.spec}
+    on = kernels(target, checkpoint.kind, weights, list(module.fused(config).values()))
+    return {name: replace(one, kernel=on.get(name, "dense")) for name, one in found.items()}
 
 
 def own_params(checkpoint: Checkpoint) -> dict[str, Stored]:
@@ -95,7 +120,7 @@ def own_params(checkpoint: Checkpoint) -> dict[str, Stored]:
         nbytes = nbytes_of(parts)
         spec = getattr(leaf, "spec", None)
         stored_as = f"{spec.bits}-bit g{spec.group_size}" if spec else str(leaf.dtype)
-        return Stored(tuple(leaf.shape), stored_as, nbytes)
+        return Stored(tuple(leaf.shape), stored_as, nbytes, spec)
 
     return {name: stored(leaf) for name, leaf in params.items()}
 

@@ -85,10 +85,11 @@ def quantized_tensor(where: str, parts: Mapping[str, StoredTensor], codec: Codec
 
     dtype = next(tensor.dtype for part, tensor in parts.items() if codec.parts[part] is np.floating)
     nbytes, stored_as = sum(part.nbytes for part in parts.values()), f"{spec.bits}-bit g{spec.group_size}"
-    if EMBEDDING.search(where) or lies_apart(parts, spec):
+    picked = bool(EMBEDDING.search(where))
+    if picked or lies_apart(parts, spec):
         dense = lambda: np.ascontiguousarray(codes().dense().astype(dtype).swapaxes(-1, -2))
         turned = (*shape[:-2], shape[-1], shape[-2])
-        return StoredTensor(turned, nbytes, dense, stored_as, dtype, codes=codes)
+        return StoredTensor(turned, nbytes, dense, stored_as, dtype, None, codes, picked)
     return StoredTensor(shape, nbytes, lambda: tensor_of(codes(), dtype), stored_as, dtype, spec, codes)
 
 

@@ -17,6 +17,7 @@ Shape = tuple[int, ...]
 Arrays = Mapping[str, np.ndarray]
 Specs = Callable[[str], QuantSpec]
 """The name of a module -> how its weight is quantized."""
+GROUPS = (128, 64, 32)
 OTHERWISE = "leave the site dense (skip=True in a rule), or write format='orbax', which holds anything"
 
 
@@ -126,35 +127,36 @@ def check_fits(codec: Codec, name: str, shape: Shape, spec: QuantSpec) -> None:
     Raises:
       InputError: it cannot, and what to do.
     """
-    holds, title, (in_features, out_features) = codec.holds, codec.title, shape[-2:]
+    if found := no_room(codec, shape, spec):
+        why, remedy = found
+        raise InputError(f"{name}: {why}: {remedy}{OTHERWISE}.")
+
+
+def no_room(codec: Codec, shape: Shape, spec: QuantSpec) -> tuple[str, str] | None:
+    """Why a file has no room for a linear of shape (*lead, i, o), and what of the spec to change; None if it has."""
+    holds, title, (i, o) = codec.holds, codec.title, shape[-2:]
     if spec.bits not in holds.bits:
         nearest = min(holds.bits, key=lambda bits: abs(bits - spec.bits))
-        raise InputError(
-            f"{name}: {title} files hold {listed(holds.bits)} bits, not {spec.bits}: use bits={nearest}, or "
-            f"{OTHERWISE}."
-        )
-    known = [g for g in (128, 64, 32) if holds.groups is None or g in holds.groups]
-    fits = [g for g in known if in_features % g == 0]
-    remedy = f"use group_size={fits[0]}, " if fits else ""
-    if spec.padding(in_features):
-        raise InputError(
-            f"{name}: {in_features} input features do not divide by {spec.group(in_features)}, the group size, as "
-            f"{title} files need: {remedy}{OTHERWISE}."
-        )
+        return f"{title} files hold {listed(holds.bits)} bits, not {spec.bits}", f"use bits={nearest}, or "
+    group = group_for(codec, i)
+    remedy = f"use group_size={group}, " if group else ""
+    if spec.padding(i):
+        why = f"{i} input features do not divide by {spec.group(i)}, the group size, as {title} files need"
+        return why, remedy
     if holds.groups is not None and spec.group_size not in holds.groups:
-        raise InputError(
-            f"{name}: {title} files hold groups of {listed(holds.groups)}, not {spec.group_size}: {remedy}{OTHERWISE}."
-        )
+        return f"{title} files hold groups of {listed(holds.groups)}, not {spec.group_size}", remedy
     if not (spec.symmetric or holds.asymmetric):
-        raise InputError(
-            f"{name}: {title} files hold symmetric weights, as their readers differ about other zero points: use "
-            f"symmetric=True, or format='{codec.name}_v2', or {OTHERWISE}."
-        )
-    if holds.whole_words and out_features * spec.bits % WORD:
+        why = f"{title} files hold symmetric weights, as their readers differ about other zero points"
+        return why, f"use symmetric=True, or format='{codec.name}_v2', or "
+    if holds.whole_words and o * spec.bits % WORD:
         per = next(n for n in (4, 8, 16, 32) if n * spec.bits % WORD == 0)
-        raise InputError(
-            f"{name}: {out_features} output features do not divide by {per}, as {title} files need: {OTHERWISE}."
-        )
+        return f"{o} output features do not divide by {per}, as {title} files need", ""
+    return None
+
+
+def group_for(codec: Codec, i: int) -> int | None:
+    """The largest group that a format knows and that divides the inputs."""
+    return next((g for g in GROUPS if i % g == 0 and (codec.holds.groups is None or g in codec.holds.groups)), None)
 
 
 def listed(numbers: Sequence[int]) -> str:
