@@ -7,7 +7,18 @@ from pathlib import Path
 import awq_jax
 import awq_jax.kernels
 
-ROOMS = ("commands", "pipeline", "formats", "models", "transforms", "tracing", "search", "weights", "kernels")
+ROOMS = (
+    "commands",
+    "pipeline",
+    "records",
+    "formats",
+    "models",
+    "transforms",
+    "tracing",
+    "search",
+    "weights",
+    "kernels",
+)
 """From the top to the floor; below them is the ground, files that lie in no room."""
 TOP = Path(awq_jax.__file__).parent
 KERNELS = Path(awq_jax.kernels.__file__).parent
