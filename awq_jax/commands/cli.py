@@ -16,6 +16,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from awq_jax.cache import keep_compiled_programs
+from awq_jax.commands.compare import Compare
 from awq_jax.commands.ending import failed, silence_libraries
 from awq_jax.commands.eval import Eval
 from awq_jax.commands.flags import as_flags, one_of, one_word_of, some_of
@@ -273,6 +274,7 @@ COMMANDS: dict[str, Any] = {
     "quantize": Quantize,
     "convert": Convert,
     "eval": Eval,
+    "compare": Compare,
     "generate": Generate,
     "inspect": Inspect,
     "demo": Demo,
