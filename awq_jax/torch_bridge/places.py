@@ -1,7 +1,7 @@
 """Where the params of transformers' models lie in checkpoints, which name and cut some of them in another way.
 
-transformers can turn a state_dict back into what the file holds. Done with tensors of the meta device, it tells for each
-of the file's tensors which part of a param it is: a view has an offset and strides.
+transformers can turn a state_dict back into what the file holds. Done with tensors of the meta device, it tells for
+each of the file's tensors which part of a param it is: a view has an offset and strides.
 """
 
 from __future__ import annotations
