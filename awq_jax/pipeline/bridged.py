@@ -8,19 +8,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from awq_jax import models
 from awq_jax.errors import InputError
 from awq_jax.formats import autoawq
 from awq_jax.formats.checkpoint import Checkpoint
+from awq_jax.pipeline.bridged_parts import joined, matrix
 from awq_jax.torch_bridge.pretrained import Pretrained, pretrained
 from awq_jax.tracing.segments import Segments
 from awq_jax.tracing.sites import Site
 from awq_jax.transforms.recipe import Recipe, some
 from awq_jax.transforms.stream import Lazy
 from awq_jax.weights.spec import Rule
-from awq_jax.weights.tensor import QuantizedTensor, is_quantized
+from awq_jax.weights.tensor import is_quantized
 
 GATE = 32
 """Sites of fewer outputs choose experts or scale one: servers keep them dense."""
@@ -48,6 +51,18 @@ class Bridged:
 
         return {name: lazy(name, w.shape, w.dtype) for name, w in self.model.params.items()}
 
+    def params(self) -> dict[str, Any]:
+        """The params in memory, QuantizedTensors where the checkpoint holds such."""
+        dense = self.lazy_params()
+        return {name: self._param(name, lazy) for name, lazy in dense.items()}
+
+    def _param(self, name: str, lazy: Lazy) -> Any:
+        places, tensors = self.places[name], self.checkpoint.tensors
+        if not any(tensors[place.name].quantized for place in places):
+            return jnp.asarray(lazy[...])
+        found = joined(places, lazy.shape, self.checkpoint.read, transposed=self.model.is_transposed(name))
+        return jax.tree.map(jnp.asarray, found)
+
     def left_over(self) -> list[str]:
         """Tensors of the checkpoint of which no param is made."""
         read = {place.name for parts in self.places.values() for place in parts}
@@ -70,7 +85,8 @@ def bridged(checkpoint: Checkpoint) -> Bridged:
     model = pretrained(checkpoint.path)
     from awq_jax.torch_bridge.places import places
 
-    shapes = {name: t.shape[::-1] if t.quantized else t.shape for name, t in checkpoint.tensors.items()}
+    dense = lambda name, t: t.shape if not t.quantized or model.is_transposed(name) else t.shape[::-1]
+    shapes = {name: dense(name, t) for name, t in checkpoint.tensors.items()}
     found = Bridged(checkpoint, model, places(model.model, model.params, shapes))
     if unread := model.read_by_nothing(found.left_over(), ()):
         raise InputError(
@@ -113,35 +129,13 @@ def for_autoawq(recipe: Recipe, sites: Mapping[str, Site], found: Bridged) -> tu
     return recipe, small
 
 
-def matrix(w: QuantizedTensor, place: Any) -> QuantizedTensor:
-    """The part of a weight that a tensor of the file is, as a matrix (in, out).
-
-    Raises:
-      InputError: the part is no whole matrix, or cuts its inputs.
-    """
-    shape = w.shape
-    axes = w.layout.axes if w.layout is not None else tuple((k,) for k in range(len(shape)))
-    atoms = w.layout.atoms if w.layout is not None else tuple(enumerate(shape))
-    steps = dict(zip(place.strides, place.shape, strict=True))
-    sizes = [steps.get(math.prod(shape[k + 1 :]), 1) for k in range(len(shape))]
-    of = [[atoms[a][0] for a in axis] for axis in axes]
-    *lead, inputs, outputs = of
-    whole = all(len(axis) == 1 for axis in of) and len(atoms) == len(shape)
-    if not whole or sizes[inputs[0]] != shape[inputs[0]] or any(sizes[k] != 1 for (k,) in lead):
-        raise InputError(f"{place.name}: it is no matrix of the weight that was quantized: leave it dense.")
-    starts, (o,) = place.starts(shape), outputs
-    pick = (*(starts[k] for (k,) in lead), slice(None), slice(starts[o], starts[o] + sizes[o]))
-    part = lambda leaf: None if leaf is None else leaf[pick]
-    scale = None if w.input_scale is None else w.input_scale[pick[:-1]]
-    return QuantizedTensor(part(w.codes), part(w.scales), part(w.zeros), scale, w.spec, w.dtype, w.pad)
-
-
 @dataclass(frozen=True)
 class Sizes:
     """What checks of tokens ask of a config."""
 
     vocab: int
     positions: int | None
+    dtype: Any = jnp.float32
 
 
 def sizes(found: Bridged) -> Sizes:

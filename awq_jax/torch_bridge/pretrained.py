@@ -10,8 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from awq_jax.errors import InputError, reading
 from awq_jax.torch_bridge.from_torch import from_torch, required, stored
@@ -43,10 +42,18 @@ class Pretrained:
         """The model without its head."""
         return getattr(self.model, self.model.base_model_prefix, self.model)
 
-    def hidden(self, tokens: Int[np.ndarray, "n t"]) -> Callable[[Mapping[str, Array], Array], Array]:
+    def is_transposed(self, name: str) -> bool:
+        """Whether a param is a matrix (in, out), as GPT-2's are, in the place of torch's (out, in)."""
+        modules = dict(self.model.named_modules())
+        prefix = f"{self.model.base_model_prefix}."
+        path = name.rpartition(".")[0]
+        module = next((modules[p] for p in (path, prefix + path) if p in modules), None)
+        return type(module).__name__ == "Conv1D"
+
+    def hidden(self, shape: tuple[int, int]) -> Callable[[Mapping[str, Array], Array], Array]:
         """`(params, tokens) -> hidden states` for tokens of this shape; other shapes are traced when they come."""
         inner = self.inner
-        fn, own = from_torch(inner, jax.ShapeDtypeStruct(np.shape(tokens), jnp.int32))
+        fn, own = from_torch(inner, jax.ShapeDtypeStruct(shape, jnp.int32))
         names, _ = stored(self.model)
         prefix = "" if inner is self.model else f"{self.model.base_model_prefix}."
         whole = {name: names[prefix + name] for name in own}
@@ -57,9 +64,9 @@ class Pretrained:
 
         return hidden
 
-    def logits(self, tokens: Int[np.ndarray, "n t"]) -> Callable[[Mapping[str, Array], Array], Array]:
+    def logits(self, shape: tuple[int, int]) -> Callable[[Mapping[str, Array], Array], Array]:
         """`(params, tokens) -> logits`; see `hidden`."""
-        fn, _ = from_torch(self.model, jax.ShapeDtypeStruct(np.shape(tokens), jnp.int32))
+        fn, _ = from_torch(self.model, jax.ShapeDtypeStruct(shape, jnp.int32))
         return lambda params, tokens: fn(params, tokens)["logits"]
 
     def read_by_nothing(self, tensors: Iterable[str], read: Iterable[str]) -> list[str]:
