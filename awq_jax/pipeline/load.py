@@ -23,6 +23,7 @@ from awq_jax.models.generate import NO_TOKEN, Speed, generate, nbytes, no_number
 from awq_jax.models.inputs import check_tokens, without_rows
 from awq_jax.models.pieces import pieces
 from awq_jax.pipeline.agreement import check_params, check_tensors
+from awq_jax.pipeline.bridged import fallback
 from awq_jax.text import encode
 from awq_jax.weights.tensor import prepare
 
@@ -212,7 +213,7 @@ def load(path: str | Path, dtype: Any = None, told: Callable[[str], None] = lamb
     Example:
       >>> print(awq.load("smollm2-awq").generate("Why is the sky blue?"))
     """
-    return _read(*_described(path, dtype, told))
+    return opened(path, dtype, told)[1]()
 
 
 def opened(
@@ -227,22 +228,26 @@ def opened(
       >>> model.stream(prompt, max_new_tokens=10**9)  # raises
       >>> answer = read().stream(prompt)
     """
-    checkpoint, model = _described(path, dtype, told)
+    checkpoint = open_checkpoint(path)
+    if (other := fallback(checkpoint)) is not None:
+        from awq_jax.pipeline.bridged_model import opened_bridged
+
+        return opened_bridged(other, told)
+    model = _described(checkpoint, dtype, told)
     shapes = checkpoint.shapes(model.module, model.config)
     check_params(checkpoint.path, shapes, model.module, model.config)
     return replace(model, params=jax.eval_shape(_prepared, shapes)), lambda: _read(checkpoint, model)
 
 
-def _described(path: str | Path, dtype: Any, told: Callable[[str], None]) -> tuple[Checkpoint, Model]:
-    """A checkpoint, and its model without params."""
-    checkpoint = open_checkpoint(path)
+def _described(checkpoint: Checkpoint, dtype: Any, told: Callable[[str], None]) -> Model:
+    """The model of a checkpoint without params."""
     module, config = architecture(checkpoint)
     tokenizer = checkpoint.tokenizer()
     if beyond := without_rows(config, tokenizer):
         told(beyond)
     accelerated = jax.default_backend() in ACCELERATORS
     config = replace(config, dtype=dtype or (fast_dtype() if accelerated else jnp.float32))
-    return checkpoint, Model(module, config, None, tokenizer, checkpoint.stops)
+    return Model(module, config, None, tokenizer, checkpoint.stops)
 
 
 def _read(checkpoint: Checkpoint, model: Model) -> Model:

@@ -21,6 +21,7 @@ from awq_jax.formats.checkpoint import open_checkpoint
 from awq_jax.formats.written import check_destination, resolved, size_of, written_whole
 from awq_jax.memory import check_memory, size
 from awq_jax.models.inputs import check_length, check_tokens, without_rows
+from awq_jax.pipeline.bridged import fallback
 from awq_jax.pipeline.calibration_text import Read, calibration_tokens
 from awq_jax.pipeline.decoder import (
     Progress,
@@ -146,6 +147,23 @@ def quantize_checkpoint(
     checkpoint = open_checkpoint(model)
     if checkpoint.kind not in ("huggingface", "gguf"):
         raise InputError(f"{model} is quantized already: start from the dense model.")
+    if (other := fallback(checkpoint)) is not None:
+        from awq_jax.pipeline.quantize_bridged import quantize_bridged, refuse
+
+        refuse(format, average_bits, distill)
+        return quantize_bridged(
+            other,
+            out,
+            recipe,
+            calib=calib,
+            seq_len=seq_len,
+            feed=feed,
+            overwrite=overwrite,
+            inputs=inputs,
+            clock=clock,
+            progress=progress,
+            told=told,
+        )
     module, config = architecture(checkpoint)
     recipe.check_rules(module.matrix_shapes(config))
     fused = module.fused(config) if recipe.fold else {}

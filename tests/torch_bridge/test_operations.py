@@ -73,6 +73,8 @@ CASES = {
     "transposed convolution": lambda x, y, n, b, h: F.conv_transpose1d(
         x[None], y[:, :2, None].repeat(1, 1, 3), stride=2
     ),
+    "pooled": lambda x, y, n, b, h: F.adaptive_avg_pool1d(x, 2) + F.avg_pool1d(x, 2, padding=1, stride=3),
+    "pooled to the largest": lambda x, y, n, b, h: F.max_pool2d(x[None], 2, 1, 1),
     "causal attention": lambda x, y, n, b, h: F.scaled_dot_product_attention(Q, K, K, is_causal=True, enable_gqa=True),
     "a query that sees no key": lambda x, y, n, b, h: F.scaled_dot_product_attention(x, x[:3], y, b[:, :3]),
     "attention with a bias": lambda x, y, n, b, h: F.scaled_dot_product_attention(Q, Q, V, Q @ Q.mT, scale=0.3),

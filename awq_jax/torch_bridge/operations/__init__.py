@@ -8,6 +8,7 @@ from awq_jax.torch_bridge.operations import experts as experts
 from awq_jax.torch_bridge.operations import indexing as indexing
 from awq_jax.torch_bridge.operations import matmul as matmul
 from awq_jax.torch_bridge.operations import norms as norms
+from awq_jax.torch_bridge.operations import pooling as pooling
 from awq_jax.torch_bridge.operations import reductions as reductions
 from awq_jax.torch_bridge.operations import shapes as shapes
 from awq_jax.torch_bridge.operations import sorting as sorting

@@ -1,0 +1,118 @@
+"""A checkpoint of any model of transformers to a quantized one, through transformers' own code."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from awq_jax.clock import Clock
+from awq_jax.errors import InputError
+from awq_jax.formats import autoawq, orbax
+from awq_jax.formats.card import CARD, card
+from awq_jax.formats.written import resolved, size_of, written_whole
+from awq_jax.memory import size
+from awq_jax.models.inputs import check_length, check_tokens, without_rows
+from awq_jax.pipeline.bridged import Bridged, for_autoawq, sites_of, sizes
+from awq_jax.pipeline.calibration_text import Read, calibration_tokens
+from awq_jax.pipeline.decoder import Progress, called, chunks
+from awq_jax.pipeline.quantize_checkpoint import REPORT, Converted, computed_in, fitted, named_failure
+from awq_jax.tracing.segments import segments
+from awq_jax.transforms.finite import require_finite_weights
+from awq_jax.transforms.recipe import Recipe, some
+from awq_jax.transforms.stream import Feed, stream
+
+
+def quantize_bridged(
+    found: Bridged,
+    out: str | Path,
+    recipe: Recipe,
+    *,
+    calib: Sequence[str],
+    seq_len: int,
+    feed: Feed,
+    overwrite: bool,
+    inputs: Sequence[str | Path],
+    clock: Clock,
+    progress: Progress,
+    told: Callable[[str], None],
+) -> Converted:
+    """As `quantize_checkpoint` with format="awq"; the head and what tokens alone do not reach stay dense."""
+    checkpoint, config = found.checkpoint, sizes(found)
+    told(f"Computed by transformers' {found.model.name}, traced.")
+    check_length(config, seq_len, f"seq_len={seq_len}")
+    with written_whole(out, overwrite=overwrite, inputs=inputs) as scratch:
+        tokenizer, _ = checkpoint.tokenizer(), checkpoint.companions  # Raises where one of them is unsound.
+        if beyond := without_rows(config, tokenizer):
+            told(beyond)
+        clock.rest("load")
+        progress("loading", 1, 1)
+        progress("calibration text", 0, 1)
+        sources: list[Read] = []
+        options: Any = {"samples": recipe.samples, "seq_len": seq_len, "own": _no_own_text, "told": sources.append}
+        tokens = calibration_tokens(calib or None, tokenizer, **options)
+        check_tokens(config, tokens, "the calibration text")
+        for source in sources:
+            told(str(source))
+        clock.rest("text")
+        progress("calibration text", 1, 1)
+        with clock("trace"):
+            batches = chunks(tokens)
+            fn, params = found.model.hidden(np.shape(batches[0][0])), found.lazy_params()
+            sites = sites_of(segments(fn, params, *batches[0]))
+        recipe, gates = for_autoawq(recipe, sites, found)
+        if gates:
+            told(f"{len(gates)} sites of few outputs, such as gates, stay dense: {some(gates)}.")
+        if recipe.group_size is None:
+            chosen = {name: (s.in_features, s.out_features) for name, s in sites.items() if not s.kept}
+            recipe, why = fitted(recipe, chosen, "awq")
+            told(why)
+        writer = autoawq.Writer(scratch, checkpoint, recipe.spec)
+
+        def write(name: str, leaf: Any) -> None:
+            require_finite_weights({name: leaf}, "")
+            writer.write(name, found.tensors(name, leaf))
+
+        write, finish = named_failure(out, write), named_failure(out, writer.finish)
+        options = {"feed": feed, "clock": clock, "called": called(tokens), "progress": progress}
+        done = stream(fn, params, batches, recipe, write, **options)
+        writer.write("left over", {name: checkpoint.read(name) for name in found.left_over()})
+        dtype, notes = computed_in(done.largest)
+        finish(dtype)
+        (scratch / REPORT).write_text(json.dumps([asdict(site) for site in done.reports], indent=1))
+        half = sum(2 * math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+        figures = {
+            "size before": f"{size(checkpoint.nbytes)} ({size(half)} in 16 bits)",
+            "size now": size(size_of(scratch)),
+            "calibrated on": f"{len(tokens)} sequences of {np.shape(tokens)[1]} tokens",
+        }
+        text = card(checkpoint.path, "awq", orbax.shown(recipe), figures, done.reports)
+        (scratch / CARD).write_text(text, "utf-8")
+    after = size_of(resolved(out))
+    clock.rest("write")
+    return Converted(
+        Path(out), checkpoint.nbytes, half, after, done.reports, clock.seconds, recipe, tuple(sources), notes
+    )
+
+
+def refuse(format: str, average_bits: float | None, distill: int) -> None:
+    """Refuse what only a model of awq_jax.models can do."""
+    for option, asked in (
+        (f"format={format!r}", format != "awq"),
+        (f"average_bits={average_bits}", average_bits is not None),
+        (f"distill={distill}", distill > 0),
+    ):
+        if asked:
+            raise InputError(
+                f"{option}: not for models that transformers' code computes, which become AutoAWQ folders: leave it "
+                "out, or use awq.from_torch, of whose params anything can be made."
+            )
+
+
+def _no_own_text(samples: int, seq_len: int) -> Any:
+    raise InputError("calib='self': a model that transformers' code computes writes no text of its own: give a text.")

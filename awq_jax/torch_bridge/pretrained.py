@@ -1,0 +1,111 @@
+"""Models of transformers by their config.json alone: functions of params that are read later."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from awq_jax.errors import InputError, reading
+from awq_jax.torch_bridge.from_torch import from_torch, required, stored
+
+OUTPUTS = ("last_hidden_state", "logits")
+"""What the inner model gives: hidden states, or logits where there is no inner one."""
+LEFT_OVER = r"rotary_emb\.inv_freq$|\.attn\.(bias|masked_bias)$|\.attention\.(bias|masked_bias)$|position_ids$"
+"""Tensors of old checkpoints that code computes by itself today."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pretrained:
+    """A model of transformers without weights.
+
+    Args:
+      model: its params are on the meta device.
+      params: the shapes of its params, by torch's names.
+    """
+
+    model: Any
+    params: Mapping[str, jax.ShapeDtypeStruct]
+
+    @property
+    def name(self) -> str:
+        return type(self.model).__name__
+
+    @property
+    def inner(self) -> Any:
+        """The model without its head."""
+        return getattr(self.model, self.model.base_model_prefix, self.model)
+
+    def is_transposed(self, name: str) -> bool:
+        """Whether a param is a matrix (in, out), as GPT-2's are, in the place of torch's (out, in)."""
+        modules = dict(self.model.named_modules())
+        prefix = f"{self.model.base_model_prefix}."
+        path = name.rpartition(".")[0]
+        module = next((modules[p] for p in (path, prefix + path) if p in modules), None)
+        return type(module).__name__ == "Conv1D"
+
+    def hidden(self, shape: tuple[int, int]) -> Callable[[Mapping[str, Array], Array], Array]:
+        """`(params, tokens) -> hidden states` for tokens of this shape; other shapes are traced when they come."""
+        inner = self.inner
+        fn, own = from_torch(inner, jax.ShapeDtypeStruct(shape, jnp.int32))
+        names, _ = stored(self.model)
+        prefix = "" if inner is self.model else f"{self.model.base_model_prefix}."
+        whole = {name: names[prefix + name] for name in own}
+
+        def hidden(params: Mapping[str, Array], tokens: Array) -> Array:
+            out = fn({name: params[full] for name, full in whole.items()}, tokens)
+            return next(out[key] for key in OUTPUTS if key in out)
+
+        return hidden
+
+    def logits(self, shape: tuple[int, int]) -> Callable[[Mapping[str, Array], Array], Array]:
+        """`(params, tokens) -> logits`; see `hidden`."""
+        fn, _ = from_torch(self.model, jax.ShapeDtypeStruct(shape, jnp.int32))
+        return lambda params, tokens: fn(params, tokens)["logits"]
+
+    def read_by_nothing(self, tensors: Iterable[str], read: Iterable[str]) -> list[str]:
+        """Of a checkpoint's tensors those that no param comes from and that are not known to be left over."""
+        known = [LEFT_OVER, *(getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ())]
+        unread = sorted(set(tensors) - set(read))
+        return [name for name in unread if not any(re.search(pattern, name) for pattern in known)]
+
+
+def pretrained(folder: Path) -> Pretrained:
+    """The model that a folder's config.json describes; code in the folder is not run.
+
+    Raises:
+      InputError: torch is missing; transformers does not know the architecture, or makes no model of the config.
+    """
+    required()
+    import transformers
+    from transformers.initialization import no_init_weights
+
+    from awq_jax.torch_bridge.meta import without_weights
+
+    with reading(f"{folder}: transformers makes no model of config.json", "give a config of a model that it knows"):
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        named = next(iter(config.architectures or ()), None)
+        kind = getattr(transformers, str(named), None)
+        if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+            raise InputError(
+                f"{folder}: architectures={config.architectures} names no model of transformers "
+                f"{transformers.__version__}, and code in the folder is not run: upgrade transformers, or quantize the "
+                "model as a function of yours (awq.quantize)."
+            )
+        if config.is_encoder_decoder:
+            raise InputError(
+                f"{folder}: {named} reads more than tokens: trace it with awq.from_torch, and quantize what that gives."
+            )
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        config._attn_implementation = "eager"
+        with without_weights(), no_init_weights():
+            model = kind(config).eval()
+    _, params = stored(model)
+    return Pretrained(model, {name: jax.ShapeDtypeStruct(w.shape, w.dtype) for name, w in params.items()})
