@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,7 +21,10 @@ from awq_jax.formats.card import CARD, card
 from awq_jax.formats.checkpoint import Checkpoint, open_checkpoint
 from awq_jax.formats.written import check_destination, resolved, size_of, written_whole
 from awq_jax.memory import check_memory, size
+from awq_jax.models.decoder import head
+from awq_jax.models.family import Family, is_router, matrix_shapes, param_shapes
 from awq_jax.models.inputs import check_length, check_tokens, without_rows
+from awq_jax.models.layer import Config
 from awq_jax.pipeline.calibration_text import Read, calibration_tokens
 from awq_jax.pipeline.decoder import (
     Progress,
@@ -44,6 +48,7 @@ from awq_jax.transforms.quantize import SiteReport
 from awq_jax.transforms.recipe import GROUPS, Recipe
 from awq_jax.transforms.stream import Feed
 from awq_jax.transforms.survey import survey
+from awq_jax.weights.spec import Rule
 from awq_jax.weights.tensor import LARGEST_HALF, is_quantized
 
 Format = Literal["awq", "orbax"]
@@ -136,21 +141,27 @@ def quantize_checkpoint(
     checkpoint = open_checkpoint(model)
     if checkpoint.kind in ("autoawq", "orbax"):
         raise InputError(f"{model} is quantized already: start from the dense model.")
-    module, config = architecture(checkpoint)
-    recipe.check_rules(module.matrix_shapes(config))
-    fused = module.fused(config) if format == "awq" else {}
+    family, config = architecture(checkpoint)
+    recipe.check_rules(matrix_shapes(config))
+    recipe = routers_skipped(recipe, config)
+    fused = family.fused(config) if format == "awq" else {}
     recipe, with_skipped = skip_whole(recipe, fused)
     if recipe.group_size is None:
-        recipe, why = fitted(recipe, module.matrix_shapes(config), format)
+        recipe, why = fitted(recipe, matrix_shapes(config), format)
         told(why)
-    check_fits(module, config, recipe, format)
+    if format == "awq" and family.in_out:
+        raise InputError(
+            f"{model}: readers of AutoAWQ files replace linear layers only, and those of {family.architectures[0]} are "
+            "stored the other way round (Conv1D): write format='orbax'."
+        )
+    check_fits(config, recipe, format)
     check_length(config, seq_len, f"seq_len={seq_len}")
     if distill:
         # Folds are put into float32.
         wider = jnp.float32 if recipe.fold else None
         dense = lambda w: jax.ShapeDtypeStruct(w.shape, wider or w.dtype)
         needed = nbytes_of_refine(
-            module, config, jax.tree.map(dense, checkpoint.shapes(module, config)), recipe.samples, seq_len
+            config, jax.tree.map(dense, checkpoint.shapes(family, config)), recipe.samples, seq_len
         )
         check_memory(f"distill={distill} with seq_len={seq_len}", needed, "leave it out, or give shorter sequences")
     half = sum(2 * math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
@@ -170,27 +181,27 @@ def quantize_checkpoint(
             told(str(source))
         clock.rest("text")
         progress("calibration text", 1, 1)
-        params = lazy_params(checkpoint, module, config, wide=recipe.fold)
+        params = lazy_params(checkpoint, family, config, wide=recipe.fold)
         if average_bits is not None:
-            offered = offers(module, config, params, tokens, recipe, progress)
+            offered = offers(config, params, tokens, recipe, progress)
             recipe = with_bits(recipe, allocate(offered, average_bits))
             clock.rest("survey")
-        write, finish = (named_failure(out, f) for f in writer(format, scratch, checkpoint, module, recipe, fused))
+        write, finish = (named_failure(out, f) for f in writer(format, scratch, checkpoint, family, recipe, fused))
         parts: dict[str, Any] = {}
         take = parts.__setitem__ if distill else write
-        for part, whole in outer(lazy_params(checkpoint, module, config)).items():
+        for part, whole in outer(lazy_params(checkpoint, family, config)).items():
             with clock("load"):
                 whole = read(whole)
             with clock("write"):
                 take(part, whole)
             del whole
         options = {"feed": feed, "clock": clock, "progress": progress}
-        done = stream_decoder(module, config, params, tokens, recipe, take, **options)
+        done = stream_decoder(config, params, tokens, recipe, take, **options)
         if distill:
             before = tuple(replace(r, note="; ".join(filter(None, (r.note, BEFORE)))) for r in done.reports)
             done = replace(done, reports=before)
             with clock("distillation"):
-                parts = refine(module, config, params, parts, tokens, passes=distill, progress=progress)
+                parts = refine(config, params, parts, tokens, passes=distill, progress=progress)
             with clock("write"):
                 for part, tuned in parts.items():
                     write(part, tuned)
@@ -214,9 +225,15 @@ def quantize_checkpoint(
     return Converted(Path(out), checkpoint.nbytes, half, after, done.reports, clock.seconds, recipe, read_all, notes)
 
 
+def routers_skipped(recipe: Recipe, config: Config) -> Recipe:
+    """`recipe` with the matrices that choose experts left dense."""
+    names = [re.escape(path) for path in param_shapes(config) if is_router(path)]
+    return replace(recipe, rules=(*recipe.rules, Rule(f"^({'|'.join(names)})$", skip=True))) if names else recipe
+
+
 def fitted(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]], format: Format) -> tuple[Recipe, str]:
     """`recipe` with the largest group size that divides the inputs of all its sites, and a line that says so."""
-    rules = ((recipe.rule_of(name), i) for name, (i, _) in shapes.items())
+    rules = ((recipe.rule_of(name), i) for name, (*_, i, _) in shapes.items())
     widths = sorted({i for rule, i in rules if rule is None or not (rule.skip or rule.group_size)})
     known, all_ = ", ".join(map(str, GROUPS)), ", ".join(map(str, widths))
     group = next((g for g in GROUPS if all(i % g == 0 for i in widths)), None)
@@ -230,28 +247,28 @@ def fitted(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]], format: Format
     return replace(recipe, group_size=group), f"Groups of {group}: the largest of {known} that divides {all_}."
 
 
-def offers(module: Any, config: Any, params: Any, tokens: Any, recipe: Recipe, progress: Progress) -> list[Offer]:
+def offers(config: Config, params: Any, tokens: Any, recipe: Recipe, progress: Progress) -> list[Offer]:
     """The divergence of the model with every group of sites quantized alone, on SURVEYED tokens of the first sequence.
 
     Args:
       params: lazy.
     """
     # Computed in the model's dtype throughout: what a group changes may be less than faster ones round.
-    fn, given, tokens = as_function(module, config, params, tokens)
+    fn, given, tokens = as_function(config, params, tokens)
     first = (jnp.asarray(tokens[:1, :SURVEYED]),)
     sink = by_layer(params, lambda part, layer: None, progress, "block looked at")
     (exact,), found = survey(fn, given, [first, *chunks(tokens[1:])], recipe, sink, called=called(tokens))
     rest = read(outer(params))
-    head = jax.jit(lambda hidden: module.head(config, rest, hidden))
-    offered, logits = [], head(exact)
+    logits_of = jax.jit(lambda hidden: head(config, rest, hidden))
+    offered, logits = [], logits_of(exact)
     for k, (group, (changed,)) in enumerate(found, 1):
-        offered.append(Offer.of(group, kl_of_logits(logits, head(changed))))
+        offered.append(Offer.of(group, kl_of_logits(logits, logits_of(changed))))
         progress("group scored", k, len(found))
     return offered
 
 
 def writer(
-    format: Format, folder: Path, checkpoint: Checkpoint, module: Any, recipe: Recipe, fused: Fused
+    format: Format, folder: Path, checkpoint: Checkpoint, family: Family, recipe: Recipe, fused: Fused
 ) -> tuple[Callable[[str, Any], None], Callable[[str], None]]:
     """`(write(part, params), finish(dtype))` of a format; ours is read in any dtype."""
     kept: orbax.Writer | autoawq.Writer
@@ -261,7 +278,7 @@ def writer(
         finish: Callable[[str], None] = lambda dtype: own.finish()
     else:
         kept = theirs = autoawq.Writer(folder, checkpoint, recipe.spec, left_whole(recipe, fused))
-        named, finish = lambda part, params: module.to_names({part: params}), theirs.finish
+        named, finish = lambda part, params: family.to_names({part: params}), theirs.finish
 
     def write(part: str, params: Any) -> None:
         # What stays dense is not seen by any search, which would refuse it.
@@ -314,11 +331,11 @@ def named_failure(out: str | Path, f: Callable[..., None]) -> Callable[..., None
     return run
 
 
-def check_fits(module: Any, config: Any, recipe: Recipe, format: Format) -> None:
+def check_fits(config: Config, recipe: Recipe, format: Format) -> None:
     """Refuse, before any work, widths that the format cannot hold."""
     if format != "awq":
         return
-    for name, (i, o) in module.matrix_shapes(config).items():
+    for name, (*_, i, o) in matrix_shapes(config).items():
         if (spec := recipe.spec_of(name)) is not None:
             autoawq.check_fits(name, i, o, spec)
             if (spec.bits, spec.group_size) != (recipe.bits, recipe.group_size):
