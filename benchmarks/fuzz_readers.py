@@ -54,17 +54,17 @@ def quantized(folder: Path, format: str, **changes: Any) -> Path:
     from awq_jax.weights.tensor import round_to_nearest
 
     checkpoint = open_checkpoint(tiny(folder, **changes))
-    module, config = architecture(checkpoint)
+    family, config = architecture(checkpoint)
     recipe, out = Recipe(bits=4, group_size=32), folder / format
     out.mkdir()
     writer: Any = orbax.Writer(out, checkpoint, recipe)
     if format == "awq":
         writer = Writer(AUTOAWQ, out, checkpoint, recipe.spec)
-    params = checkpoint.params(module, config)
+    params = checkpoint.params(family, config)
     down = params["layers_0"]["mlp"]["down"]
     down["kernel"] = round_to_nearest(down["kernel"], QuantSpec(4, 32))
     for part in params:
-        writer.write(part, module.to_names({part: params[part]}) if format == "awq" else params[part])
+        writer.write(part, family.to_names({part: params[part]}) if format == "awq" else params[part])
     writer.finish()
     return out
 
@@ -243,9 +243,9 @@ def read_model(path: Path, changed: Path) -> None:
     from awq_jax.pipeline.load import architecture
 
     checkpoint = open_checkpoint(path)
-    module, config = architecture(checkpoint)
+    family, config = architecture(checkpoint)
     if not changed.name.startswith(TOKENIZER):
-        checkpoint.params(module, config)
+        checkpoint.params(family, config)
         _ = checkpoint.stops, checkpoint.companions
     if changed.suffix not in ("", ".safetensors"):
         read_tokenizer(checkpoint.tokenizer())

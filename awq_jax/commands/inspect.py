@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -93,27 +93,27 @@ def inspect(path: str | Path, target: str | None = None) -> Group:
 
 def params_of(checkpoint: Checkpoint) -> dict[str, Stored]:
     """The params of a checkpoint by the names that they have here."""
-    module, config = architecture(checkpoint)
-    shapes = module.param_shapes(config)
-    tensors = (checkpoint.tensors[name] for name in module.stored_shapes(config))
-    return {
-        name: Stored(shape, tensor.stored_as, tensor.nbytes, tensor.spec)
-        for (name, shape), tensor in zip(shapes.items(), tensors, strict=True)
-    }
+    family, config = architecture(checkpoint)
+
+    def found(shape: tuple[int, ...], names: Sequence[str]) -> Stored:
+        tensors = [checkpoint.tensors[name] for name in names]
+        return Stored(shape, tensors[0].stored_as, sum(t.nbytes for t in tensors), tensors[0].spec)
+
+    return {path: found(s.shape, s.names) for path, s in family.stored(config).items()}
 
 
 def with_kernels(checkpoint: Checkpoint, found: Mapping[str, Stored], target: Target) -> dict[str, Stored]:
     """Params that say what they would run on."""
-    module, config = architecture(checkpoint)
+    family, config = architecture(checkpoint)
     weights = {name: (one.shape, one.spec) for name, one in found.items() if one.spec}
-    on = kernels(target, checkpoint.kind, weights, list(module.fused(config).values()))
+    on = kernels(target, checkpoint.kind, weights, list(family.fused(config).values()))
     return {name: replace(one, kernel=on.get(name, "dense")) for name, one in found.items()}
 
 
 def own_params(checkpoint: Checkpoint) -> dict[str, Stored]:
     """The params of a folder in our own format."""
     params = orbax.shapes(checkpoint.path)
-    check_params(checkpoint.path, params, *architecture(checkpoint))
+    check_params(checkpoint.path, params, architecture(checkpoint)[1])
 
     def stored(leaf: Any) -> Stored:
         parts = jax.tree.leaves(leaf)

@@ -26,6 +26,8 @@ from awq_jax.formats.quantized_folder import quantized_tensors, read_declared
 from awq_jax.formats.safetensors import open_shards
 from awq_jax.formats.scratch import scratch_folder
 from awq_jax.formats.stored import StoredTensor
+from awq_jax.models.family import Family
+from awq_jax.models.layer import Config
 from awq_jax.near import did_you_mean, names_in
 from awq_jax.text import unprinted
 from awq_jax.weights.tensor import QuantizedTensor, round_to_nearest
@@ -80,12 +82,11 @@ class Checkpoint:
         """The shape of what `read(name)` would give."""
         return self._find(name).shape
 
-    def params(self, module: Any, config: Any) -> dict[str, Any]:
+    def params(self, family: Family, config: Config) -> dict[str, Any]:
         """All params of the model, in JAX's memory.
 
         Args:
-          module: of awq_jax.models, see models.for_config.
-          config: its Config.
+          family, config: see models.for_config.
 
         Raises:
           InputError: a tensor is missing or damaged.
@@ -95,10 +96,10 @@ class Checkpoint:
                 parts, _ = orbax.load(self.path)
                 found = parts.pop("outer", {}) | parts
             else:
-                found = module.load(self.read, config)
+                found = family.load(self.read, config)
             return jax.tree.map(jnp.asarray, found)
 
-    def shapes(self, module: Any, config: Any) -> dict[str, Any]:
+    def shapes(self, family: Family, config: Config) -> dict[str, Any]:
         """`params`, from headers alone: jax.ShapeDtypeStructs, and QuantizedTensors of them.
 
         Raises:
@@ -106,8 +107,8 @@ class Checkpoint:
         """
         if self.kind == "orbax":
             return unflatten_dict(orbax.shapes(self.path), sep="/")
-        named = zip(module.param_shapes(config).items(), module.stored_shapes(config), strict=True)
-        return unflatten_dict({path: abstract(shape, self._find(name)) for (path, shape), name in named}, sep="/")
+        stored = family.stored(config).items()
+        return unflatten_dict({path: abstract(s.shape, self._find(s.names[0])) for path, s in stored}, sep="/")
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer, with the model's chat template if it has one.

@@ -217,7 +217,7 @@ def write_ours(checkpoint: Checkpoint, weights: Weights, taken: Taken, folder: P
     """A folder in our own format, a part of the params after the other."""
     if checkpoint.kind == OURS:
         raise InputError(f"{checkpoint.path} is in awq_jax's own format already: choose another.")
-    module, config = architecture(checkpoint)
+    family, config = architecture(checkpoint)
 
     def read(name: str) -> Any:
         tensor = checkpoint.tensors[name]
@@ -225,12 +225,12 @@ def write_ours(checkpoint: Checkpoint, weights: Weights, taken: Taken, folder: P
         return tensor_of(w, tensor.dtype) if isinstance(w, Codes) else w
 
     paths: dict[str, list[str]] = {}
-    for path in module.param_shapes(config):
+    for path in param_shapes(config):
         paths.setdefault(path.split("/")[0], []).append(path)
     about = {key: value for key, value in checkpoint.config.items() if key not in FIELDS}
     writer = orbax.Writer(folder, Undeclared(about, checkpoint.companions))
     for done, (part, names) in enumerate(paths.items(), 1):
-        found = {path: module.param(read, config, path) for path in names}
+        found = {path: family.param(read, config, path) for path in names}
         params = {path: w if is_quantized(w) else np.ascontiguousarray(w) for path, w in found.items()}
         writer.write(part, unflatten_dict(params, sep="/")[part])
         progress("part", done, len(paths))

@@ -8,19 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from awq_jax.pipeline.load import Model, stages
+from awq_jax.models.decoder import layer_name
+from awq_jax.pipeline.load import BLOCK, EMBED, Model
 
 
 def origin(model: Any, tokens: Int[Array | np.ndarray, "b t"]) -> str:
     """The first part of the model whose output has NaN or infinite numbers: "layer 3"; "" for what is no `Model`."""
     if not isinstance(model, Model):
         return ""
-    embed, block, _ = stages(model.module, model.config)
-    h = embed(model.outer, jnp.asarray(tokens))
+    h = EMBED(model.config, model.outer, jnp.asarray(tokens))
     if not jnp.isfinite(h).all():
         return "the embedding"
-    for k in range(model.config.layers):
-        h = block(model.params[f"layers_{k}"], h)
+    for i, layer in enumerate(model.config.layers):
+        h = BLOCK(layer, model.params[layer_name(i)], h)
         if not jnp.isfinite(h).all():
-            return f"layer {k}"
+            return f"layer {i}"
     return "the head"

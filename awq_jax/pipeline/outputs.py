@@ -16,6 +16,7 @@ from awq_jax.formats.checkpoint import Checkpoint
 from awq_jax.formats.codecs import WRITTEN, Codec
 from awq_jax.formats.codecs import check_fits as check_weight
 from awq_jax.formats.quantized_writer import Writer
+from awq_jax.models.family import Family
 from awq_jax.near import did_you_mean
 from awq_jax.pipeline.fused import Fused, left_whole
 from awq_jax.transforms.finite import require_finite_weights
@@ -62,7 +63,7 @@ def for_formats(recipe: Recipe, formats: Sequence[str]) -> Recipe:
 
 def fitted(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]], formats: Sequence[str]) -> tuple[Recipe, str]:
     """`recipe` with the largest group size that divides the inputs of all its sites, and a line that says so."""
-    rules = ((recipe.rule_of(name), i) for name, (i, _) in shapes.items())
+    rules = ((recipe.rule_of(name), i) for name, (*_, i, _) in shapes.items())
     widths = sorted({i for rule, i in rules if rule is None or not (rule.skip or rule.group_size)})
     known, all_ = ", ".join(map(str, GROUPS)), ", ".join(map(str, widths))
     group = next((g for g in GROUPS if all(i % g == 0 for i in widths)), None)
@@ -86,12 +87,12 @@ def check_fits(formats: Sequence[str], shapes: Mapping[str, tuple[int, ...]], re
     """Refuse, before any work, weights that one of the formats cannot hold, or that its readers cannot join.
 
     Args:
-      shapes: (i, o) of each site by its path.
+      shapes: (i, o) of each site by its path, (experts, i, o) of theirs.
     """
     specs = {name: spec for name in shapes if (spec := recipe.spec_of(name)) is not None}
     for codec in codecs_of(formats):
         for name, spec in specs.items():
-            check_weight(codec, name, shapes[name], spec)
+            check_weight(codec, name, shapes[name][-2:], spec)
             if not codec.holds.mixed and (spec.bits, spec.group_size) != (recipe.bits, recipe.group_size):
                 raise InputError(
                     f"{name}: a rule gives it {spec.bits} bits in groups of {spec.group_size}, but an {codec.title} "
@@ -107,7 +108,7 @@ def check_fits(formats: Sequence[str], shapes: Mapping[str, tuple[int, ...]], re
 
 
 def writer(
-    format: str, folder: Path, checkpoint: Checkpoint, module: Any, recipe: Recipe, fused: Fused
+    format: str, folder: Path, checkpoint: Checkpoint, family: Family, recipe: Recipe, fused: Fused
 ) -> tuple[Callable[[str, Any], None], Callable[[str], None]]:
     """`(write(part, params), finish(dtype))` of a format; ours is read in any dtype."""
     kept: orbax.Writer | Writer
@@ -117,7 +118,7 @@ def writer(
         finish: Callable[[str], None] = lambda dtype: own.finish()
     else:
         kept = theirs = Writer(WRITTEN[format], folder, checkpoint, recipe.spec, left_whole(recipe, fused))
-        named, finish = lambda part, params: module.to_names({part: params}), theirs.finish
+        named, finish = lambda part, params: family.to_names({part: params}), theirs.finish
 
     def write(part: str, params: Any) -> None:
         # What stays dense is not seen by any search, which would refuse it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,7 +21,10 @@ from awq_jax.formats.card import CARD, card
 from awq_jax.formats.checkpoint import open_checkpoint
 from awq_jax.formats.written import check_destination, resolved, size_of, written_whole
 from awq_jax.memory import check_memory, size
+from awq_jax.models.decoder import head
+from awq_jax.models.family import is_router, matrix_shapes, param_shapes
 from awq_jax.models.inputs import check_length, check_tokens, without_rows
+from awq_jax.models.layer import Config
 from awq_jax.pipeline.bridged import fallback
 from awq_jax.pipeline.calibration_text import Read, calibration_tokens
 from awq_jax.pipeline.decoder import (
@@ -41,6 +45,7 @@ from awq_jax.pipeline.load import architecture, load
 from awq_jax.pipeline.outputs import (
     check_average,
     check_fits,
+    codecs_of,
     fitted,
     for_formats,
     formats_of,
@@ -55,6 +60,7 @@ from awq_jax.transforms.quantize import SiteReport
 from awq_jax.transforms.recipe import Recipe
 from awq_jax.transforms.stream import Feed
 from awq_jax.transforms.survey import survey
+from awq_jax.weights.spec import Rule
 from awq_jax.weights.tensor import LARGEST_HALF
 
 REPORT = "quantization_report.json"
@@ -164,21 +170,27 @@ def quantize_checkpoint(
             progress=progress,
             told=told,
         )
-    module, config = architecture(checkpoint)
-    recipe.check_rules(module.matrix_shapes(config))
-    fused = module.fused(config) if recipe.fold else {}
+    family, config = architecture(checkpoint)
+    recipe.check_rules(matrix_shapes(config))
+    recipe = routers_skipped(recipe, config)
+    fused = family.fused(config) if recipe.folds else {}
     recipe, with_skipped = skip_whole(recipe, fused)
     if recipe.group_size is None:
-        recipe, why = fitted(recipe, module.matrix_shapes(config), formats)
+        recipe, why = fitted(recipe, matrix_shapes(config), formats)
         told(why)
-    check_fits(formats, module.matrix_shapes(config), recipe, fused)
+    if codecs_of(formats) and family.in_out:
+        raise InputError(
+            f"{model}: readers of {codecs_of(formats)[0].title} files replace linear layers only, and those of "
+            f"{family.architectures[0]} are stored the other way round (Conv1D): write format='orbax'."
+        )
+    check_fits(formats, matrix_shapes(config), recipe, fused)
     check_length(config, seq_len, f"seq_len={seq_len}")
     if distill:
         # Folds are put into float32.
         wider = jnp.float32 if recipe.folds else None
         dense = lambda w: jax.ShapeDtypeStruct(w.shape, wider or w.dtype)
         needed = nbytes_of_refine(
-            module, config, jax.tree.map(dense, checkpoint.shapes(module, config)), recipe.samples, seq_len
+            config, jax.tree.map(dense, checkpoint.shapes(family, config)), recipe.samples, seq_len
         )
         check_memory(f"distill={distill} with seq_len={seq_len}", needed, "leave it out, or give shorter sequences")
     half = sum(2 * math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
@@ -198,13 +210,13 @@ def quantize_checkpoint(
             told(str(source))
         clock.rest("text")
         progress("calibration text", 1, 1)
-        params = lazy_params(checkpoint, module, config, wide=recipe.folds)
+        params = lazy_params(checkpoint, family, config, wide=recipe.folds)
         if average_bits is not None:
-            offered = offers(module, config, params, tokens, recipe, progress)
+            offered = offers(config, params, tokens, recipe, progress)
             recipe = with_bits(recipe, allocate(offered, average_bits))
             clock.rest("survey")
         folders = places(formats, scratch)
-        writers = [writer(name, place, checkpoint, module, recipe, fused) for name, place in folders.items()]
+        writers = [writer(name, place, checkpoint, family, recipe, fused) for name, place in folders.items()]
 
         def write(part: str, params: Any) -> None:
             for each, _ in writers:
@@ -212,19 +224,19 @@ def quantize_checkpoint(
 
         parts: dict[str, Any] = {}
         take = parts.__setitem__ if distill else write
-        for part, whole in outer(lazy_params(checkpoint, module, config)).items():
+        for part, whole in outer(lazy_params(checkpoint, family, config)).items():
             with clock("load"):
                 whole = read(whole)
             with clock("write"):
                 take(part, whole)
             del whole
         options = {"feed": feed, "clock": clock, "progress": progress}
-        done = stream_decoder(module, config, params, tokens, recipe, take, **options)
+        done = stream_decoder(config, params, tokens, recipe, take, **options)
         if distill:
             before = tuple(replace(r, note="; ".join(filter(None, (r.note, BEFORE)))) for r in done.reports)
             done = replace(done, reports=before)
             with clock("distillation"):
-                parts = refine(module, config, params, parts, tokens, passes=distill, progress=progress)
+                parts = refine(config, params, parts, tokens, passes=distill, progress=progress)
             with clock("write"):
                 for part, tuned in parts.items():
                     write(part, tuned)
@@ -250,22 +262,28 @@ def quantize_checkpoint(
     return Converted(Path(out), checkpoint.nbytes, half, after, done.reports, clock.seconds, recipe, read_all, notes)
 
 
-def offers(module: Any, config: Any, params: Any, tokens: Any, recipe: Recipe, progress: Progress) -> list[Offer]:
+def routers_skipped(recipe: Recipe, config: Config) -> Recipe:
+    """`recipe` with the matrices that choose experts left dense."""
+    names = [re.escape(path) for path in param_shapes(config) if is_router(path)]
+    return replace(recipe, rules=(*recipe.rules, Rule(f"^({'|'.join(names)})$", skip=True))) if names else recipe
+
+
+def offers(config: Config, params: Any, tokens: Any, recipe: Recipe, progress: Progress) -> list[Offer]:
     """The divergence of the model with every group of sites quantized alone, on SURVEYED tokens of the first sequence.
 
     Args:
       params: lazy.
     """
     # Computed in the model's dtype throughout: what a group changes may be less than faster ones round.
-    fn, given, tokens = as_function(module, config, params, tokens)
+    fn, given, tokens = as_function(config, params, tokens)
     first = (jnp.asarray(tokens[:1, :SURVEYED]),)
     sink = by_layer(params, lambda part, layer: None, progress, "block looked at")
     (exact,), found = survey(fn, given, [first, *chunks(tokens[1:])], recipe, sink, called=called(tokens))
     rest = read(outer(params))
-    head = jax.jit(lambda hidden: module.head(config, rest, hidden))
-    offered, logits = [], head(exact)
+    logits_of = jax.jit(lambda hidden: head(config, rest, hidden))
+    offered, logits = [], logits_of(exact)
     for k, (group, (changed,)) in enumerate(found, 1):
-        offered.append(Offer.of(group, kl_of_logits(logits, head(changed))))
+        offered.append(Offer.of(group, kl_of_logits(logits, logits_of(changed))))
         progress("group scored", k, len(found))
     return offered
 

@@ -55,17 +55,17 @@ def stored_weights(tensors: Mapping[str, StoredTensor]) -> Weights:
 
 def own_weights(checkpoint: Checkpoint) -> Weights:
     """Every part of our format is one, its params under the names of the model's family."""
-    module, _ = architecture(checkpoint)
+    family, _ = architecture(checkpoint)
     about = orbax.read_metadata(checkpoint.path)
     shapes = {path: leaf for path, leaf in orbax.shapes(checkpoint.path).items() if is_quantized(leaf)}
-    names = {path: next(iter(module.to_names(nested(path, leaf)))) for path, leaf in shapes.items()}
+    names = {path: next(iter(family.to_names(nested(path, leaf)))) for path, leaf in shapes.items()}
     specs = {names[path]: (leaf.matrix_shape, leaf.spec) for path, leaf in shapes.items()}
 
     def parts() -> Iterator[tuple[str, dict[str, Any]]]:
         for part in about["parts"]:
             params = orbax.load_part(checkpoint.path, part, about)
             held = params if part == "outer" else {part: params}
-            yield part, {name: w if is_quantized(w) else np.asarray(w) for name, w in module.to_names(held).items()}
+            yield part, {name: w if is_quantized(w) else np.asarray(w) for name, w in family.to_names(held).items()}
 
     return Weights(specs, len(about["parts"]), parts)
 
