@@ -20,6 +20,7 @@ from awq_jax.formats.codecs.codec import group_for, lacks, no_room, usual
 from awq_jax.formats.declared import FIELDS
 from awq_jax.formats.quantized_writer import HEAD, Writer
 from awq_jax.formats.written import check_destination, written_whole
+from awq_jax.models.family import param_shapes
 from awq_jax.pipeline.decoder import Progress
 from awq_jax.pipeline.load import architecture
 from awq_jax.pipeline.outputs import OURS, formats_of, named_failure, places

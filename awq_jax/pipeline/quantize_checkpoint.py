@@ -156,11 +156,12 @@ def quantize_checkpoint(
     if (other := fallback(checkpoint)) is not None:
         from awq_jax.pipeline.quantize_bridged import quantize_bridged, refuse
 
-        refuse(format, average_bits, distill)
+        refuse(formats, average_bits, distill)
         return quantize_bridged(
             other,
             out,
             recipe,
+            formats,
             calib=calib,
             seq_len=seq_len,
             feed=feed,
@@ -257,7 +258,7 @@ def quantize_checkpoint(
             (place / CARD).write_text(text, "utf-8")
     after = size_of(resolved(out))
     clock.rest("write")
-    notes = (*widening(with_skipped), *(notes if recipe.fold else ()))
+    notes = (*widening(with_skipped), *(notes if recipe.folds else ()))
     read_all = tuple(sources)
     return Converted(Path(out), checkpoint.nbytes, half, after, done.reports, clock.seconds, recipe, read_all, notes)
 
