@@ -26,7 +26,8 @@ def main() -> None:
     """Runs the command; exit codes of signals are the shell's, 128 and the number."""
     open_closed_streams()
     keep_error_stream()
-    # What is registered first runs last.
+    # What is registered first runs last, and once, however often a process calls this.
+    atexit.unregister(end_regularly)
     atexit.register(end_regularly)
     end_at_signals()
     from awq_jax.commands.cli import main as run

@@ -34,7 +34,7 @@ GROWTH = 1000
 """Times that a text may grow before it is cut into tokens, and tokens a character."""
 
 
-def encode(tokenizer: Any, text: str, *, special: bool = False) -> Int32[np.ndarray, " n"]:
+def encode(tokenizer: Any, text: str, *, special: bool = False, source: str = "The text") -> Int32[np.ndarray, " n"]:
     """The tokens of a text of any length, with the special tokens around it that the tokenizer asks for or without.
 
     Raises:
@@ -42,7 +42,7 @@ def encode(tokenizer: Any, text: str, *, special: bool = False) -> Int32[np.ndar
     """
     if odd := SURROGATE.search(text):
         raise InputError(
-            f"The text holds {odd[0]!r}, which UTF-8 does not have, at letter {odd.start()}: give it in UTF-8."
+            f"{source} holds {odd[0]!r}, which UTF-8 does not have, at letter {odd.start()}: give it in UTF-8."
         )
     # verbose=False: a text may be longer than the model's context, what becomes of it is not.
     ids = lambda text: tokenizer(text, add_special_tokens=special, verbose=False).input_ids

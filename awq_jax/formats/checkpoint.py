@@ -22,9 +22,10 @@ from awq_jax.files import inside, regular
 from awq_jax.formats import huggingface, orbax
 from awq_jax.formats.gguf.file import open_gguf
 from awq_jax.formats.gguf.tokenizer import gguf_tokenizer
+from awq_jax.formats.moves import OLD
 from awq_jax.formats.quantized_folder import quantized_tensors, read_declared
 from awq_jax.formats.safetensors import open_shards
-from awq_jax.formats.scratch import scratch_folder
+from awq_jax.formats.scratch import NAMES, scratch_folder
 from awq_jax.formats.stored import StoredTensor
 from awq_jax.models.family import Family
 from awq_jax.models.layer import Config
@@ -218,6 +219,11 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
 
 
 def open_folder(folder: Path) -> Checkpoint:
+    if cut := next((scratch for scratch in folder.glob(NAMES) if (scratch / OLD).exists()), None):
+        raise InputError(
+            f"{folder} is half replaced, its old files lie in {cut.name}: the run of awq_jax that wrote here is at it, or "
+            "died; any next one with this folder as OUT puts them back first."
+        )
     if adapters := [name for name in huggingface.ADAPTER_FILES if inside(folder, name)]:
         raise InputError(
             f"{folder} holds a PEFT adapter ({adapters[0]}), which is not applied here: save what "

@@ -122,7 +122,7 @@ def refuse_occupied(out: Path, overwrite: bool, *, at: Path | None = None, scrat
         elif marks:
             why = "which awq_jax did not write"
         else:
-            why = f"and no {MANIFEST} that lists it, so awq_jax did not write it"
+            why = f"which no {MANIFEST} lists, so awq_jax did not write it"
         raise FileExistsError(f"{out} holds {foreign}, {why}: move it away or choose another folder. {NOTHING}")
     if found and not overwrite:
         raise FileExistsError(

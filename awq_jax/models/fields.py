@@ -103,7 +103,8 @@ def _field(
 ) -> Any:
     value = found.get(key)
     if value is None and default is NEEDED:
-        raise ValueError(f"{where} lacks {key!r}; it has {sorted(found)}.")
+        lack = "says null for" if key in found else "lacks"
+        raise ValueError(f"{where} {lack} {key!r}; it has {sorted(set(found) - {key})}.")
     if value is None:
         return default
     if not fits(value):

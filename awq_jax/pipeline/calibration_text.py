@@ -146,11 +146,11 @@ def cut(
     chars = 10 * seq_len
     if len(text) > 2 * samples * chars:
         starts = np.linspace(0, len(text) - chars, samples).astype(int)
-        pieces = [encode(tokenizer, text[a : a + chars]) for a in starts]
+        pieces = [encode(tokenizer, text[a : a + chars], source=source) for a in starts]
         if all(len(piece) >= seq_len for piece in pieces):
             total = round(sum(map(len, pieces)) * len(text) / (chars * samples))
             return np.array([piece[:seq_len] for piece in pieces]), total, True
-    tokens = encode(tokenizer, text)
+    tokens = encode(tokenizer, text, source=source)
     if len(tokens) < SHORTEST:
         raise InputError(
             f"{source} gives {len(tokens)} tokens, calibration needs {SHORTEST} or more: give a longer text, or leave "

@@ -90,6 +90,8 @@ def check_fits(formats: Sequence[str], shapes: Mapping[str, tuple[int, ...]], re
       shapes: (i, o) of each site by its path, (experts, i, o) of theirs.
     """
     specs = {name: spec for name in shapes if (spec := recipe.spec_of(name)) is not None}
+    if not specs:
+        raise InputError("The rules (skip=True in a rule) leave every matrix dense: drop one, or copy the model as it is.")
     for codec in codecs_of(formats):
         for name, spec in specs.items():
             check_weight(codec, name, shapes[name][-2:], spec)

@@ -74,7 +74,7 @@ def windows(text: str, tokenizer: Any, n: int, length: int, source: str = "the t
     """
     if n < 1 or length < 2:
         raise InputError(f"windows={n} length={length}: give 1 or more windows of 2 tokens or more.")
-    tokens = encode(tokenizer, text[: n * length * 10])
+    tokens = encode(tokenizer, text[: n * length * 10], source=source)
     if len(tokens) < length:
         raise too_short(source, len(tokens), length)
     n = min(n, len(tokens) // length)

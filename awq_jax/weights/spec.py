@@ -27,8 +27,11 @@ class QuantSpec:
     symmetric: bool = False
 
     def __post_init__(self) -> None:
-        if self.bits not in range(2, 9):
-            raise ValueError(f"bits={self.bits}: codes are 2 to 8 bits wide.")
+        if isinstance(self.bits, bool) or self.bits not in range(2, 9):
+            raise ValueError(
+                f"bits={self.bits!r}: give a whole number of 2 to 8 (awq.with_average_bits makes 3.5, say, of sites of "
+                "several widths)."
+            )
         if self.group_size != WHOLE_COLUMN and (self.group_size < 32 or self.group_size % 32):
             raise ValueError(
                 f"group_size={self.group_size}: use a multiple of 32 (32, 64, 128 are what kernels know), "

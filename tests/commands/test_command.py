@@ -94,6 +94,20 @@ def test_a_signal_ends_it_at_once_and_leaves_nothing(tmp_path, name, code, what)
             assert time.monotonic() < end
 
 
+def test_a_process_may_call_it_often_and_ends():
+    program = """
+import sys, awq_jax_command
+sys.argv = ["awq-jax", "--version"]
+for _ in range(2):
+    try:
+        awq_jax_command.main()
+    except SystemExit:
+        pass
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert len(done.stdout.splitlines()) == 2
+
+
 def test_what_was_printed_is_not_lost(tmp_path):
     process, _ = started(tmp_path, "printing")
     process.send_signal(signal.SIGINT)

@@ -47,6 +47,16 @@ def test_a_folder_with_one_file(tmp_path, file):
         np.testing.assert_array_equal(found, expected)
 
 
+def test_a_folder_that_is_half_replaced(tmp_path):
+    """Its new files alone are a model too, another than either."""
+    folder = hf_folder(tmp_path, {"model.safetensors": {"w": random()}})
+    (folder / ".awq_jax-01234567" / "old").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"is half replaced, its old files lie in \.awq_jax-01234567: .* puts them back"):
+        open_checkpoint(folder)
+    (folder / ".awq_jax-01234567" / "old").rmdir()
+    assert open_checkpoint(folder).names == {"w"}
+
+
 def test_shards_are_read_through_their_index(tmp_path):
     shards = {f"model-{i}.safetensors": {f"w{i}": random(seed=i), f"b{i}": random((2,), seed=9 + i)} for i in (1, 2)}
     checkpoint = open_checkpoint(hf_folder(tmp_path, shards))

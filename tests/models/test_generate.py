@@ -64,6 +64,7 @@ def test_a_stop_token_ends_a_stream_and_is_not_among_it():
         ({"max_new_tokens": 97}, "max_new_tokens=97 after a prompt of 5: 101 tokens, .* give max_new_tokens=96 or"),
         ({"max_new_tokens": 1, "top_p": 0.0}, r"top_p=0.0: give a probability"),
         ({"max_new_tokens": 1, "top_p": 1.1}, "top_p=1.1"),
+        ({"max_new_tokens": 1, "top_p": 0.5}, "top_p=0.5 chooses nothing at temperature 0"),
         ({"max_new_tokens": 1, "temperature": float("nan")}, "temperature=nan"),
     ],
 )

@@ -282,7 +282,7 @@ def test_generation_refuses(arguments, message):
         ({"rope_parameters": {"rope_type": "linear"}}, "linear rope parameters lacks 'factor'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}}, "partial_rotary"),
         ({"hidden_act": "xielu"}, "hidden_act='xielu'.*'silu'"),
-        ({"hidden_size": None}, "lacks 'hidden_size'"),
+        ({"hidden_size": None}, "says null for 'hidden_size'"),
         ({"num_key_value_heads": 3}, "4 heads do not divide by 3"),
         ({"head_dim": 15}, "head_dim=15"),
         (

@@ -6,9 +6,9 @@ from awq_jax.transforms.recipe import Recipe
 from awq_jax.weights.spec import QuantSpec, Rule
 
 
-@pytest.mark.parametrize("bits", [-4, 0, 1, 9, 16, 4.5, "4", None])
+@pytest.mark.parametrize("bits", [-4, 0, 1, 9, 16, 4.5, "4", True, None])
 def test_bits_outside_2_to_8_are_refused(bits):
-    with pytest.raises(ValueError, match=rf"bits={bits}.*2 to 8"):
+    with pytest.raises(ValueError, match=rf"bits={bits!r}: .*2 to 8"):
         QuantSpec(bits=bits)
 
 
