@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools as ft
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ from awq_jax.kernels.arithmetic import dequantized, ungrouped
 from awq_jax.search.loss import output_error
 from awq_jax.search.moments import Moments
 from awq_jax.search.rounding.feedback import Codes, to_nearest
-from awq_jax.search.scale.grid import scale_error
+from awq_jax.search.scale.grid import scale_errors
 from awq_jax.weights.spec import QuantSpec
 from awq_jax.weights.tensor import group_ranges
 
@@ -53,10 +54,29 @@ def find_scale(
     s = strategy(w, Moments(moments.count, pooled, moments.gram), spec)
     require_shape("the scale", s, w.shape[:1], "one for each input")
     factor = jnp.exp(jax.ops.segment_sum(jnp.log(s), number, n + 1) / seen).at[n].set(1.0)
-    found = scale_error(w, factor[number], moments, spec)
-    none = scale_error(w, jnp.ones_like(s), moments, spec)
+    error = lambda s: by_columns(lambda w: scale_errors(w, s, moments, spec), w).sum()
+    found, none = error(factor[number]), error(jnp.ones_like(s))
     factor = jnp.where(found < none, factor, jnp.ones_like(factor))
     return factor[:n], factor[number], jnp.where(found < none, found, none) + 0 * found
+
+
+WORKING = 2**21
+"""Weights that are searched at a time, about."""
+
+
+def by_columns(f: Callable[[Float[Array, "i c"]], Any], w: Float[Array, "i o"]) -> Any:
+    """`f(w)`, its last axis that of w's columns, from some columns after others.
+
+    What `f` needs beside its result does not grow with the number of columns.
+    """
+    o = w.shape[1]
+    n = -(-w.size // WORKING)
+    if n < 2:
+        return f(w)
+    width = -(-o // n)
+    padded = jnp.pad(w, ((0, 0), (0, n * width - o)))
+    parts = jax.lax.map(lambda k: f(jax.lax.dynamic_slice_in_dim(padded, k * width, width, 1)), jnp.arange(n))
+    return jax.tree.map(lambda a: jnp.moveaxis(a, 0, -2).reshape(*a.shape[1:-1], n * width)[..., :o], parts)
 
 
 def require_shape(what: str, found: Any, shape: tuple[int, ...], meaning: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools as ft
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from awq_jax.kernels.arithmetic import dequantized
 from awq_jax.search.moments import UNIT, Moments, unit
-from awq_jax.search.solve import Solution, find_scale, rounded_to_nearest, rounding_error, solve
+from awq_jax.search.solve import Solution, by_columns, find_scale, rounded_to_nearest, rounding_error, solve
 from awq_jax.weights.layout import Layout
 from awq_jax.weights.spec import QuantSpec
 from awq_jax.weights.tensor import QuantizedTensor, assemble, group, half_step, nearest
@@ -49,9 +49,9 @@ def scale_of_fold(
     """
     matrices = (layout.apply(leaf) for leaf, layout in zip(leaves, layouts, strict=True))
     voters = [some_of_experts(w, layout.n_lead) for w, layout in zip(matrices, layouts, strict=True)]
-    w = jnp.concatenate([jnp.asarray(w, jnp.float32) for w in voters], -1)
+    w, _ = side_by_side(voters)
     of_all = [of_all_experts(m, m.count.ndim - (w.ndim - 2)) for m in moments]
-    w, pooled = w / unit(w), in_units(ft.reduce(Moments.__add__, of_all))
+    pooled = in_units(ft.reduce(Moments.__add__, of_all))
     search = lambda w, m: find_scale(w, m, channels, n=n, spec=spec, strategy=strategy)
     factors, _, error = looped(search, w.ndim - 2, w, pooled)
     return factors, error
@@ -85,30 +85,41 @@ def solve_sites(
       the quantized params, their steps float32; for each the error, that of rounding to nearest without any scale, its
       output's energy, all three in a unit of their own, and its smallest and largest step.
     """
-    w = side_by_side(leaves, layouts)
-    lead, size, n_lead = w.shape[:-2], unit(w), layouts[0].n_lead
-    w, moments = w / size, in_units(lent_by_others(moments, n_lead))
+    w, size = side_by_side([layout.apply(leaf) for leaf, layout in zip(leaves, layouts, strict=True)])
+    lead, n_lead = w.shape[:-2], layouts[0].n_lead
+    moments = in_units(lent_by_others(moments, n_lead))
     if folded is not None:
         by_expert = jnp.expand_dims(folded, tuple(range(len(lead) - n_lead, len(lead))))
         folded = jnp.broadcast_to(by_expert, (*lead, w.shape[-2]))
 
-    def one(w: Float[Array, "i o"], moments: Moments, folded: Float[Array, " i"] | None) -> Any:
-        dense = w if folded is None else w / folded[:, None]
-        plain, nearest = rounded_to_nearest(dense, moments, spec)
-        if folded is not None:
-            moments = moments.scaled(1 / folded)
-        if scale is None:
-            found = solve(w, moments, spec=spec, clip=clip, rounding=rounding)._replace(nearest_error=nearest)
-            return with_half_steps(found, w, size, moments, spec) if half else found, None
+    def without_scale(w: Float[Array, "i o"], moments: Moments, folded: Float[Array, " i"] | None) -> Any:
+        of_scaled = moments if folded is None else moments.scaled(1 / folded)
+
+        def some(w: Float[Array, "i c"]) -> Solution:
+            _, nearest = rounded_to_nearest(w if folded is None else w / folded[:, None], moments, spec)
+            found = solve(w, of_scaled, spec=spec, clip=clip, rounding=rounding)._replace(nearest_error=nearest)
+            return stored(with_half_steps(found, w, size, of_scaled, spec) if half else found)
+
+        return by_columns(some, w), None
+
+    def with_scale(w: Float[Array, "i o"], moments: Moments, folded: None) -> Any:
+        del folded
         _, s, error = find_scale(w, moments, jnp.arange(len(w)), n=len(w), spec=spec, strategy=scale)
-        found = solve(w * s[:, None], moments.scaled(1 / s), spec=spec, clip=clip, rounding=rounding)
-        # A strategy that found no scale shows only in its own error: there was no scale to round with.
-        found = found._replace(error=found.error + 0 * error, nearest_error=nearest)
-        back = found.error.sum() > nearest.sum()
-        unscaled = found._replace(codes=plain[0], steps=plain[1], zeros=plain[2], error=nearest)
+        of_scaled = moments.scaled(1 / s)
+
+        def some(w: Float[Array, "i c"]) -> tuple[Solution, Solution]:
+            plain, nearest = rounded_to_nearest(w, moments, spec)
+            found = solve(w * s[:, None], of_scaled, spec=spec, clip=clip, rounding=rounding)
+            # A strategy that found no scale shows only in its own error: there was no scale to round with.
+            found = found._replace(error=found.error + 0 * error, nearest_error=nearest)
+            unscaled = found._replace(codes=plain[0], steps=plain[1], zeros=plain[2], error=nearest)
+            return stored(unscaled), stored(found)
+
+        unscaled, found = by_columns(some, w)
+        back = found.error.sum() > found.nearest_error.sum()
         return jax.tree.map(ft.partial(jnp.where, back), (unscaled, jnp.ones_like(s)), (found, s))
 
-    found, s = looped(one, len(lead), w, moments, folded)
+    found, s = looped(with_scale if scale else without_scale, len(lead), w, moments, folded)
     steps = found.steps * size
     widths = [layout.apply(leaf).shape[-1] for leaf, layout in zip(leaves, layouts, strict=True)]
     tensors, errors = [], []
@@ -135,16 +146,25 @@ def with_half_steps(
 ) -> Solution:
     """What was found for `w * size`, with steps that float16 holds.
 
-    Codes are those nearest to what was found, which keeps what error feedback did; or to the weights, in columns where
-    a step moves and that is better.
+    Where a step moves, codes are those nearest to what was found, which keeps what error feedback did; or to the
+    weights, in columns where that is better.
     """
     steps = half_step(found.steps * size) / size
-    rounded = dequantized(found.codes, found.steps, found.zeros)
-    choices = [nearest(a, steps, found.zeros, spec) for a in (rounded, group(w, spec))]
-    kept, plain = (rounding_error(w, codes, steps, found.zeros, moments) for codes in choices)
-    better = (steps != found.steps).any(0) & (plain < kept)
-    codes, error = (jnp.where(better, b, a) for a, b in (choices, (kept, plain)))
-    return found._replace(codes=codes, steps=steps, error=error)
+
+    def moved() -> Solution:
+        rounded = dequantized(found.codes, found.steps, found.zeros)
+        choices = [nearest(a, steps, found.zeros, spec) for a in (rounded, group(w, spec))]
+        kept, plain = (rounding_error(w, codes, steps, found.zeros, moments) for codes in choices)
+        better = (steps != found.steps).any(0) & (plain < kept)
+        codes, error = (jnp.where(better, b, a) for a, b in (choices, (kept, plain)))
+        return found._replace(codes=codes, steps=steps, error=error)
+
+    return jax.lax.cond((steps != found.steps).any(), moved, lambda: found)
+
+
+def stored(found: Solution) -> Solution:
+    """With codes as bytes."""
+    return found._replace(codes=found.codes.astype(jnp.uint8))
 
 
 def in_units(moments: Moments) -> Moments:
@@ -154,10 +174,10 @@ def in_units(moments: Moments) -> Moments:
     return replace(moments, abs_sum=abs_sum, gram=moments.gram / unit(mean) * UNIT**2)
 
 
-def side_by_side(leaves: tuple[Array, ...], layouts: tuple[Layout, ...]) -> Float[Array, "*lead i o"]:
-    """Params as one matrix a layer and expert, float32."""
-    matrices = [layout.apply(jnp.asarray(leaf, jnp.float32)) for leaf, layout in zip(leaves, layouts, strict=True)]
-    return jnp.concatenate(matrices, -1)
+def side_by_side(matrices: Sequence[Array]) -> tuple[Float[Array, "*lead i o"], Float[Array, ""]]:
+    """Matrices (*lead, i, some) as one in float32, divided by a power of two near its largest; and that."""
+    size = unit(jnp.stack([jnp.abs(w).max().astype(jnp.float32) for w in matrices]))
+    return jnp.concatenate([jnp.asarray(w, jnp.float32) / size for w in matrices], -1), size
 
 
 def some_of_experts(w: Float[Array, "*lead i o"], n_lead: int) -> Float[Array, "*stack i some"]:

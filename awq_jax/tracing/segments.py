@@ -113,16 +113,22 @@ def segments(fn: Callable[..., Any], params: Any, *inputs: Any, like: Segments |
     if whole := _not_by_layers(flat, leaves):
         flat = flatten(jaxpr, list(leaves), whole)
     pieces = _Pieces(flat)
-    if like is None:
-        found = _apart(_joined(pieces, [pieces.segment(a, b) for a, b in pieces.spans()]))
-    else:
-        found = tuple(pieces.segment(a, b) for a, b in pieces.spans_like(like.reading))
-        if [_sequence(s) for s in found] != [_sequence(s) for s in like.segments]:
-            raise ValueError("The function does other things with inputs of other shapes: give batches of one shape.")
+    found = _cut(pieces) if like is None else _cut_like(pieces, like)
     read = {param.name for s in found for param in s.params}
     unread = tuple(name for name in leaves if name not in read)
     reading = tuple(sum(k < s.span[1] for k in pieces.reading) for s in found)
     return Segments(found, flat.inputs, flat.outputs, unread, reading)
+
+
+def _cut(pieces: _Pieces) -> tuple[Segment, ...]:
+    return _apart(_joined(pieces, [pieces.segment(a, b) for a, b in pieces.spans()]))
+
+
+def _cut_like(pieces: _Pieces, like: Segments) -> tuple[Segment, ...]:
+    found = tuple(pieces.segment(a, b) for a, b in pieces.spans_like(like.reading))
+    if [_sequence(s) for s in found] != [_sequence(s) for s in like.segments]:
+        raise ValueError("The function does other things with inputs of other shapes: give batches of one shape.")
+    return found
 
 
 def _sequence(s: Segment) -> tuple[Any, ...]:
@@ -155,25 +161,26 @@ class _Pieces:
         self.maker = {v: operation for operation in operations for v in operation.outs if not v.live}
         self.outputs = list(dict.fromkeys(v for v in flat.outputs if isinstance(v, Value) and v.live))
         self.last = {v: k for k, operation in enumerate(self.body) for v in operation.values if v.live}
-        read = {v: v.seen for o in operations for v in o.values if v.is_read and v.seen}
-        self.matrices = {seen.param for seen in read.values() if len(seen.view.shape) > 1}
-        self.behind = {v: frozenset([seen.param]) for v, seen in read.items()}
-        for operation in operations:
-            self.behind |= dict.fromkeys((v for v in operation.outs if not v.live), self.params(operation))
+        self.behind = _params_behind(operations)
+        seen = (v.seen for o in operations for v in o.values if v.is_read and v.seen)
+        self.matrices = {s.param for s in seen if len(s.view.shape) > 1}
         self.reading = [k for k, operation in enumerate(self.body) if self.params(operation)]
         self.programs: dict[str, Program] = {}
+        self.live = self.live_bytes(flat.inputs)
+
+    def live_bytes(self, inputs: Iterable[Value]) -> np.ndarray:
+        """How many bytes are live after each operation."""
         changes = np.zeros(len(self.body) + 2, np.int64)
         until = self.last | dict.fromkeys(self.outputs, len(self.body))
-        born = dict.fromkeys(flat.inputs, -1) | {v: k for k, o in enumerate(self.body) for v in o.outs}
+        born = dict.fromkeys(inputs, -1) | {v: k for k, o in enumerate(self.body) for v in o.outs}
         for v, end in until.items():
             changes[born[v] + 1] += v.nbytes
             changes[end + 1] -= v.nbytes
-        self.live = np.cumsum(changes)[1:]
-        """Bytes that are live after each operation."""
+        return np.cumsum(changes)[1:]
 
     def params(self, operation: Operation) -> frozenset[Param]:
         """What an operation reads, or what it reads is computed from."""
-        return frozenset[Param]().union(*(self.behind.get(v, ()) for v in operation.values))
+        return _params_of(operation, self.behind)
 
     def spans(self) -> list[tuple[int, int]]:
         """The function cut where the fewest bytes are live, so that each piece reads a matrix."""
@@ -220,6 +227,22 @@ class _Pieces:
                 else:
                     order[todo.pop()] = None
         return list(order)
+
+
+Behind = dict[Value, frozenset[Param]]
+
+
+def _params_behind(operations: Iterable[Operation]) -> Behind:
+    """The params that each value that inputs do not reach is computed from."""
+    behind: Behind = {}
+    for operation in operations:
+        behind |= {v: frozenset([v.seen.param]) for v in operation.values if v.is_read and v.seen}
+        behind |= dict.fromkeys((v for v in operation.outs if not v.live), _params_of(operation, behind))
+    return behind
+
+
+def _params_of(operation: Operation, behind: Behind) -> frozenset[Param]:
+    return frozenset[Param]().union(*(behind.get(v, ()) for v in operation.values))
 
 
 def minima(sizes: Sequence[int]) -> list[int]:

@@ -210,10 +210,23 @@ UNFIT = (TypeError, ValueError, LookupError)
 
 def _sites_of_batch(fn: Function, params: Any, batch: tuple[Any, ...]) -> Traced:
     try:
-        return sites(fn, params, *batch)
+        traced = sites(fn, params, *batch)
     except UNFIT as e:
         found = f"{type(e).__name__}: {e}"
         raise ValueError(f"Tracing the function with params and a batch of {len(batch)} inputs failed: {found}") from e
+    if not traced.sites:
+        raise ValueError(f"No matmul reads a param as a whole: nothing to quantize. {_why_none(traced)}")
+    return traced
+
+
+def _of_batch(k: int, step: Function, params: Any, batch: tuple[Any, ...], weights: Any) -> tuple[Any, Any]:
+    """What `step` gives for batch number k, which must be one that the function takes."""
+    try:
+        return step(params, batch, weights)
+    except UNFIT as e:
+        shapes = [jnp.shape(x) for x in jax.tree.leaves(batch)]
+        found = f"{type(e).__name__}: {e}"
+        raise ValueError(f"Batch {k + 1}: the function cannot take inputs of shapes {shapes}: {found}") from e
 
 
 def calibrate(
@@ -247,16 +260,9 @@ def calibrate(
         check_batch(k, batch)
         if traced is None or step is None:
             traced, example = _sites_of_batch(fn, params, tuple(batch)), tuple(batch)
-            if not traced.sites:
-                raise ValueError(f"No matmul reads a param as a whole: nothing to quantize. {_why_none(traced)}")
             step = jax.jit(partial(_moments_alone, with_moments(fn, traced, block=block)))
         weights = mask(*batch) if mask else None
-        try:
-            new, flags = step(params, tuple(batch), weights)
-        except UNFIT as e:
-            shapes = [jnp.shape(x) for x in jax.tree.leaves(tuple(batch))]
-            found = f"{type(e).__name__}: {e}"
-            raise ValueError(f"Batch {k + 1}: the function cannot take inputs of shapes {shapes}: {found}") from e
+        new, flags = _of_batch(k, step, params, tuple(batch), weights)
         total = new if total is None else {name: total[name] + new[name] for name in total}
         # The one before: its flags are there while this one is computed.
         if unchecked:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array
 from threadpoolctl import threadpool_limits
 
+from awq_jax.memory import give_back
 from awq_jax.search.moments import Moments
 from awq_jax.search.solve_sites import scale_of_fold, solve_sites
 from awq_jax.tracing.sites import Fold, Site, Traced
@@ -23,7 +24,14 @@ from awq_jax.weights.layout import one_layer
 from awq_jax.weights.paths import named_leaves
 from awq_jax.weights.sharding import placed_like
 from awq_jax.weights.spec import QuantSpec
-from awq_jax.weights.tensor import LARGEST_HALF, SCALE_DTYPE, SMALLEST_HALF, is_quantized, step_dtype
+from awq_jax.weights.tensor import (
+    LARGEST_HALF,
+    SCALE_DTYPE,
+    SMALLEST_HALF,
+    QuantizedTensor,
+    is_quantized,
+    step_dtype,
+)
 
 LOST = 0.2
 """Of a site's output in squares; a report says where more is."""
@@ -71,20 +79,13 @@ def plan(calibration: Calibration, recipe: Recipe, prefix: str = "") -> Plan:
       prefix: the recipe's rules see `prefix + name`.
     """
     traced = calibration.traced
-    notes = {n: f"not a matmul's: {why}" for n, why in traced.skipped.items()}
+    skipped = {n: f"not a matmul's: {why}" for n, why in traced.skipped.items()}
     decided = {n: decide(site, recipe, prefix) for n, site in traced.sites.items()}
     specs = {n: spec for n, (spec, _) in decided.items() if spec}
-    refused, usable = {}, []
-    for k, candidate in enumerate(traced.folds if recipe.folds else ()):
-        wanted = [n for n in candidate.sites if n in specs]
-        if wanted and (why := fold_refused(candidate, traced, specs)):
-            refused |= dict.fromkeys(wanted, f"not folded: {why}")
-        elif wanted:
-            usable.append(k)
-    if recipe.folds:
-        notes |= {n: f"not folded: {why}" for n in specs if (why := traced.sites[n].refused)}
-    notes |= {n: note for n, (_, note) in decided.items() if note} | refused
-    return Plan(specs, {n: recipe.clip_of(prefix + n) for n in specs}, tuple(usable), notes)
+    odd = {n: note for n, (_, note) in decided.items() if note}
+    folds, unfolded, others = used_folds(traced, specs) if recipe.folds else ((), {}, {})
+    clips = {n: recipe.clip_of(prefix + n) for n in specs}
+    return Plan(specs, clips, folds, skipped | others | odd | unfolded)
 
 
 def decide(site: Site, recipe: Recipe, prefix: str = "") -> tuple[QuantSpec | None, str]:
@@ -97,7 +98,18 @@ def decide(site: Site, recipe: Recipe, prefix: str = "") -> tuple[QuantSpec | No
     return None, f"{site.kept}; a rule that names it quantizes it"
 
 
-def fold_refused(candidate: Fold, traced: Traced, specs: Mapping[str, QuantSpec]) -> str | None:
+def used_folds(
+    traced: Traced, specs: Mapping[str, QuantSpec]
+) -> tuple[tuple[int, ...], dict[str, str], dict[str, str]]:
+    """Which folds are used, and why not, by site: of other folds, and of sites that no fold has."""
+    wanted = {k: [n for n in fold.sites if n in specs] for k, fold in enumerate(traced.folds)}
+    why = {k: fold_refused(traced.folds[k], specs) for k, names in wanted.items() if names}
+    unfolded = {n: f"not folded: {reason}" for k, reason in why.items() if reason for n in wanted[k]}
+    others = {n: f"not folded: {reason}" for n in specs if (reason := traced.sites[n].refused)}
+    return tuple(k for k, reason in why.items() if not reason), unfolded, others
+
+
+def fold_refused(candidate: Fold, specs: Mapping[str, QuantSpec]) -> str | None:
     """Why a fold is not used with these specs of its quantized sites; None if it can be."""
     first, *others = (name for name in candidate.sites if name in specs)
     if any(specs[name] != specs[first] for name in others):
@@ -164,33 +176,46 @@ def _quantize(params: Any, calibration: Calibration, recipe: Recipe, prefix: str
     leaves = named_leaves(params)
     out, reports = dict(leaves), []
     for names in batches_of_sites(calibration, recipe, todo, scales):
-        layout = calibration.traced.sites[names[0]].layout
-        tensors, errors = solve_sites(
-            tuple(leaves[name] for name in names),
-            calibration.of(names[0]),
-            scales.get(names[0]),
-            layouts=tuple(calibration.traced.sites[name].layout for name in names),
-            spec=todo.specs[names[0]],
-            scale=recipe.scale if names[0] not in scales and recipe.beside else None,
-            clip=todo.clips[names[0]],
-            rounding=recipe.rounding,
-            half=not recipe.beside,
-        )
-        require_finite(errors, names, leaves)
-        unreached = unreached_note(calibration.of(names[0]), layout.n_lead)
-        for name, tensor, (*sums, smallest, largest) in zip(names, tensors, np.asarray(errors).tolist(), strict=True):
-            dtype = step_dtype(smallest, largest) if recipe.beside else SCALE_DTYPE
-            tensor = replace(tensor, scales=tensor.scales.astype(dtype))
-            error, nearest = relative(*sums)
-            faint = "" if sums[-1] or unreached or not jnp.any(leaves[name]) else FAINT
-            notes = (todo.notes.get(name), unreached, bounds_note(dtype, smallest, largest), lost_note(error), faint)
-            note = "; ".join(filter(None, notes))
+        for name, tensor, report in solved_batch(names, leaves, calibration, recipe, todo, scales):
             out[name] = placed_like(tensor, leaves[name])
-            reports.append(SiteReport(name, todo.specs[name], error, nearest, note))
+            reports.append(report)
+        give_back()
     reports += [
         SiteReport(n, None, 0.0, 0.0, f"left dense: {why}") for n, why in todo.notes.items() if n not in todo.specs
     ]
     return jax.tree.unflatten(jax.tree.structure(params), list(out.values())), tuple(reports)
+
+
+def solved_batch(
+    names: list[str],
+    leaves: Mapping[str, Array],
+    calibration: Calibration,
+    recipe: Recipe,
+    todo: Plan,
+    scales: Mapping[str, Array],
+) -> Iterator[tuple[str, QuantizedTensor, SiteReport]]:
+    """What became of sites that are solved as one matrix."""
+    first, layouts = names[0], tuple(calibration.traced.sites[name].layout for name in names)
+    tensors, errors = solve_sites(
+        tuple(leaves[name] for name in names),
+        calibration.of(first),
+        scales.get(first),
+        layouts=layouts,
+        spec=todo.specs[first],
+        scale=recipe.scale if first not in scales and recipe.beside else None,
+        clip=todo.clips[first],
+        rounding=recipe.rounding,
+        half=not recipe.beside,
+    )
+    require_finite(errors, names, leaves)
+    unreached = unreached_note(calibration.of(first), layouts[0].n_lead)
+    for name, tensor, (*sums, smallest, largest) in zip(names, tensors, np.asarray(errors).tolist(), strict=True):
+        dtype = step_dtype(smallest, largest) if recipe.beside else SCALE_DTYPE
+        error, nearest = relative(*sums)
+        faint = "" if sums[-1] or unreached or not jnp.any(leaves[name]) else FAINT
+        notes = (todo.notes.get(name), unreached, bounds_note(dtype, smallest, largest), lost_note(error), faint)
+        report = SiteReport(name, todo.specs[name], error, nearest, "; ".join(filter(None, notes)))
+        yield name, replace(tensor, scales=tensor.scales.astype(dtype)), report
 
 
 def relative(error: float, nearest: float, energy: float) -> tuple[float, float]:
@@ -263,7 +288,7 @@ def fold_scales(params: Any, calibration: Calibration, recipe: Recipe, todo: Pla
     return fold(params, factors, traced.folds), scales
 
 
-def require_finite(error: Array, names: list[str], leaves: dict[str, Array]) -> None:
+def require_finite(error: Array, names: list[str], leaves: Mapping[str, Array]) -> None:
     if np.isfinite(np.asarray(error)).all():
         return
     require_finite_weights(leaves)

@@ -63,13 +63,7 @@ class Recipe:
             re.compile(self.unclipped)
         except re.error as e:
             raise ValueError(f"unclipped={self.unclipped!r} is not a regular expression: {e}") from e
-        if isinstance(self.rules, Rule):
-            raise ValueError(f"rules={self.rules}: give a tuple of rules, ({self.rules},).")
-        if odd := [rule for rule in self.rules if not isinstance(rule, Rule)]:
-            raise ValueError(f"rules has {odd[0]!r}: give awq.Rule({odd[0]!r}, skip=True), say.")
-        for k, rule in enumerate(self.rules):
-            if any(rule.pattern == other.pattern and rule != other for other in self.rules[:k]):
-                raise ValueError(f"two rules contradict each other on {rule.pattern!r}: keep one.")
+        _check_rules(self.rules)
         for name in ("scale", "clip", "rounding"):
             strategy = getattr(self, name)
             if not callable(strategy) or not isinstance(strategy, Hashable):
@@ -117,6 +111,17 @@ class Recipe:
         """The last rule that matches the param at a path, or at one of the paths by which it is known."""
         matches = lambda rule: any(re.search(rule.pattern, name) for name in names)
         return next(filter(matches, reversed(self.rules)), None)
+
+
+def _check_rules(rules: Any) -> None:
+    """Refuse what is no tuple of rules, and two that say different things of one pattern."""
+    if isinstance(rules, Rule):
+        raise ValueError(f"rules={rules}: give a tuple of rules, ({rules},).")
+    if odd := [rule for rule in rules if not isinstance(rule, Rule)]:
+        raise ValueError(f"rules has {odd[0]!r}: give awq.Rule({odd[0]!r}, skip=True), say.")
+    for k, rule in enumerate(rules):
+        if any(rule.pattern == other.pattern and rule != other for other in rules[:k]):
+            raise ValueError(f"two rules contradict each other on {rule.pattern!r}: keep one.")
 
 
 def some(names: list[str]) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from awq_jax.clock import Clock
-from awq_jax.memory import check_memory, matmul_bytes, nbytes_of
+from awq_jax.memory import check_memory, give_back, matmul_bytes, nbytes_of
 from awq_jax.search.moments import Moments
 from awq_jax.tracing.flat import Param, Value
 from awq_jax.tracing.live import Live
@@ -33,7 +33,7 @@ from awq_jax.weights.spec import Rule
 from awq_jax.weights.tensor import is_quantized
 
 Feed = Literal["dense", "quantized"]
-BUDGET = 4e9
+BUDGET = 2**26
 """Bytes of live values that memory holds."""
 Solve = Callable[[Any, Calibration, Recipe], tuple[Any, tuple[SiteReport, ...]]]
 
@@ -136,18 +136,13 @@ def stream(
         case = segment.program, tuple(f.sites for f in segment.traced.folds), rules.rules
         example = () if case in tried else tuple(live[0].get(parts[0].reads))
         tried.add(case)
-        inputs: list[list[Any]] = []
-        moments: dict[str, Moments] = {}
+        inputs = (
+            [values.get(part.reads) for part, values in zip(parts, live, strict=True)] if feed == "quantized" else []
+        )
         with clock("statistics"):
-            for part, values, wanted in zip(parts, live, after[k], strict=True):
-                given = values.get(part.reads)
-                passed, new, peak = observed(part.program, segment.program, recipe.gram_block)(stored, *given)
-                moments = {group: moments[group] + m for group, m in new.items()} if moments else new
-                values.put(part.writes[: part.program.passed], passed)
-                values.keep(wanted)
-                inputs += [given] if feed == "quantized" else []
-                largest = max(largest, float(peak))
-            largest = max(largest, float(largest_input(moments)))
+            moments, peak = _statistics(parts, live, after[k], segment.program, stored, recipe.gram_block)
+            largest = max(largest, peak)
+            give_back()
         held["moments"] = max(held["moments"], sum(a.nbytes for a in jax.tree.leaves(moments)))
         with clock("search"):
             calibration = Calibration(segment.program.fn, segment.traced, moments, example)
@@ -155,8 +150,7 @@ def stream(
         if feed == "quantized":
             with clock("statistics"):
                 for part, values, given in zip(parts, live, inputs, strict=True):
-                    passed = low_bit(part.program)(done, *given)
-                    values.put(part.writes[: part.program.passed], passed)
+                    values.put(part.writes[: part.program.passed], low_bit(part.program)(done, *given))
         with clock("write"):
             for j, p in enumerate(segment.params):
                 if p in segment.owned:
@@ -170,6 +164,29 @@ def stream(
     held["live"] = sum(values.most for values in live)
     whole = assembled(params, kept) if write is None else None
     return Streamed(tuple(reports), clock.seconds, largest, held, whole)
+
+
+def _statistics(
+    parts: list[Segment],
+    live: list[Live],
+    after: Iterable[Any],
+    first: Program,
+    stored: Mapping[str, Array],
+    block: int | None,
+) -> tuple[dict[str, Moments], float]:
+    """The moments of a segment over all batches, whose live values go through it; and the largest |x| met.
+
+    Args:
+      after: by batch the values that are needed still.
+    """
+    moments, largest = dict[str, Moments](), 0.0
+    for part, values, wanted in zip(parts, live, after, strict=True):
+        passed, new, peak = observed(part.program, first, block)(stored, *values.get(part.reads))
+        moments = {group: moments[group] + m for group, m in new.items()} if moments else new
+        values.put(part.writes[: part.program.passed], passed)
+        values.keep(wanted)
+        largest = max(largest, float(peak))
+    return moments, max(largest, float(largest_input(moments)))
 
 
 def assembled(params: Any, parts: Mapping[Param, Any]) -> Any:

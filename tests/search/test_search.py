@@ -1,6 +1,7 @@
 """The error that is minimised, the scales, and the whole solution, against numpy that replays the activations."""
 
 import functools as ft
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from awq_jax.search import Clip, Feedback, Grid, no_clip, solve, to_nearest
 from awq_jax.search.loss import blocks, output_error
 from awq_jax.search.moments import of
 from awq_jax.search.scale.grid import relative_size, scale_error
-from awq_jax.search.solve import find_scale
+from awq_jax.search.solve import by_columns, find_scale
 from awq_jax.weights.spec import QuantSpec
 
 G32, COLUMN = QuantSpec(4, 32), QuantSpec(4, -1)
@@ -197,6 +198,20 @@ def test_columns_are_solved_apart():
     np.testing.assert_array_equal(before.codes[..., :3], after.codes[..., :3])
     np.testing.assert_array_equal(before.steps[:, :3], after.steps[:, :3])
     assert (before.codes[..., 3:] != after.codes[..., 3:]).any()
+
+
+def test_columns_in_parts_are_what_they_are_at_once(monkeypatch):
+    x, w = problem(64, 13)
+    monkeypatch.setattr(sys.modules["awq_jax.search.solve"], "WORKING", 64 * 5)
+    widths = []
+
+    def rounded(w):
+        widths.append(w.shape[1])
+        return solve(w, of(x, None), spec=G32, clip=no_clip, rounding=to_nearest)
+
+    for found, expected in zip(by_columns(rounded, jnp.asarray(w)), rounded(w), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert widths == [5, 13]
 
 
 def test_strategies_run_under_vmap():

@@ -86,7 +86,14 @@ def relative_size(w: Float[Array, "i o"], spec: QuantSpec) -> Float[Array, " i"]
 
 
 def scale_error(w: Float[Array, "i o"], s: Float[Array, " i"], moments: Moments, spec: QuantSpec) -> Float[Array, ""]:
-    """The output error when `w * s` is rounded to nearest and the input is divided by s.
+    """The sum of `scale_errors`."""
+    return scale_errors(w, s, moments, spec).sum()
+
+
+def scale_errors(
+    w: Float[Array, "i o"], s: Float[Array, " i"], moments: Moments, spec: QuantSpec
+) -> Float[Array, " o"]:
+    """The output error of each column when `w * s` is rounded to nearest and the input is divided by s.
 
     On the Gram matrix's blocks of one quantization group: for choosing s they are as good as all of it.
     """
@@ -94,4 +101,4 @@ def scale_error(w: Float[Array, "i o"], s: Float[Array, " i"], moments: Moments,
     grouped = group(scaled, spec)
     rounded = round_trip(grouped, *group_ranges(scaled, spec), spec)
     inverse = group(1 / s[:, None], spec)
-    return group_error((rounded - grouped) * inverse, group_blocks(moments, spec)).sum()
+    return group_error((rounded - grouped) * inverse, group_blocks(moments, spec)).sum(0)

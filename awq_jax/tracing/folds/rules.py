@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from awq_jax.kernels.partitioning import names_of
 from awq_jax.tracing.folds.unknowns import Dot, Ids, Scaled, Value, Walk, collapsed, spread, varies
 from awq_jax.tracing.primitives import MATMULS, STRUCTURAL, Matmul, matmul
-from awq_jax.weights.layout import in_param
+from awq_jax.weights.layout import Layout, in_param
 
 Rule = Callable[..., list[Value]]
 RULES: dict[str, Rule] = {}
@@ -225,16 +226,24 @@ def _record(walk: Walk, m: Matmul, w: Value, x: Value) -> None:
     if w.view.matrix_cuts(layout) is None:
         return walk.use(w, "shard_map")
     layout = w.view.of_param(layout)
-    inputs, outputs = (
-        tuple(sorted({in_param(w.view.stack, layout.atoms[a][0]) for a in axis})) for axis in layout.axes[-2:]
-    )
-    if not set(inputs) & set(outputs):
-        walk.found[w.param] = tuple(axes for axes in (inputs, outputs) if len(axes) > 1)
+    if (joint := _read_as_one(layout, w.view.stack)) is not None:
+        walk.found[w.param] = joint
+    reads = (x.root, seen.atoms, seen.axes[:-1], walk.scope)
+    walk.dots.append(Dot(w.param, layout, w.view.stack, w.view.picks, reads, _input_ids(m, w), x.product_of))
+
+
+def _read_as_one(layout: Layout, stack: tuple[int, ...]) -> tuple[tuple[int, ...], ...] | None:
+    """The axes of a param that make up its inputs, or its outputs; None where one is in both."""
+    inputs, outputs = (tuple(sorted({in_param(stack, layout.atoms[a][0]) for a in axis})) for axis in layout.axes[-2:])
+    return None if set(inputs) & set(outputs) else tuple(axes for axes in (inputs, outputs) if len(axes) > 1)
+
+
+def _input_ids(m: Matmul, w: Value) -> Ids:
+    """The unknowns of the channels that a matmul sums over, flat; zeros where there is not one for each."""
     others = [k for k in range(len(w.shape)) if k not in m.w_contracted]
     along = [t for t in w.terms if varies(t, m.w_contracted) and not varies(t, others)]
-    in_ids = np.zeros([w.shape[k] for k in m.w_contracted], np.int32)
-    if len(along) == 1:
-        ids = along[0].transpose([*m.w_contracted, *others])
-        in_ids = np.broadcast_to(ids.reshape(ids.shape[: in_ids.ndim]), in_ids.shape)
-    reads = (x.root, seen.atoms, seen.axes[:-1], walk.scope)
-    walk.dots.append(Dot(w.param, layout, w.view.stack, w.view.picks, reads, in_ids.ravel(), x.product_of))
+    sizes = [w.shape[k] for k in m.w_contracted]
+    if len(along) != 1:
+        return np.zeros(math.prod(sizes), np.int32)
+    ids = along[0].transpose([*m.w_contracted, *others])
+    return np.broadcast_to(ids.reshape(ids.shape[: len(sizes)]), sizes).ravel()

@@ -162,20 +162,22 @@ def evaluate(walk: Walk, jaxpr: Any, args: Iterable[Value]) -> list[Value]:
 
 
 def _equation(walk: Walk, eqn: Any, ins: list[Value]) -> list[Value]:
-    name, shapes, before = eqn.primitive.name, tuple(v.aval.shape for v in eqn.outvars), len(walk.dots)
+    name, before = eqn.primitive.name, len(walk.dots)
     if name not in CARRIES_PARAMS:
         _note_readings(walk, name, ins)
-    if name in RULES:
-        outs = RULES[name](walk, shapes, *ins, primitive=name, **eqn.params)
-    else:
-        walk.freeze([t for v in ins for t in v.terms], name)
-        outs = [Value(shape) for shape in shapes]
+    outs = RULES.get(name, _unknown)(walk, tuple(v.aval.shape for v in eqn.outvars), *ins, primitive=name, **eqn.params)
     if name not in CARRIES_PARAMS and len(walk.dots) == before and all(out.param is None for out in outs):
         for v in ins:
             walk.use(v, name)
     if name in RANKS:
         walk.ranked |= {v.origin for v in ins if v.origin is not None}
     return [replace(out, origin=_origin(name, ins)) if out.origin is None else out for out in outs]
+
+
+def _unknown(walk: Walk, out: tuple, *xs: Value, primitive: str, **_: Any) -> list[Value]:
+    """What a primitive without a rule gives: nothing that reaches it may be scaled."""
+    walk.freeze([t for x in xs for t in x.terms], primitive)
+    return [Value(shape) for shape in out]
 
 
 def _note_readings(walk: Walk, name: str, ins: list[Value]) -> None:
