@@ -111,7 +111,7 @@ def test_what_cannot_be_compared(root, tmp_path):
         ((root / "near", "--gate", "kll=1"), "there is no limit 'kll'"),
         ((root / "near", "--max-new-tokens", "0"), "--max-new-tokens 0: give 1 or more"),
         ((root / "nowhere",), "does not exist"),
-        ((), "QUANT"),
+        ((), "give a base and one checkpoint or more"),
     ):
         done = compare(root, *arguments, "--store", tmp_path / "s.sqlite")
         assert done.code == 2
