@@ -115,10 +115,13 @@ def settings_of(max_new_tokens: int, temperature: float, seed: int) -> tuple[Set
 def party(name: str, prompts: tuple[Prompt, ...], results: Store, told: Told) -> Party:
     """The checkpoint of a name: that on disk, or one that the store has met."""
     known = results.named(name)
-    if known and not Path(name).expanduser().exists():
+    try:
+        checkpoint = open_checkpoint(name)
+    except InputError:
+        if known is None or Path(name).expanduser().exists():
+            raise
         told(f"{name} is not there: what the store has of it is shown.")
         return Party(known, prompts)
-    checkpoint = open_checkpoint(name)
     path = checkpoint.path
     met = Known(digest_of(path), name, checkpoint.nbytes, sites_of(path), time.time())
     before = next((one for one in results.checkpoints() if one.digest == met.digest), None)

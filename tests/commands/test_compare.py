@@ -64,7 +64,7 @@ def test_the_report_the_store_and_the_gate(root, monkeypatch):
     monkeypatch.setattr(Checkpoint, "params", lambda *args: pytest.fail("weights were read"))
     again = compare(root, root / "near", root / "bad", *FEW, "--gate", "kl=0.05")
     assert again.out.startswith(f"{root / 'near'} is not there: what the store has of it is shown.\n")
-    figures = lambda done: [line.split("│")[2:7] for line in done.out.splitlines() if line.startswith("│")]
+    figures = lambda done: [line.split("│")[1:] for line in done.out.splitlines() if line.startswith("│")]
     assert figures(again) == figures(done)
     (root / "gone").rename(root / "near")
     assert "is not empty: give --overwrite" in compare(root, root / "near", "-o", out).err
