@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from awq_jax.errors import InputError
 from awq_jax.formats.checkpoint import open_checkpoint
+from awq_jax.memory import check_memory, to_be_read
 from awq_jax.models.generate import made_dense
 from awq_jax.pipeline.answers import answer, distance, tokens_of
 from awq_jax.pipeline.identity import digest_of, sites_of
@@ -40,7 +41,10 @@ class Party:
     @cached_property
     def model(self) -> Model:
         """The model in memory, read on first use."""
+        assert self.described is not None
         assert self.reads is not None
+        what = f"Comparing {self.known.name}"
+        check_memory(what, to_be_read(self.described.params), "compare smaller ones, or take more memory")
         model = self.reads()
         return replace(model, params=made_dense(model.config, model.params))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -127,10 +127,10 @@ def score(
             raise InputError(blame(k, model, reference, batch, logits, against))
         found.append(kept)
     progress(len(given), len(given))
-    score = summary(found, reference is not None, token_bytes)
+    summed = summary(found, reference is not None, token_bytes)
     if reference is None or tokenizer is None:
-        return score
-    return Score(**vars(score) | {"worst": worst(given, found, tokenizer)})
+        return summed
+    return replace(summed, worst=worst(given, found, tokenizer))
 
 
 def summary(found: Sequence[ByToken], compared: bool, token_bytes: float | None) -> Score:

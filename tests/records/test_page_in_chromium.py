@@ -62,9 +62,10 @@ def test_keys_filters_and_orders(tmp_path, width):
         found = compared(one, prompts, base, [other], [GREEDY])
     file = tmp_path / "index.html"
     file.write_text(page(found) + SCRIPT, "utf-8")
-    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--window-size={width},900", "--virtual-time-budget=5000"]
+    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000"]
+    flags += [f"--window-size={width},900", f"--user-data-dir={tmp_path / 'user'}"]
     done = subprocess.run(
-        [CHROMIUM, *flags, f"--user-data-dir={tmp_path / 'user'}", "--dump-dom", file.as_uri()],
+        [CHROMIUM, *flags, "--dump-dom", file.as_uri()],
         capture_output=True,
         text=True,
         timeout=120,
