@@ -154,7 +154,8 @@ def summary(found: Sequence[ByToken], compared: bool, token_bytes: float | None)
         kl = np.concatenate([one.kl for one in found])
         values["kl_median"], values["kl_p99"] = ((float(q), None) for q in np.percentile(kl, (50, 99)))
     errors = {name: float(error) for name, (_, error) in values.items() if error is not None}
-    return Score(tokens=tokens, errors=errors, **{name: float(value) for name, (value, _) in values.items()})
+    figures: dict[str, Any] = {name: float(value) for name, (value, _) in values.items()}
+    return Score(tokens=tokens, errors=errors, **figures)
 
 
 def total(values: Any) -> float:
