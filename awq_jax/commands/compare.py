@@ -9,8 +9,9 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from awq_jax.commands.figures import compared_table
 from awq_jax.commands.progress import progress_bar
-from awq_jax.commands.tables import compared_table, console, say
+from awq_jax.commands.tables import console, say
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,16 @@
-"""What `awq-jax eval` shows: figures of checkpoints beside each other, text by text, and the tokens that moved most."""
+"""What `awq-jax eval` and `compare` show: figures, a column for each checkpoint, and the tokens that moved most."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.markup import escape
 from rich.table import Table
 
+from awq_jax.memory import size
 from awq_jax.pipeline.score import Score, Worst
+from awq_jax.records.comparison import Comparison
 
 
 class Figure(NamedTuple):
@@ -65,4 +67,25 @@ def worst_table(name: str, text: str, worst: Sequence[Worst]) -> Table:
     for one in worst:
         words = (escape(repr(word)[1:-1]) for word in (one.before[-40:], one.token, one.reference, one.model))
         table.add_row(f"{one.kl:.2f}", *words)
+    return table
+
+
+def compared_table(found: Comparison) -> Table:
+    """The figures of checkpoints beside their base."""
+    sides = (found.base, *found.others)
+    table = Table(title=escape(f"{len(found.prompts)} prompts beside {found.base.name}"))
+    table.add_column("")
+    for side in sides:
+        table.add_column(escape(side.name), justify="right", overflow="fold")
+    rows: dict[str, tuple[list[Any], str]] = {
+        "KL to the base": ([side.kl for side in sides], ".4f"),
+        "99 % below": ([side.kl_p99 for side in sides], ".3f"),
+        "same top-1": ([side.top1 for side in sides], ".1%"),
+        "perplexity, times": ([side.ppl for side in sides], ".3f"),
+        "checks lost": ([None, *(side.checks for side in found.others)], "d"),
+        "tokens/s": ([side.speed for side in sides], ".1f"),
+    }
+    for title, (values, form) in rows.items():
+        table.add_row(title, *("" if value is None else format(value, form) for value in values))
+    table.add_row("on disk", *(size(side.known.nbytes) for side in sides))
     return table

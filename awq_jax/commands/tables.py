@@ -10,7 +10,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from awq_jax.memory import size
-from awq_jax.records.comparison import Comparison
 from awq_jax.transforms.quantize import SiteReport
 from awq_jax.transforms.tune import Tuned
 
@@ -56,27 +55,6 @@ def scores_table(rows: Mapping[str, Any]) -> Table:
         kl = "" if s.kl is None else f"{s.kl:.4f}"
         top1 = "" if s.top1 is None else f"{s.top1:.1%}"
         table.add_row(escape(name), f"{s.perplexity:.2f}", kl, top1)
-    return table
-
-
-def compared_table(found: Comparison) -> Table:
-    """Checkpoints beside their base."""
-    table = Table(title=f"{len(found.prompts)} prompts, compared with {escape(found.base.name)}")
-    table.add_column("checkpoint")
-    for column in ("KL", "99 % below", "same top-1", "perplexity x", "checks lost", "size", "tokens/s"):
-        table.add_column(column, justify="right")
-    told = lambda value, form: "" if value is None else format(value, form)
-    for side in (found.base, *found.others):
-        table.add_row(
-            escape(side.name),
-            told(side.kl, ".4f"),
-            told(side.kl_p99, ".3f"),
-            told(side.top1, ".1%"),
-            told(side.ppl, ".3f"),
-            "" if side is found.base else told(side.checks, "d"),
-            size(side.known.nbytes),
-            told(side.speed, ".1f"),
-        )
     return table
 
 

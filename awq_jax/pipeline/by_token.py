@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 LIKELIEST = 5
@@ -16,13 +17,13 @@ class ByToken(NamedTuple):
     """Of each prediction: in nats the loss of both and KL(reference || model), whether the likeliest token is the same,
     what share of the `LIKELIEST` is, and the likeliest of both."""
 
-    loss: Float[Array, " t"]
-    reference_loss: Float[Array, " t"]
-    kl: Float[Array, " t"]
-    same: Bool[Array, " t"]
-    shared: Float[Array, " t"]
-    likeliest: Int[Array, " t"]
-    reference_likeliest: Int[Array, " t"]
+    loss: Float[Array | np.ndarray, " t"]
+    reference_loss: Float[Array | np.ndarray, " t"]
+    kl: Float[Array | np.ndarray, " t"]
+    same: Bool[Array | np.ndarray, " t"]
+    shared: Float[Array | np.ndarray, " t"]
+    likeliest: Int[Array | np.ndarray, " t"]
+    reference_likeliest: Int[Array | np.ndarray, " t"]
 
 
 @jax.jit

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from awq_jax.errors import InputError
 from awq_jax.formats.checkpoint import open_checkpoint
+from awq_jax.memory import check_memory, to_be_read
 from awq_jax.models.generate import made_dense
 from awq_jax.pipeline.answers import answer, distance, tokens_of
 from awq_jax.pipeline.identity import digest_of, sites_of
@@ -40,7 +41,10 @@ class Party:
     @cached_property
     def model(self) -> Model:
         """The model in memory, read on first use."""
+        assert self.described is not None
         assert self.reads is not None
+        what = f"Comparing {self.known.name}"
+        check_memory(what, to_be_read(self.described.params), "compare smaller ones, or take more memory")
         model = self.reads()
         return replace(model, params=made_dense(model.config, model.params))
 
@@ -115,10 +119,13 @@ def settings_of(max_new_tokens: int, temperature: float, seed: int) -> tuple[Set
 def party(name: str, prompts: tuple[Prompt, ...], results: Store, told: Told) -> Party:
     """The checkpoint of a name: that on disk, or one that the store has met."""
     known = results.named(name)
-    if known and not Path(name).expanduser().exists():
+    try:
+        checkpoint = open_checkpoint(name)
+    except InputError:
+        if known is None or Path(name).expanduser().exists():
+            raise
         told(f"{name} is not there: what the store has of it is shown.")
         return Party(known, prompts)
-    checkpoint = open_checkpoint(name)
     path = checkpoint.path
     met = Known(digest_of(path), name, checkpoint.nbytes, sites_of(path), time.time())
     before = next((one for one in results.checkpoints() if one.digest == met.digest), None)

@@ -65,8 +65,8 @@ def evaluate(
     given = {"windows": windows, "length": length, "stride": stride}
     how = replace(CONVENTIONS[convention], **{name: n for name, n in given.items() if n is not None})
     check(how)
-    names = list(dict.fromkeys(map(str, as_list(models))))
-    everyone = list(dict.fromkeys([*names, *([] if against is None else [str(against)])]))
+    names: list[str] = list(dict.fromkeys(map(str, as_list(models))))
+    everyone: list[str] = list(dict.fromkeys(names + ([] if against is None else [str(against)])))
     found = {name: opened(name, jnp.float32, told) for name in everyone}
     first, reference = found[names[0]][0], None if against is None else found[str(against)][0]
     read = {text: prepared(text, first, how, windows) for text in map(str, as_list(texts))}

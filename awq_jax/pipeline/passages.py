@@ -38,8 +38,8 @@ def passages(source: str, tokenizer: Any, convention: Convention) -> tuple[list[
     chats = [(name, row) for name, row in found if isinstance(row, Chat)]
     written: list[list[Piece]] = [[(convention.between.join(texts), True)]] if texts else []
     if chats:
-        names, asked = zip(*chats, strict=True)
-        taken, changed = with_system(list(asked), tokenizer) if tokenizer.chat_template else (list(asked), [])
+        names, asked = [name for name, _ in chats], [chat for _, chat in chats]
+        taken, changed = with_system(asked, tokenizer) if tokenizer.chat_template else (asked, [])
         written += said(taken, tokenizer, names)
         notes = (*notes, *changed)
     return [passage(pieces, tokenizer, convention) for pieces in written], notes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -127,10 +127,10 @@ def score(
             raise InputError(blame(k, model, reference, batch, logits, against))
         found.append(kept)
     progress(len(given), len(given))
-    score = summary(found, reference is not None, token_bytes)
+    summed = summary(found, reference is not None, token_bytes)
     if reference is None or tokenizer is None:
-        return score
-    return Score(**vars(score) | {"worst": worst(given, found, tokenizer)})
+        return summed
+    return replace(summed, worst=worst(given, found, tokenizer))
 
 
 def summary(found: Sequence[ByToken], compared: bool, token_bytes: float | None) -> Score:
@@ -154,7 +154,8 @@ def summary(found: Sequence[ByToken], compared: bool, token_bytes: float | None)
         kl = np.concatenate([one.kl for one in found])
         values["kl_median"], values["kl_p99"] = ((float(q), None) for q in np.percentile(kl, (50, 99)))
     errors = {name: float(error) for name, (_, error) in values.items() if error is not None}
-    return Score(tokens=tokens, errors=errors, **{name: float(value) for name, (value, _) in values.items()})
+    figures: dict[str, Any] = {name: float(value) for name, (value, _) in values.items()}
+    return Score(tokens=tokens, errors=errors, **figures)
 
 
 def total(values: Any) -> float:

@@ -60,7 +60,7 @@ def check_checks(checks: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} is {wanted!r}: give a text that is not empty")
         if name == "regex":
             try:
-                re.compile(wanted)
+                re.compile(str(wanted))
             except re.error as e:
                 raise ValueError(f"regex {wanted!r} is none ({e})") from e
 

@@ -76,7 +76,7 @@ class Run:
     @property
     def ppl(self) -> float | None:
         """The perplexity of the base's answer, relative to the base's own."""
-        return math.exp(mean(self.distance["more"])) if self.distance else None
+        return grown(self.distance["more"]) if self.distance else None
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,7 @@ class Side:
 
     @cached_property
     def ppl(self) -> float | None:
-        more = mean(self.all_of("more"))
-        return None if more is None else math.exp(more)
+        return grown(self.all_of("more"))
 
     @cached_property
     def checks(self) -> int | None:
@@ -171,6 +170,11 @@ def runs(
 def ended(answer: Mapping[str, Any]) -> list[int]:
     """The tokens of an answer, -1 for its end if it came."""
     return [*answer["tokens"], *([-1] if answer["stopped"] else [])]
+
+
+def grown(more: Sequence[float]) -> float | None:
+    """How many times a perplexity is another, of the losses' differences."""
+    return None if (by := mean(more)) is None else math.exp(by)
 
 
 def mean(values: Sequence[float]) -> float | None:

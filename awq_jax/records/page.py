@@ -131,10 +131,9 @@ def asked(comparison: Comparison, k: int) -> dict[str, Any]:
 
 def told(run: Run) -> dict[str, Any]:
     """One answer beside the base's, in pieces."""
-    both = run.answer and run.base
     return {
         "run": run,
-        "differences": differences(run.base["text"], run.answer["text"]) if both else [],
+        "differences": differences(run.base["text"], run.answer["text"]) if run.base and run.answer else [],
         "along": along(run.base, run.distance["kl"]) if run.base and run.distance else [],
     }
 

@@ -155,7 +155,7 @@ class Store:
     def checkpoints(self) -> list[Known]:
         """All that were met, the newest first."""
         rows = self.opened.execute("SELECT * FROM checkpoints ORDER BY seen DESC").fetchall()
-        return [Known(*row[:3], json.loads(row[3]), row[4]) for row in rows]
+        return [Known(digest, name, nbytes, json.loads(sites), seen) for digest, name, nbytes, sites, seen in rows]
 
     def named(self, name: str) -> Known | None:
         """The newest checkpoint of that name, or the one whose digest begins so."""

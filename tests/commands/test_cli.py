@@ -54,11 +54,11 @@ def test_help_from_the_shell():
         pytest.skip("awq-jax is not installed beside this Python")
     done = subprocess.run([command, "--help"], capture_output=True, text=True, timeout=120, check=True)
     assert done.stderr == ""
-    for name in ("quantize", "eval", "generate", "inspect", "demo", "tune", "doctor"):
+    for name in ("quantize", "eval", "compare", "generate", "inspect", "demo", "tune", "doctor"):
         assert f"• {name}" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["quantize", "eval", "generate", "inspect", "demo", "tune"])
+@pytest.mark.parametrize("command", ["quantize", "eval", "compare", "generate", "inspect", "demo", "tune"])
 def test_every_argument_has_its_help(command):
     done = run(command, "--help")
     assert (done.code, done.err) == (0, "")
@@ -312,7 +312,7 @@ def test_inspect(small, dense, root, monkeypatch):
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        ((), "quantize, eval, generate, inspect, demo"),
+        ((), "quantize, eval, compare, generate, inspect, demo"),
         (("quantise",), "there is no command quantise (did you mean quantize?)"),
         (("quantize", "model", "out", "--groupsize", "64"), "Perhaps you meant: --group-size"),
         (("quantize", "model"), "OUT"),

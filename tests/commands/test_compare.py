@@ -64,7 +64,7 @@ def test_the_report_the_store_and_the_gate(root, monkeypatch):
     monkeypatch.setattr(Checkpoint, "params", lambda *args: pytest.fail("weights were read"))
     again = compare(root, root / "near", root / "bad", *FEW, "--gate", "kl=0.05")
     assert again.out.startswith(f"{root / 'near'} is not there: what the store has of it is shown.\n")
-    figures = lambda done: [line.split("│")[2:7] for line in done.out.splitlines() if line.startswith("│")]
+    figures = lambda done: [line.split("│")[1:] for line in done.out.splitlines() if line.startswith("│")]
     assert figures(again) == figures(done)
     (root / "gone").rename(root / "near")
     assert "is not empty: give --overwrite" in compare(root, root / "near", "-o", out).err
@@ -111,7 +111,7 @@ def test_what_cannot_be_compared(root, tmp_path):
         ((root / "near", "--gate", "kll=1"), "there is no limit 'kll'"),
         ((root / "near", "--max-new-tokens", "0"), "--max-new-tokens 0: give 1 or more"),
         ((root / "nowhere",), "does not exist"),
-        ((), "QUANT"),
+        ((), "give a base and one checkpoint or more"),
     ):
         done = compare(root, *arguments, "--store", tmp_path / "s.sqlite")
         assert done.code == 2

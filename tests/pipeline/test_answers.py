@@ -98,7 +98,7 @@ def test_another_stop_token_is_far_at_the_end(base, asked, said):
     found = distance(stopping(base, (stop + 1) % 300), ends, (asked[0], asked[0]), short, "one")
     assert len(found["kl"]) == len(short["tokens"]) + 1
     assert found["same"][-1] == 0
-    assert found["kl"][-1] > 1
+    assert found["kl"][-1] > 0.1
     assert distance(ends, ends, (asked[0], asked[0]), short, "one")["kl"][-1] == 0
 
 
