@@ -1,7 +1,7 @@
 """What the bridge makes of transformers' families: docs/models.md.
 
-    python benchmarks/models.py [FAMILY ...]       # tiny random models, seconds each; rows into results/models.jsonl
-    python benchmarks/models.py --table            # docs/models.md from these rows
+python benchmarks/models.py [FAMILY ...]       # tiny random models, seconds each; rows into results/models.jsonl
+python benchmarks/models.py --table            # docs/models.md from these rows
 """
 
 from __future__ import annotations

@@ -19,11 +19,14 @@ from awq_jax.formats import orbax
 from awq_jax.formats.checkpoint import Checkpoint, open_checkpoint
 from awq_jax.memory import nbytes_of, size
 from awq_jax.pipeline.agreement import check_params
+from awq_jax.pipeline.bridged import fallback
 from awq_jax.pipeline.load import architecture
 from awq_jax.pipeline.quantize_checkpoint import REPORT
 
 MAIN = re.compile(r"/(kernel|scale|embedding)$")
 """What the name of a layer's main param ends with."""
+LAYER = re.compile(r"\.\d+\.")
+"""The number of a layer or an expert in a name of torch's."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def inspect(path: str | Path) -> Group:
         rows: dict[tuple[str, Stored], list[str]] = {}
         for name in (name for name in found if name in section):
             kind = name.split("/", 1)[1] if name in inside else name
-            rows.setdefault((MAIN.sub("", kind), found[name]), []).append(name)
+            rows.setdefault((MAIN.sub("", LAYER.sub(".*.", kind)), found[name]), []).append(name)
         for (kind, one), names in rows.items():
             known = [errors[n] for n in names if n in errors]
             shown = (f"{sum(known) / len(known):.2%}", f"{max(known):.2%}") if known else ()
@@ -75,7 +78,9 @@ def inspect(path: str | Path) -> Group:
 
 
 def params_of(checkpoint: Checkpoint) -> dict[str, Stored]:
-    """The params of a checkpoint by the names that they have here."""
+    """The params of a checkpoint by the names that they have here, or in the file where no model here computes it."""
+    if fallback(checkpoint) is not None:
+        return {name: Stored(t.shape, t.stored_as, t.nbytes) for name, t in checkpoint.tensors.items()}
     module, config = architecture(checkpoint)
     shapes = module.param_shapes(config)
     tensors = (checkpoint.tensors[name] for name in module.stored_shapes(config))
