@@ -57,7 +57,7 @@ def matmul_bytes(f: Callable[..., Any], *args: Any) -> int:
 def given_by_matmuls(jaxpr: Any) -> int:
     total = 0
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "dot_general":
+        if eqn.primitive.name in ("dot_general", "ragged_dot_general"):
             total += nbytes_of(v.aval for v in eqn.outvars)
         total += sum(given_by_matmuls(getattr(sub, "jaxpr", sub)) for sub in core.jaxprs_in_params(eqn.params))
     return total

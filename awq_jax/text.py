@@ -72,14 +72,14 @@ def grown(node: Any) -> Iterator[int]:
         yield from grown(child)
 
 
-def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
-    """The text of tokens, without the special ones, spaces as they are.
+def decode(tokenizer: Any, tokens: Sequence[int], *, special: bool = False) -> str:
+    """The text of tokens, the special ones among them or without, spaces as they are.
 
     Raises:
       InputError: the tokenizer fails.
     """
     with reading("The model's tokenizer cannot decode the answer", REMEDY), unprinted():
-        return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return tokenizer.decode(tokens, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
 
 
 @contextmanager

@@ -50,15 +50,15 @@ def save(name: str, result: Any) -> None:
 
 def quantized_in_memory(checkpoint: Any, tokens: np.ndarray, recipe: Any, **options: Any) -> tuple[Any, Streamed]:
     """The params of a checkpoint's model, every QuantizedTensor made dense again, and what streaming reports."""
-    module = for_config(checkpoint.config)
-    config = module.Config.from_hf(checkpoint.config)
-    lazy = lazy_params(checkpoint, module, config, wide=recipe.fold)
+    family = for_config(checkpoint.config)
+    config = family.config(checkpoint.config)
+    lazy = lazy_params(checkpoint, family, config, wide=recipe.folds)
     parts: dict[str, Any] = read(outer(lazy))
 
     def keep(part: str, params: Any) -> None:
         parts[part] = jax.tree.map(jnp.asarray, dequantize(params))
 
-    done = stream_decoder(module, config, lazy, tokens, recipe, keep, **options)
+    done = stream_decoder(config, lazy, tokens, recipe, keep, **options)
     return parts, done
 
 

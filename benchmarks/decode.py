@@ -31,8 +31,8 @@ from common import save
 from awq_jax.commands.demo import fetch_smollm2
 from awq_jax.kernels.gpu import architecture
 from awq_jax.models import for_config
+from awq_jax.models.decoder import Decoder
 from awq_jax.models.generate import generate
-from awq_jax.models.llama import Llama
 from awq_jax.pipeline.load import Model, load
 from awq_jax.weights.spec import QuantSpec
 from awq_jax.weights.tensor import prepare, round_to_nearest
@@ -59,11 +59,11 @@ def opened(path: str | Path) -> Model:
 
 def random_model(hf: dict[str, Any]) -> Model:
     """A model of a config.json's sizes with random weights in bfloat16."""
-    module = for_config(hf)
-    config = module.Config.from_hf(hf, jnp.bfloat16)
-    shapes = jax.eval_shape(lambda: Llama(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
+    family = for_config(hf)
+    config = family.config(hf, jnp.bfloat16)
+    shapes = jax.eval_shape(lambda: Decoder(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
     make = jax.jit(lambda shape: jax.random.normal(jax.random.key(0), shape, jnp.bfloat16) / 50, static_argnums=0)
-    return Model(module, config, jax.tree.map(lambda leaf: make(leaf.shape), shapes), None)
+    return Model(family, config, jax.tree.map(lambda leaf: make(leaf.shape), shapes), None)
 
 
 def rounded(model: Model, group: int) -> Model:

@@ -21,7 +21,7 @@ from common import opened, quantized_in_memory, save, with_params
 
 from awq_jax.pipeline.score import score
 from awq_jax.transforms.presets import PRESETS
-from awq_jax.transforms.recipe import Recipe
+from awq_jax.transforms.recipe import Recipe, Scales
 from awq_jax.transforms.stream import Feed
 
 
@@ -48,20 +48,20 @@ def recipes() -> dict[str, tuple[str, Recipe]]:
     """Row -> (the round-to-nearest row it is compared with, recipe)."""
     rows: dict[str, tuple[str, Recipe]] = {}
 
-    def add(kind: str, preset: str, *, fold: bool, **k: Any) -> None:
+    def add(kind: str, preset: str, *, scales: Scales, **k: Any) -> None:
         nearest = f"RTN {kind}"
-        name = nearest if preset == "rtn" else f"{preset} {kind}{' folded' if fold else ''}"
-        rows[name] = (nearest, replace(PRESETS[preset], fold=fold, input_scales=not fold, **k))
+        name = nearest if preset == "rtn" else f"{preset} {kind}{' folded' if scales == 'folded' else ''}"
+        rows[name] = (nearest, replace(PRESETS[preset], scales=scales, **k))
 
-    add("g64", "rtn", fold=False, group_size=64)
+    add("g64", "rtn", scales="beside", group_size=64)
     for preset in ("llm_awq", "autoawq", "llmcompressor", "fast", "default"):
-        add("g64", preset, fold=True, group_size=64)
+        add("g64", preset, scales="folded", group_size=64)
     for preset in ("llm_awq", "default"):
-        add("g64", preset, fold=False, group_size=64)
+        add("g64", preset, scales="beside", group_size=64)
     for kind, bits in (("g128", 4), ("W3 g128", 3)):
-        add(kind, "rtn", fold=False, bits=bits, group_size=128)
-        add(kind, "default", fold=True, bits=bits, group_size=128)
-        add(kind, "default", fold=False, bits=bits, group_size=128)
+        add(kind, "rtn", scales="beside", bits=bits, group_size=128)
+        add(kind, "default", scales="folded", bits=bits, group_size=128)
+        add(kind, "default", scales="beside", bits=bits, group_size=128)
     return rows
 
 

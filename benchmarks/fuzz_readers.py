@@ -46,21 +46,25 @@ def tiny(folder: Path, **changes: Any) -> Path:
 def quantized(folder: Path, format: str, **changes: Any) -> Path:
     """A folder with one quantized matrix, rounded to nearest: a search would take long to compile."""
     from awq_jax import QuantSpec, Recipe
-    from awq_jax.formats import autoawq, orbax
+    from awq_jax.formats import orbax
     from awq_jax.formats.checkpoint import open_checkpoint
+    from awq_jax.formats.codecs import AUTOAWQ
+    from awq_jax.formats.quantized_writer import Writer
     from awq_jax.pipeline.load import architecture
     from awq_jax.weights.tensor import round_to_nearest
 
     checkpoint = open_checkpoint(tiny(folder, **changes))
-    module, config = architecture(checkpoint)
+    family, config = architecture(checkpoint)
     recipe, out = Recipe(bits=4, group_size=32), folder / format
     out.mkdir()
-    writer: Any = (autoawq if format == "awq" else orbax).Writer(out, checkpoint, recipe)
-    params = checkpoint.params(module, config)
+    writer: Any = orbax.Writer(out, checkpoint, recipe)
+    if format == "awq":
+        writer = Writer(AUTOAWQ, out, checkpoint, recipe.spec)
+    params = checkpoint.params(family, config)
     down = params["layers_0"]["mlp"]["down"]
     down["kernel"] = round_to_nearest(down["kernel"], QuantSpec(4, 32))
     for part in params:
-        writer.write(part, module.to_names({part: params[part]}) if format == "awq" else params[part])
+        writer.write(part, family.to_names({part: params[part]}) if format == "awq" else params[part])
     writer.finish()
     return out
 
@@ -239,9 +243,9 @@ def read_model(path: Path, changed: Path) -> None:
     from awq_jax.pipeline.load import architecture
 
     checkpoint = open_checkpoint(path)
-    module, config = architecture(checkpoint)
+    family, config = architecture(checkpoint)
     if not changed.name.startswith(TOKENIZER):
-        checkpoint.params(module, config)
+        checkpoint.params(family, config)
         _ = checkpoint.stops, checkpoint.companions
     if changed.suffix not in ("", ".safetensors"):
         read_tokenizer(checkpoint.tokenizer())

@@ -23,8 +23,8 @@ from decode import random_model, rounded
 from gpu_record import Record, Row
 from gpu_smoke import TOY, TWO_LAYERS
 
+from awq_jax.models.decoder import init_cache
 from awq_jax.models.generate import _generate
-from awq_jax.models.llama import init_cache
 from awq_jax.pipeline.load import Model
 from awq_jax.transforms.tune import timed
 from awq_jax.weights.tensor import dot
@@ -89,12 +89,12 @@ def of_two_layers(models: dict[str, Model]) -> Model:
     """The quantized model's first two: the same loop, quickly compiled."""
     small = models["quantized"]
     kept = {name: p for name, p in small.params.items() if not name.startswith("layers_") or int(name[7:]) < 2}
-    return replace(small, config=replace(small.config, layers=2), params=kept)
+    return replace(small, config=replace(small.config, layers=small.config.layers[:2]), params=kept)
 
 
 def scanned(model: Model, rows: int) -> Any:
     """A scan over a stack of layers' weights, lowered."""
-    ws = [model.params[f"layers_{i}"]["attn"]["o"]["kernel"] for i in range(min(4, model.config.layers))]
+    ws = [model.params[f"layers_{i}"]["attn"]["o"]["kernel"] for i in range(min(4, len(model.config.layers)))]
     stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *ws)
     x = jnp.ones((rows, ws[0].shape[0]), model.config.dtype)
     return jax.jit(lambda x, stack: jax.lax.scan(lambda x, w: (dot(x, w), None), x, stack)[0]).lower(x, stack)
@@ -115,7 +115,7 @@ def run(record: Record) -> None:
     tokens = 2 if toy else 128
     dense = random_model(hf)
     models = {"dense": dense, "quantized": rounded(dense, 64 if toy else 128)}
-    record.add(Row("sizes", f"{dense.config.layers} layers, {dense.config.width} wide, {tokens} tokens decoded"))
+    record.add(Row("sizes", f"{len(dense.config.layers)} layers, {dense.config.width} wide, {tokens} tokens decoded"))
     record.attempt("decode loop", lambda: captured("decode loop", loop(of_two_layers(models), 1, tokens)))
     record.attempt("scan over layers", lambda: captured("scan over layers", scanned(models["quantized"], 1)))
     with ThreadPoolExecutor() as pool:

@@ -32,6 +32,7 @@ from awq_jax.cache import cache
 from awq_jax.commands.demo import evaluation_text
 from awq_jax.formats.checkpoint import open_checkpoint
 from awq_jax.models import for_config
+from awq_jax.models.family import param_shapes
 from awq_jax.pipeline.calibration_text import calibration_tokens
 from awq_jax.pipeline.decoder import lazy_params, outer, read, stream_decoder
 from awq_jax.pipeline.distill_decoder import logits, together
@@ -46,18 +47,17 @@ from awq_jax.weights.spec import QuantSpec, Rule
 from awq_jax.weights.tensor import is_quantized, round_to_nearest
 
 
-def random_decoder(hf: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
-    """A module, its Config, and lazy params."""
-    module = for_config(hf)
-    config = module.Config.from_hf(hf, jnp.bfloat16)
+def random_decoder(hf: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A Config and lazy params."""
+    config = for_config(hf).config(hf, jnp.bfloat16)
     draw = jax.jit(
         lambda seed, shape: jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16) / 50, static_argnums=1
     )
     lazy = lambda name, shape: Lazy(
         shape, jnp.dtype(jnp.bfloat16), lambda index: draw(np.uint32(zlib.crc32(name.encode())), shape)[index]
     )
-    params = {name: lazy(name, shape) for name, shape in module.param_shapes(config).items()}
-    return module, config, unflatten_dict(params, sep="/")
+    params = {name: lazy(name, shape) for name, shape in param_shapes(config).items()}
+    return config, unflatten_dict(params, sep="/")
 
 
 def random_tokens(vocab: int, number: int, length: int) -> np.ndarray:
@@ -85,9 +85,9 @@ def streamed(
         if record.over():
             raise TimeoutError(f"{part} was done after {time.perf_counter() - start:.0f} s, the step's time was over")
 
-    done = stream_decoder(module, config, params, tokens, recipe, keep)
+    done = stream_decoder(config, params, tokens, recipe, keep)
     seconds = time.perf_counter() - start
-    yield Row(f"streamed, {config.layers} layers, {tokens.size} tokens", seconds, "s", 60, most=True)
+    yield Row(f"streamed, {len(config.layers)} layers, {tokens.size} tokens", seconds, "s", 60, most=True)
     for stage, part in done.seconds.items():
         yield Row(f"streamed: {stage}", part, "s")
     yield Row("streamed: packed layers", gigabytes(packed), "GB")
@@ -96,7 +96,7 @@ def streamed(
 
 def in_memory(module: Any, config: Any, lazy: Any, tokens: np.ndarray, recipe: Recipe) -> Iterator[Row]:
     """`calibrate` and `quantize` of the whole function, its layers scanned."""
-    layers = together([read(lazy[f"layers_{i}"]) for i in range(config.layers)])
+    layers = together([read(lazy[f"layers_{i}"]) for i in range(len(config.layers))])
     params = {"outer": read(outer(lazy)), "layers": layers}
     jax.block_until_ready(params)
     recipe = replace(recipe, rules=(Rule("outer/", skip=True),))
@@ -132,16 +132,17 @@ def ties() -> Iterator[Row]:
 def same_codes(model: Path, recipe: Recipe, layers: int, samples: int, length: int) -> Iterator[Row]:
     """The whole search in float32 on both devices. A tie decided otherwise moves the codes rounded after it."""
     checkpoint = open_checkpoint(model)
-    module = for_config(checkpoint.config)
-    config = replace(module.Config.from_hf(checkpoint.config), layers=layers)
-    params = lazy_params(checkpoint, module, config)
+    family = for_config(checkpoint.config)
+    whole = family.config(checkpoint.config)
+    config = replace(whole, layers=whole.layers[:layers])
+    params = lazy_params(checkpoint, family, config)
     tokens = calibration_tokens(None, checkpoint.tokenizer(), samples=samples, seq_len=length)
 
     def run() -> tuple[dict[str, Any], Any]:
         found: dict[str, Any] = {}
         with jax.default_matmul_precision("highest"):
             keep = found.__setitem__
-            done = stream_decoder(module, config, params, tokens, recipe, keep, dtype=jnp.float32)
+            done = stream_decoder(config, params, tokens, recipe, keep, dtype=jnp.float32)
         return {name: w for name, w in named_leaves(found).items() if is_quantized(w)}, done.reports
 
     start = time.perf_counter()

@@ -16,8 +16,8 @@ from gpu_record import Record, Row
 
 from awq_jax.commands import doctor
 from awq_jax.kernels.gpu import architecture
+from awq_jax.models.decoder import Decoder
 from awq_jax.models.generate import generate
-from awq_jax.models.llama import Llama
 from awq_jax.weights.tensor import dequantize
 
 PACKAGES = ("awq-jax", "jax", "jaxlib", "jax-triton", "triton", "flax", "torch", "numpy")
@@ -73,7 +73,7 @@ def decoded(toy: bool) -> Iterator[Row]:
     small = rounded(dense, 64)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, dense.config.vocab, (1, 2) if toy else (2, 9)), jnp.int32)
     whole = jax.tree.map(lambda w: w.astype(jnp.float32), dequantize(small.params))
-    run = jax.jit(lambda config, params: Llama(config).apply({"params": params}, tokens), static_argnums=0)
+    run = jax.jit(lambda config, params: Decoder(config).apply({"params": params}, tokens), static_argnums=0)
     logits = lambda config, params: np.asarray(run(config, params))
     with jax.default_matmul_precision("highest"):
         exact = logits(replace(dense.config, dtype=jnp.float32), whole)

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from gpu_record import reason
 
-from awq_jax.formats.autoawq import to_autoawq
+from awq_jax.formats.codecs import AUTOAWQ
+from awq_jax.formats.quantized_writer import to_parts
 from awq_jax.kernels import unpacked
 from awq_jax.kernels.xla import dense as reference
 from awq_jax.weights.spec import QuantSpec
@@ -82,7 +83,7 @@ def humming() -> Peer:
     def convert(w: QuantizedTensor) -> Any:
         k, n = w.shape
         layer = HummingLayer(shape_n=n, shape_k=k, weight_config=scheme, torch_dtype=torch.bfloat16).cuda()
-        layer.load_from_tensors({name: torch.from_numpy(a.copy()).cuda() for name, a in to_autoawq(w).items()})
+        layer.load_from_tensors({name: torch.from_numpy(a.copy()).cuda() for name, a in to_parts(AUTOAWQ, w).items()})
         layer.transform()
         return layer
 

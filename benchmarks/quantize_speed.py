@@ -9,6 +9,7 @@ the matmul rate measured in the same process, in the dtype that calibration uses
 from __future__ import annotations
 
 import json
+import math
 import resource
 import subprocess
 import sys
@@ -58,6 +59,7 @@ def work(a: Arguments) -> dict[str, Any]:
     from awq_jax.formats.checkpoint import open_checkpoint
     from awq_jax.machine import fast_dtype
     from awq_jax.models import for_config
+    from awq_jax.models.family import matrix_shapes
     from awq_jax.pipeline.load import load
     from awq_jax.pipeline.quantize_checkpoint import quantize_checkpoint
     from awq_jax.transforms.presets import PRESETS
@@ -80,8 +82,7 @@ def work(a: Arguments) -> dict[str, Any]:
         compiled = tuple(compiling)
         kl = scores(a.texts, load(model, jnp.float32), load(Path(scratch, "out"), jnp.float32))
     found = open_checkpoint(model).config
-    module = for_config(found)
-    weights = sum(i * o for i, o in module.matrix_shapes(module.Config.from_hf(found)).values())
+    weights = sum(math.prod(shape) for shape in matrix_shapes(for_config(found).config(found)).values())
     rate = matmul_rate(jax, jnp, fast_dtype())
     return {
         "seconds": seconds,

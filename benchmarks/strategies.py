@@ -110,9 +110,9 @@ class Arguments:
 Piece = tuple[Segment, Any, Calibration]
 
 
-def pieces(module: Any, config: Any, params: Any, tokens: Any) -> list[Piece]:
+def pieces(config: Any, params: Any, tokens: Any) -> list[Piece]:
     """Every segment with its params and statistics, whole Gram matrices."""
-    fn, given, tokens = as_function(module, config, params, tokens)
+    fn, given, tokens = as_function(config, params, tokens)
     batches, found = chunks(tokens), list[Piece]()
     todo = iter(segments(fn, given, *batches[0]).segments)
 
@@ -137,9 +137,9 @@ def layers(found: list[Piece], quantized: list[Any]) -> dict[str, Any]:
 
 def main(a: Arguments) -> None:
     checkpoint, dense, tokens, texts, reference = opened(a)
-    module = for_config(checkpoint.config)
-    config = module.Config.from_hf(checkpoint.config)
-    found = pieces(module, config, lazy_params(checkpoint, module, config), tokens)
+    family = for_config(checkpoint.config)
+    config = family.config(checkpoint.config)
+    found = pieces(config, lazy_params(checkpoint, family, config), tokens)
     solved = lambda piece, recipe: jax.block_until_ready(quantize(piece[1], piece[2], recipe)[0])
     columns = ["kind", "strategy", "seconds", "MB", *(f"{of} {text}" for text in texts for of in ("KL", "perplexity"))]
     table, result = Table(*columns, title=f"Strategies, {tokens.size} tokens"), []

@@ -42,14 +42,15 @@ def work(a: Arguments) -> dict[str, Any]:
     import jax.numpy as jnp
 
     import awq_jax as awq
-    from awq_jax.models import llama
+    from awq_jax.models import decoder, for_config
 
     hf = {
+        "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": 128256,
         "hidden_size": a.width,
         "intermediate_size": a.mlp,
-        "num_hidden_layers": 0 if a.worker == "scanned" else a.layers,
+        "num_hidden_layers": 1 if a.worker == "scanned" else a.layers,
         "num_attention_heads": a.heads,
         "num_key_value_heads": a.kv_heads,
         "rms_norm_eps": 1e-5,
@@ -57,21 +58,21 @@ def work(a: Arguments) -> dict[str, Any]:
         "max_position_embeddings": 8192,
         "tie_word_embeddings": False,
     }
-    config = llama.Config.from_hf(hf)
+    config = for_config(hf).config(hf)
     tokens = jax.ShapeDtypeStruct((1, a.tokens), jnp.int32)
-    model = llama.Llama(config)
+    model = decoder.Decoder(config)
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
     fn = lambda params, tokens: model.apply({"params": params}, tokens)
     if a.worker == "scanned":
-        block = llama.Block(config)
+        block = decoder.Block(config.layers[0])
         hidden = jax.ShapeDtypeStruct((1, a.tokens, a.width), jnp.float32)
         layer = jax.eval_shape(block.init, jax.random.key(0), hidden)["params"]
         stack = jax.tree.map(lambda s: jax.ShapeDtypeStruct((a.layers, *s.shape), s.dtype), layer)
 
         def fn(params, tokens):
-            h = llama.embed(config, params[0], tokens)
-            h, _ = jax.lax.scan(lambda h, p: (llama.block(config, p, h), None), h, params[1])
-            return llama.head(config, params[0], h)
+            h = decoder.embed(config, params[0], tokens)
+            h, _ = jax.lax.scan(lambda h, p: (decoder.block(config.layers[0], p, h), None), h, params[1])
+            return decoder.head(config, params[0], h)
 
         params = (params, stack)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

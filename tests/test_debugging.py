@@ -6,17 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import hf_config, random_params
+from tiny import config_of, hf_config, random_params
 
 import awq_jax as awq
-from awq_jax.models import llama
 from awq_jax.models.generate import generate
 from awq_jax.search.solve import solve
 
 KEYS = jax.random.split(jax.random.key(0), 3)
 PARAMS = {"layers": jax.random.normal(KEYS[0], (2, 64, 64)), "head": jax.random.normal(KEYS[1], (64, 32))}
 X = jax.random.normal(KEYS[2], (48, 64)).at[:, 3].set(0.0)
-RECIPE = awq.Recipe(group_size=32, fold=True)
+RECIPE = awq.Recipe(group_size=32, scales="both")
 
 
 def fn(params, x):
@@ -47,7 +46,7 @@ def test_no_tracer_leaks_and_nothing_is_nan_with_any_preset(preset, setting):
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_generation_leaks_no_tracers_and_no_nans(setting):
-    config = llama.Config.from_hf(hf_config())
+    config = config_of(hf_config())
     with SETTINGS[setting]():
         generate(config, random_params(config), np.zeros((1, 3), np.int32), max_new_tokens=4)
 

@@ -7,19 +7,20 @@ import jax.numpy as jnp
 import pytest
 from checkpoints import tiny_folder, tokenizer
 from commands import run
-from tiny import hf_config, random_params
+from tiny import config_of, hf_config, random_params
 
 from awq_jax import memory
 from awq_jax.formats.checkpoint import Checkpoint
-from awq_jax.models import llama
+from awq_jax.models import decoder
+from awq_jax.models.families.llama import LLAMA
 from awq_jax.models.generate import generate, nbytes, stream
 from awq_jax.pipeline.load import Model
 
 
 def test_the_estimate_is_about_what_xla_takes():
-    config = llama.Config.from_hf(hf_config())
+    config = config_of(hf_config())
     params, hidden = random_params(config)["layers_0"], jax.ShapeDtypeStruct((1, 2048, config.width), jnp.float32)
-    block = partial(llama.block, config)
+    block = partial(decoder.block, config.layers[0])
     taken = jax.jit(block).lower(params, hidden).compile().memory_analysis().temp_size_in_bytes
     assert 0.6 < memory.matmul_bytes(block, params, hidden) / taken < 1.5
 
@@ -35,9 +36,9 @@ def test_what_does_not_fit_is_refused_where_that_can_be_told(monkeypatch, free, 
 
 
 def test_a_cache_that_does_not_fit_is_refused_before_the_first_token(monkeypatch):
-    config = llama.Config.from_hf(hf_config(max_position_embeddings=10**7))
+    config = config_of(hf_config(max_position_embeddings=10**7))
     params, tokens = random_params(config), jnp.zeros((1, 5), jnp.int32)
-    a_position = config.layers * 2 * config.kv_heads * config.head_dim * 4
+    a_position = len(config.layers) * 2 * config.layers[0].kv_heads * config.layers[0].head_dim * 4
     assert 1 < nbytes(config, params, 1, 5, 10**6) / (10**6 * a_position) < 1.2
     monkeypatch.setattr(memory, "free_memory", lambda: 10**8)
     with pytest.raises(ValueError, match=r"max_new_tokens=1000000 after a prompt of 5 takes about .* give fewer"):
@@ -45,7 +46,7 @@ def test_a_cache_that_does_not_fit_is_refused_before_the_first_token(monkeypatch
     with pytest.raises(ValueError, match="max_new_tokens=1000000 after 1 prompts of 5 takes about"):
         generate(config, params, tokens, max_new_tokens=10**6)
     with pytest.raises(ValueError, match=r"calib='self' with samples=100000 sequences of seq_len=512 tokens takes"):
-        Model(llama, config, params, tokenizer()).sample(100_000, 512)
+        Model(LLAMA, config, params, tokenizer()).sample(100_000, 512)
 
 
 def test_commands_refuse_what_memory_does_not_hold(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import awq_jax.kernels
 ROOMS = (
     "commands",
     "pipeline",
+    "records",
     "formats",
     "models",
     "torch_bridge",

@@ -16,12 +16,15 @@ import tyro
 from tyro.conf import Positional, arg
 
 from awq_jax.cache import keep_compiled_programs
+from awq_jax.commands.compare import Compare
 from awq_jax.commands.ending import failed, silence_libraries
-from awq_jax.commands.flags import as_flags, one_of
+from awq_jax.commands.eval import Eval
+from awq_jax.commands.flags import as_flags, one_of, one_word_of, some_of
 from awq_jax.commands.progress import progress_bar
-from awq_jax.commands.tables import console, scores_table, sites_table, summary, tunings_table
+from awq_jax.commands.tables import console, say, sites_table, summary, tunings_table
+from awq_jax.formats.servers import TARGETS
 from awq_jax.near import did_you_mean
-from awq_jax.pipeline.quantize_checkpoint import Format
+from awq_jax.pipeline.outputs import FORMATS
 from awq_jax.transforms.stream import Feed
 
 Preset = Literal["default", "fast", "rtn", "llm_awq", "autoawq", "llmcompressor"]
@@ -31,18 +34,22 @@ Preset = Literal["default", "fast", "rtn", "llm_awq", "autoawq", "llmcompressor"
 class Quantize:
     """Make a model 4 times smaller: calibrate, search, write."""
 
-    spelled: ClassVar = {"fold=False": "--format orbax", "skip=True in a rule": "--skip"}
+    spelled: ClassVar = {"scales='beside'": "--format orbax", "skip=True in a rule": "--skip"}
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]
     """Hugging Face folder or hub id, or a GGUF file."""
     out: Annotated[Positional[Path], arg(metavar="OUT")]
     """Folder to write."""
     bits: float = 4
-    """Width of the codes, 2 to 8 (awq files hold 4). 3.5, say, gives every site a width of its own, 3.5 in the mean."""
+    """Width of the codes, 2 to 8 (awq holds 4). 3.5, say, gives every site a width of its own, 3.5 in the mean."""
     group_size: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: chosen)")] = None
     """Input channels that share a step; without it the largest of 128, 64, 32 that divides all widths."""
-    format: Annotated[Format, one_of(Format)] = "awq"
-    """awq: AutoAWQ safetensors for vLLM, SGLang, transformers. orbax: ours, a scale for each site."""
+    format: Annotated[str, some_of(FORMATS)] = "awq"
+    """awq: AutoAWQ safetensors for vLLM, SGLang, transformers. compressed-tensors: the same, any bits, TPUs too. gptq,
+    gptq_v2, mlx: what these say. orbax: ours, a scale for each site. Several, awq,mlx, give a folder each in OUT."""
+    target: Annotated[str | None, one_word_of(TARGETS)] = None
+    """What is to run the model: chooses format, symmetry and groups that its fast kernels read, in place of --format,
+    and says why."""
     preset: Annotated[Preset, one_of(Preset)] = "default"
     """How the numbers are chosen; fast takes a quarter of the text, smaller statistics and a coarser search;
     the last three do as others do."""
@@ -69,12 +76,18 @@ class Quantize:
     def run(self) -> None:
         from awq_jax.pipeline.quantize_checkpoint import quantize_checkpoint
 
+        format, recipe = self.format, self.recipe()
+        if self.target is not None:
+            from awq_jax.pipeline.targets import for_target
+
+            format, recipe, why = for_target(self.target, recipe)
+            say(why)
         with progress_bar() as progress:
             done = quantize_checkpoint(
                 self.model,
                 self.out,
-                self.recipe(),
-                format=self.format,
+                recipe,
+                format=format,
                 calib=self.calib,
                 samples=self.samples,
                 seq_len=self.seq_len,
@@ -108,34 +121,34 @@ class Quantize:
 
 
 @dataclass(frozen=True)
-class Eval:
-    """Perplexity of a text; with --dense also KL and top-1 agreement with that model."""
+class Convert:
+    """A quantized model in another format: the same codes, or none."""
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]
-    """Any checkpoint, dense or quantized."""
-    text: Annotated[Positional[Path], arg(metavar="TEXT")]
-    """A text, or a file of chats or texts; best one that calibration never saw."""
-    dense: str | None = None
-    """The model to compare with."""
-    windows: int = 8
-    """Windows from the start of the text."""
-    length: int = 1024
-    """Tokens a window."""
+    """A quantized checkpoint of any tool."""
+    out: Annotated[Positional[Path], arg(metavar="OUT")]
+    """Folder to write."""
+    to: Annotated[str, some_of(FORMATS)]
+    """The format; several, awq,mlx, give a folder each in OUT."""
+    bits: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: as they are)")] = None
+    """Another width of the codes, with --requantize."""
+    group_size: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: as they are)")] = None
+    """Other groups, with --requantize."""
+    symmetric: bool = False
+    """Declare zero points to be the middle code; without loss where they are."""
+    requantize: bool = False
+    """Round weights anew, to nearest, that the format does not hold as they are."""
+    overwrite: bool = False
+    """Replace what an earlier run wrote at OUT, and nothing else."""
 
     def run(self) -> None:
-        from awq_jax.pipeline.evaluate import evaluate
+        from awq_jax.pipeline.convert import Grid, convert
 
+        grid = Grid(self.bits, self.group_size, self.symmetric or None)
+        options: dict[str, Any] = {"requantize": self.requantize, "overwrite": self.overwrite}
         with progress_bar() as progress:
-            scores = evaluate(
-                self.model,
-                self.text,
-                self.dense,
-                windows=self.windows,
-                length=self.length,
-                told=say,
-                progress=progress,
-            )
-        console().print(scores_table(scores))
+            done = convert(self.model, self.out, self.to, grid, **options, progress=progress, told=say)
+        say(f"Wrote {done}.")
 
 
 @dataclass(frozen=True)
@@ -188,11 +201,13 @@ class Inspect:
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]
     """Any checkpoint, dense or quantized."""
+    target: Annotated[str | None, one_word_of(TARGETS)] = None
+    """Show what each matrix would run on there."""
 
     def run(self) -> None:
         from awq_jax.commands.inspect import inspect
 
-        console().print(inspect(self.model))
+        console().print(inspect(self.model, self.target))
 
 
 @dataclass(frozen=True)
@@ -257,7 +272,9 @@ class Doctor:
 
 COMMANDS: dict[str, Any] = {
     "quantize": Quantize,
+    "convert": Convert,
     "eval": Eval,
+    "compare": Compare,
     "generate": Generate,
     "inspect": Inspect,
     "demo": Demo,
@@ -265,11 +282,6 @@ COMMANDS: dict[str, Any] = {
     "doctor": Doctor,
 }
 Command: Any = Union[tuple(Annotated[command, tyro.conf.subcommand(name)] for name, command in COMMANDS.items())]  # noqa: UP007
-
-
-def say(text: str) -> None:
-    """Text as it is, whatever the width of the terminal."""
-    console().print(text, markup=False, soft_wrap=True)
 
 
 def parsed(words: list[str]) -> Any:

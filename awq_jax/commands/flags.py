@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, get_args
 
 from tyro.constructors import PrimitiveConstructorSpec
@@ -45,17 +45,31 @@ def as_flags(message: str, arguments: Iterable[str], spelled: Mapping[str, str],
 
 def one_of(choices: Any) -> PrimitiveConstructorSpec[str]:
     """How a flag with a `Literal` of words is read: another word is told the nearest."""
-    known = get_args(choices)
+    return one_word_of(get_args(choices))
+
+
+def one_word_of(known: Iterable[str]) -> PrimitiveConstructorSpec[str]:
+    """The same of a flag whose words are not those of a type."""
+    return words_of([*known], lambda said: [said])
+
+
+def some_of(known: Sequence[str]) -> PrimitiveConstructorSpec[str]:
+    """The same of a flag that takes several words, with commas between them."""
+    return words_of(known, lambda said: said.split(","))
+
+
+def words_of(known: Sequence[str], split: Callable[[str], list[str]]) -> PrimitiveConstructorSpec[str]:
+    """How a flag is read of which all words are known."""
 
     def read(words: list[str]) -> str:
-        if words[0] not in known:
-            raise ValueError(f"'{words[0]}' is none of {', '.join(known)}{did_you_mean(words[0], known)}.")
+        if odd := [word for word in split(words[0]) if word not in known]:
+            raise ValueError(f"'{odd[0]}' is none of {', '.join(known)}{did_you_mean(odd[0], known)}.")
         return words[0]
 
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar=f"{{{','.join(known)}}}",
         instance_from_str=read,
-        is_instance=lambda value: value in known,
-        str_from_instance=lambda value: [value],
+        is_instance=lambda value: value is None or isinstance(value, str),
+        str_from_instance=lambda value: [str(value)],
     )

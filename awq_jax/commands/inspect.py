@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ from awq_jax.errors import reading
 from awq_jax.files import inside, parse_json
 from awq_jax.formats import orbax
 from awq_jax.formats.checkpoint import Checkpoint, open_checkpoint
+from awq_jax.formats.servers import Target
 from awq_jax.memory import nbytes_of, size
 from awq_jax.pipeline.agreement import check_params
 from awq_jax.pipeline.bridged import fallback
 from awq_jax.pipeline.load import architecture
 from awq_jax.pipeline.quantize_checkpoint import REPORT
+from awq_jax.pipeline.targets import kernels, target_of
+from awq_jax.weights.spec import QuantSpec
 
 MAIN = re.compile(r"/(kernel|scale|embedding)$")
 """What the name of a layer's main param ends with."""
@@ -31,20 +35,30 @@ LAYER = re.compile(r"\.\d+\.")
 
 @dataclass(frozen=True)
 class Stored:
-    """A param on disk: its shape, [in, out] of matrices, how it is stored, and in how many bytes."""
+    """A param on disk: its shape, [in, out] of matrices, how it is stored, in how many bytes, what would run it."""
 
     shape: tuple[int, ...]
     stored_as: str
     nbytes: int
+    spec: QuantSpec | None = None
+    kernel: str = ""
 
 
-def inspect(path: str | Path) -> Group:
+def inspect(path: str | Path, target: str | None = None) -> Group:
     """Tables of a checkpoint's params (layers of the same shape and storage as one row) and its totals.
 
     Nothing but headers is read.
+
+    Args:
+      target: what is to run it; the table then says on which kernel.
+
+    Raises:
+      InputError: the checkpoint cannot be read, or there is no such target.
     """
+    server = None if target is None else target_of(target)
     checkpoint = open_checkpoint(path)
     found = own_params(checkpoint) if checkpoint.kind == "orbax" else params_of(checkpoint)
+    found = found if server is None else with_kernels(checkpoint, found, server)
     errors = read_errors(checkpoint.path)
     # Short headings and names: with the sizes of a real model the table just fits a terminal.
     table = Table(title=escape(str(path)))
@@ -52,6 +66,8 @@ def inspect(path: str | Path) -> Group:
         table.add_column(column)
     for column in ("n", "bytes", "bits", *(("error", "worst") if errors else ())):
         table.add_column(column, justify="right")
+    if server is not None:
+        table.add_column(f"on {server.name}")
     inside = {name for name in found if name.startswith("layers_")}
     for section in (found.keys() - inside, inside):
         rows: dict[tuple[str, Stored], list[str]] = {}
@@ -60,7 +76,8 @@ def inspect(path: str | Path) -> Group:
             rows.setdefault((MAIN.sub("", LAYER.sub(".*.", kind)), found[name]), []).append(name)
         for (kind, one), names in rows.items():
             known = [errors[n] for n in names if n in errors]
-            shown = (f"{sum(known) / len(known):.2%}", f"{max(known):.2%}") if known else ()
+            shown = (f"{sum(known) / len(known):.2%}", f"{max(known):.2%}") if known else ("", "") if errors else ()
+            shown += (one.kernel,) if server else ()
             shape, nbytes = " x ".join(map(str, one.shape)), len(names) * one.nbytes
             bits = f"{8 * one.nbytes / math.prod(one.shape):.2f}"
             table.add_row(kind, shape, one.stored_as, str(len(names)), size(nbytes), bits, *shown)
@@ -80,27 +97,38 @@ def inspect(path: str | Path) -> Group:
 def params_of(checkpoint: Checkpoint) -> dict[str, Stored]:
     """The params of a checkpoint by the names that they have here, or in the file where no model here computes it."""
     if fallback(checkpoint) is not None:
-        return {name: Stored(t.shape, t.stored_as, t.nbytes) for name, t in checkpoint.tensors.items()}
-    module, config = architecture(checkpoint)
-    shapes = module.param_shapes(config)
-    tensors = (checkpoint.tensors[name] for name in module.stored_shapes(config))
-    return {
-        name: Stored(shape, tensor.stored_as, tensor.nbytes)
-        for (name, shape), tensor in zip(shapes.items(), tensors, strict=True)
-    }
+        return {name: Stored(t.shape, t.stored_as, t.nbytes, t.spec) for name, t in checkpoint.tensors.items()}
+    family, config = architecture(checkpoint)
+
+    def found(shape: tuple[int, ...], names: Sequence[str]) -> Stored:
+        tensors = [checkpoint.tensors[name] for name in names]
+        return Stored(shape, tensors[0].stored_as, sum(t.nbytes for t in tensors), tensors[0].spec)
+
+    return {path: found(s.shape, s.names) for path, s in family.stored(config).items()}
+
+
+def with_kernels(checkpoint: Checkpoint, found: Mapping[str, Stored], target: Target) -> dict[str, Stored]:
+    """Params that say what they would run on."""
+    fused: list[Any] = []
+    if fallback(checkpoint) is None:
+        family, config = architecture(checkpoint)
+        fused = list(family.fused(config).values())
+    weights = {name: (one.shape, one.spec) for name, one in found.items() if one.spec}
+    on = kernels(target, checkpoint.kind, weights, fused)
+    return {name: replace(one, kernel=on.get(name, "dense")) for name, one in found.items()}
 
 
 def own_params(checkpoint: Checkpoint) -> dict[str, Stored]:
     """The params of a folder in our own format."""
     params = orbax.shapes(checkpoint.path)
-    check_params(checkpoint.path, params, *architecture(checkpoint))
+    check_params(checkpoint.path, params, architecture(checkpoint)[1])
 
     def stored(leaf: Any) -> Stored:
         parts = jax.tree.leaves(leaf)
         nbytes = nbytes_of(parts)
         spec = getattr(leaf, "spec", None)
         stored_as = f"{spec.bits}-bit g{spec.group_size}" if spec else str(leaf.dtype)
-        return Stored(tuple(leaf.shape), stored_as, nbytes)
+        return Stored(tuple(leaf.shape), stored_as, nbytes, spec)
 
     return {name: stored(leaf) for name, leaf in params.items()}
 

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from awq_jax.memory import size
+from awq_jax.records.comparison import Comparison
 from awq_jax.transforms.quantize import SiteReport
 from awq_jax.transforms.tune import Tuned
 
@@ -58,6 +59,27 @@ def scores_table(rows: Mapping[str, Any]) -> Table:
     return table
 
 
+def compared_table(found: Comparison) -> Table:
+    """Checkpoints beside their base."""
+    table = Table(title=f"{len(found.prompts)} prompts, compared with {escape(found.base.name)}")
+    table.add_column("checkpoint")
+    for column in ("KL", "99 % below", "same top-1", "perplexity x", "checks lost", "size", "tokens/s"):
+        table.add_column(column, justify="right")
+    told = lambda value, form: "" if value is None else format(value, form)
+    for side in (found.base, *found.others):
+        table.add_row(
+            escape(side.name),
+            told(side.kl, ".4f"),
+            told(side.kl_p99, ".3f"),
+            told(side.top1, ".1%"),
+            told(side.ppl, ".3f"),
+            "" if side is found.base else told(side.checks, "d"),
+            size(side.known.nbytes),
+            told(side.speed, ".1f"),
+        )
+    return table
+
+
 def tunings_table(found: Iterable[Tuned]) -> Table:
     """The fastest tiling of each case, and how much it gains."""
     table = Table(title="Fastest kernels")
@@ -76,3 +98,8 @@ def tunings_table(found: Iterable[Tuned]) -> Table:
 
 def console() -> Console:
     return Console(highlight=False, emoji=False)
+
+
+def say(text: str) -> None:
+    """Text as it is, whatever the width of the terminal."""
+    console().print(text, markup=False, soft_wrap=True)

@@ -41,7 +41,6 @@ Recipe:
 
 Put the path of this folder, or the name of its repository, in the place of `FOLDER`.
 {load}"""
-NAMES = {"awq": "AWQ in 4 bits", "orbax": "AWQ in awq_jax's own format"}
 HERE = """
 awq_jax:
 
@@ -49,8 +48,15 @@ awq_jax:
 awq-jax generate FOLDER "Why is the sky blue?"
 ```
 """
+MLX = """
+mlx-lm, with `pip install mlx-lm`:
+
+```
+mlx_lm.generate --model FOLDER --prompt "Why is the sky blue?"
+```
+"""
 SERVERS = """
-transformers, with `pip install transformers gptqmodel accelerate`:
+transformers, with `pip install transformers PACKAGE accelerate`:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -71,6 +77,20 @@ SGLang:
 python -m sglang.launch_server --model-path FOLDER
 ```
 """
+KINDS = {
+    "awq": ("AWQ in 4 bits", "transformers", ("awq", "4-bit"), SERVERS.replace("PACKAGE", "gptqmodel")),
+    "compressed-tensors": (
+        "AWQ in compressed-tensors",
+        "transformers",
+        ("awq", "compressed-tensors"),
+        SERVERS.replace("PACKAGE", "compressed-tensors"),
+    ),
+    "gptq": ("AWQ in GPTQ's format", "transformers", ("awq", "gptq"), SERVERS.replace("PACKAGE", "gptqmodel")),
+    "gptq_v2": ("AWQ in GPTQ's format, v2", "transformers", ("awq", "gptq"), SERVERS.replace("PACKAGE", "gptqmodel")),
+    "mlx": ("AWQ for MLX", "mlx", ("awq", "mlx"), MLX),
+    "orbax": ("AWQ in awq_jax's own format", "awq_jax", (), ""),
+}
+"""By format: what it is called, the library that reads it, tags, how that library loads it."""
 
 
 class Site(Protocol):
@@ -91,19 +111,19 @@ def card(model: Path, format: str, recipe: str, sizes: Mapping[str, str], sites:
 
     Args:
       model: the folder or file of what was quantized; in the hub's cache it says the name.
-      format: "awq" or "orbax".
+      format: one of KINDS.
       recipe: as text.
       sizes: further rows of the table.
       sites: see SiteReport.
     """
     base, license = hub_id(model), license_of(model)
-    name = base or model.resolve().name
+    name, (kind, library, tags, load) = base or model.resolve().name, KINDS[format]
     header = {
         **({"base_model": base, "base_model_relation": "quantized"} if base else {}),
         **({"license": license} if license else {}),
-        "library_name": "transformers" if format == "awq" else "awq_jax",
+        "library_name": library,
         "pipeline_tag": "text-generation",
-        "tags": ["awq_jax", *(["awq", "4-bit"] if format == "awq" else [])],
+        "tags": ["awq_jax", *tags],
     }
     made = [site for site in sites if site.spec is not None]
     figures = dict(sizes)
@@ -115,11 +135,11 @@ def card(model: Path, format: str, recipe: str, sizes: Mapping[str, str], sites:
     text = TEMPLATE.format(
         # A JSON value is a YAML value.
         header="\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in header.items()),
-        title=f"{name}, {NAMES[format]}",
+        title=f"{name}, {kind}",
         base=f"[{base}](https://huggingface.co/{base})" if base else name,
         figures="\n".join(f"| {key} | {value} |" for key, value in figures.items()),
         recipe=recipe,
-        load=(SERVERS if format == "awq" else "") + HERE,
+        load=load + HERE,
     )
     # A folder's name may be other bytes than UTF-8.
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +19,15 @@ from numpy import ndarray
 
 from awq_jax.errors import InputError, reading
 from awq_jax.files import inside, regular
-from awq_jax.formats import autoawq_folder, huggingface, orbax
+from awq_jax.formats import huggingface, orbax
 from awq_jax.formats.gguf.file import open_gguf
 from awq_jax.formats.gguf.tokenizer import gguf_tokenizer
+from awq_jax.formats.quantized_folder import quantized_tensors, read_declared
 from awq_jax.formats.safetensors import open_shards
 from awq_jax.formats.scratch import scratch_folder
 from awq_jax.formats.stored import StoredTensor
+from awq_jax.models.family import Family
+from awq_jax.models.layer import Config
 from awq_jax.near import did_you_mean, names_in
 from awq_jax.text import unprinted
 from awq_jax.weights.tensor import QuantizedTensor, round_to_nearest
@@ -32,7 +35,6 @@ from awq_jax.weights.tensor import QuantizedTensor, round_to_nearest
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Kind = Literal["huggingface", "autoawq", "gguf", "orbax"]
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -41,7 +43,8 @@ class Checkpoint:
     """A model on disk. Nothing but headers is read until `read`.
 
     Args:
-      kind: "orbax" is awq_jax's own format: it has no tensors here, `params` reads it.
+      kind: "huggingface", "gguf", the name of a codec, or "orbax", awq_jax's own format: it has no tensors here,
+        `params` reads it.
       path: the folder, or the .gguf file.
       config: the content of config.json; for GGUF, what it would be.
       tensors: by Hugging Face parameter name.
@@ -49,7 +52,7 @@ class Checkpoint:
       nbytes: of the weights as stored.
     """
 
-    kind: Kind
+    kind: str
     path: Path
     config: dict[str, Any]
     tensors: Mapping[str, StoredTensor]
@@ -65,8 +68,8 @@ class Checkpoint:
         """One parameter, read-only and in no cache: memory holds it for as long as you do.
 
         Returns:
-          An array in Hugging Face orientation ([out, in]) and the stored dtype, float32 from GGUF; or, from AutoAWQ,
-          a QuantizedTensor of shape [in, out].
+          An array in Hugging Face orientation ([out, in]) and the stored dtype, float32 from GGUF; or, where a codec
+          read it, a QuantizedTensor of shape [in, out].
 
         Raises:
           InputError: there is no such parameter.
@@ -79,12 +82,11 @@ class Checkpoint:
         """The shape of what `read(name)` would give."""
         return self._find(name).shape
 
-    def params(self, module: Any, config: Any) -> dict[str, Any]:
+    def params(self, family: Family, config: Config) -> dict[str, Any]:
         """All params of the model, in JAX's memory.
 
         Args:
-          module: of awq_jax.models, see models.for_config.
-          config: its Config.
+          family, config: see models.for_config.
 
         Raises:
           InputError: a tensor is missing or damaged.
@@ -94,10 +96,10 @@ class Checkpoint:
                 parts, _ = orbax.load(self.path)
                 found = parts.pop("outer", {}) | parts
             else:
-                found = module.load(self.read, config)
+                found = family.load(self.read, config)
             return jax.tree.map(jnp.asarray, found)
 
-    def shapes(self, module: Any, config: Any) -> dict[str, Any]:
+    def shapes(self, family: Family, config: Config) -> dict[str, Any]:
         """`params`, from headers alone: jax.ShapeDtypeStructs, and QuantizedTensors of them.
 
         Raises:
@@ -105,8 +107,8 @@ class Checkpoint:
         """
         if self.kind == "orbax":
             return unflatten_dict(orbax.shapes(self.path), sep="/")
-        named = zip(module.param_shapes(config).items(), module.stored_shapes(config), strict=True)
-        return unflatten_dict({path: abstract(shape, self._find(name)) for (path, shape), name in named}, sep="/")
+        stored = family.stored(config).items()
+        return unflatten_dict({path: abstract(s.shape, self._find(s.names[0])) for path, s in stored}, sep="/")
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer, with the model's chat template if it has one.
@@ -189,8 +191,8 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     """A model to read.
 
     Args:
-      model: a folder (Hugging Face safetensors, AutoAWQ, or written by awq_jax), a .gguf file, or the name of a model
-        on the Hugging Face hub, which is fetched into the user's cache.
+      model: a folder (Hugging Face safetensors, dense or in a format of `codecs`, or written by awq_jax), a .gguf
+        file, or the name of a model on the Hugging Face hub, which is fetched into the user's cache.
 
     Raises:
       InputError: there is no such model, or it is damaged or in a form that is not read; the message says what to do.
@@ -225,11 +227,13 @@ def open_folder(folder: Path) -> Checkpoint:
     load_tokenizer = lambda: huggingface.load_tokenizer(folder)
     if orbax.is_own(folder):
         return Checkpoint("orbax", folder, config, {}, load_tokenizer, orbax.nbytes(folder))
-    spec = autoawq_folder.read_spec(folder, config)
+    declared = read_declared(folder, config)
     stored = open_shards(folder)
-    tensors = stored if spec is None else autoawq_folder.quantized_tensors(folder, stored, spec)
-    kind = "huggingface" if spec is None else "autoawq"
-    return Checkpoint(kind, folder, config, tensors, load_tokenizer, sum(t.nbytes for t in stored.values()))
+    nbytes = sum(t.nbytes for t in stored.values())
+    if declared is None:
+        return Checkpoint("huggingface", folder, config, stored, load_tokenizer, nbytes)
+    tensors = quantized_tensors(folder, stored, *declared)
+    return Checkpoint(declared[0].name, folder, config, tensors, load_tokenizer, nbytes)
 
 
 def open_file(file: Path) -> Checkpoint:

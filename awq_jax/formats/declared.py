@@ -23,6 +23,15 @@ MARKS = {
 }
 """Fields that only one tool writes -> the tool."""
 WIDTHS = ("bits", "w_bit", "num_bits", "nbits")
+LAYOUTS = {
+    "awq": (("version", "checkpoint_format", "format"), "gemm"),
+    "gptq": (("checkpoint_format", "format"), "gptq"),
+    "auto-round": (("packing_format",), "auto_round:auto_gptq"),
+    "compressed-tensors": (("format",), "pack-quantized"),
+    "MLX": (("mode",), "affine"),
+}
+"""By tool the fields that name a layout, and the layout where none of them is there."""
+ACTIVATIONS = "quantized activations"
 NOT_WEIGHTS = ("input_activations", "output_activations", "kv_cache_scheme")
 
 
@@ -52,14 +61,30 @@ def method(folder: Path, found: Any, tool: str | None) -> str:
     return marked or f"a tool that is not known by its fields {sorted(found)}"
 
 
-def foreign(folder: Path, tool: str, found: Mapping[str, Any], layout: str = "") -> InputError:
+def layouts(tool: str, found: Mapping[str, Any]) -> list[str]:
+    """The layouts that are named for the weights; one for those that a codec may read."""
+    names, usual = LAYOUTS.get(tool, ((), ""))
+    said = [str(found[name]).lower() for name in names if found.get(name) is not None]
+    if tool == "awq" and not said and found.get("backend") == "llm-awq":
+        said = ["llm-awq"]
+    groups = found.get("config_groups")
+    if tool == "compressed-tensors" and isinstance(groups, Mapping):
+        of_groups = [group for group in groups.values() if isinstance(group, Mapping)]
+        said = [str(group["format"]) for group in of_groups if group.get("format")] or said
+        said += [ACTIVATIONS for group in of_groups if group.get("input_activations")]
+    return list(dict.fromkeys(said)) or [usual]
+
+
+def foreign(folder: Path, tool: str, found: Mapping[str, Any]) -> InputError:
     """What to say of weights that another tool quantized, or in another layout."""
-    bits = sorted(set(widths(found)))
+    bits, said = sorted(set(widths(found))), layouts(tool, found)
     width = f" in {', '.join(map(str, bits))} bits" if bits else ""
+    unusual = said if tool in LAYOUTS and said != [LAYOUTS[tool][1]] else []
+    layout = f" and layout {', '.join(map(repr, unusual))}" if unusual else ""
     return InputError(
-        f"{folder} is quantized already, by {tool}{width}{layout}: of quantized models only "
-        f"those of AutoAWQ (4 bits, gemm) and of awq_jax are read. Start from the dense model, or let that tool make "
-        "this one dense."
+        f"{folder} is quantized already, by {tool}{width}{layout}: of quantized models only those of AutoAWQ (4 bits), "
+        "GPTQ, auto-round, compressed-tensors (pack-quantized), MLX (affine) and awq_jax are read. Start from the "
+        "dense model, or let that tool make this one dense."
     )
 
 

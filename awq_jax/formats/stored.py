@@ -21,6 +21,8 @@ class StoredTensor:
       stored_as: the type in the file: "bfloat16", "Q4_K", "4-bit g128".
       dtype: of what `read` gives.
       spec: `read` gives a QuantizedTensor of it, [in, out] where an array would be [out, in].
+      codes: of a tensor that a codec reads: its codes, as they are in the file.
+      picked: rows of it are picked, as an embedding's: it is read dense.
       read: the tensor, mapped from the file or converted from it: a numpy array or a QuantizedTensor of them. Each
         call reads anew.
     """
@@ -31,6 +33,8 @@ class StoredTensor:
     stored_as: str = ""
     dtype: Any = np.float32
     spec: QuantSpec | None = None
+    codes: Callable[[], Any] | None = None
+    picked: bool = False
 
     @property
     def quantized(self) -> bool:

@@ -1,36 +1,32 @@
-"""Decoders in flax.linen, one file an architecture.
+"""One decoder in flax.linen, and the families of models that it computes.
 
-Each module offers Config (with from_hf), the linen module, hidden, or embed / block / head to run it layer by layer,
-init_cache, LAYER_NAMES, OUTER_NAMES and IGNORED (Hugging Face names), load / param / to_names,
-param_shapes / stored_shapes / matrix_shapes, and fused (what servers make one matrix of).
+`layer` is what differs between models, as data; `decoder` computes it; a Family reads config.json and knows names.
 """
 
 from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping
-from types import ModuleType
 from typing import Any
 
-from awq_jax.models import llama as llama
+from awq_jax.models.families import FAMILIES
+from awq_jax.models.family import Family
 
 
-def for_config(hf_config: Mapping[str, Any]) -> ModuleType:
-    """The module that computes a checkpoint with this config.json.
+def for_config(hf_config: Mapping[str, Any]) -> Family:
+    """The family of a checkpoint with this config.json.
 
     Raises:
-      ValueError: no module does.
+      ValueError: there is none.
     """
-    modules = (llama,)
     found = hf_config.get("architectures") or []
     if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
         raise ValueError(f"architectures={reprlib.repr(found)}: expected a list of names.")
-    for module in modules:
-        if any(module.accepts(hf_config, name) for name in found):
-            return module
-    window = f" with sliding_window={hf_config['sliding_window']}" if hf_config.get("sliding_window") else ""
+    known = {name: family for family in FAMILIES for name in family.architectures}
+    for name in found:
+        if name in known:
+            return known[name]
     raise ValueError(
-        f"architectures={found}{window}: no model here computes that. Supported: "
-        f"{'; '.join(m.SUPPORTED for m in modules)}. Read by code of yours, any model that is a function of params "
-        "and inputs can be quantized: awq.calibrate, awq.quantize."
+        f"architectures={found}: no model here computes that. Supported: {', '.join(known)}. Read by code of yours, "
+        "any model that is a function of params and inputs can be quantized: awq.calibrate, awq.quantize."
     )

@@ -1,9 +1,12 @@
-"""Fields of a config.json, each of the type and in the range that a model can be made of; null is as if left out."""
+"""Fields of a config.json, each of the type and in the range that a model can be made of; null is as if left out.
+
+A config is read strictly: a field that a model's maker set and that nothing here reads is refused by name.
+"""
 
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 LARGEST = 1 << 24
@@ -15,15 +18,74 @@ LARGEST_REAL = 1e38
 NEEDED = object()
 """The default of a field that has none."""
 
-
-def whole(found: Mapping[str, Any], key: str, default: Any = NEEDED, where: str = "the config") -> Any:
-    """A size or a count, 1 .. LARGEST."""
-    return _field(found, key, default, where, f"a whole number from 1 to {LARGEST}", _is_whole)
+LAYERS = 10_000
+"""No model has more layers."""
 
 
-def real(found: Mapping[str, Any], key: str, default: Any = NEEDED, where: str = "the config") -> float:
+class Watched(Mapping[str, Any]):
+    """A mapping that knows which of its fields were asked for."""
+
+    def __init__(self, found: Mapping[str, Any]) -> None:
+        self.found, self.asked = found, set[str]()
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.add(key)
+        return self.found[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.found)
+
+    def __len__(self) -> int:
+        return len(self.found)
+
+    def unread(self) -> dict[str, Any]:
+        """The fields that were not asked for and say something."""
+        neutral = lambda value: value is None or value is False or value in ("", [], {})
+        return {k: v for k, v in self.found.items() if k not in self.asked and not neutral(v)}
+
+    def refuse_unread(self, where: str, harmless: Sequence[str] = ()) -> None:
+        """Passes if nothing but `harmless` is unread."""
+        for key, value in self.unread().items():
+            if key not in harmless:
+                raise ValueError(f"{where} {key}={reprlib.repr(value)}, which this model does not compute.")
+
+
+def whole(
+    found: Mapping[str, Any], key: str, default: Any = NEEDED, where: str = "the config", *, most: int = LARGEST
+) -> Any:
+    """A size or a count, 1 .. most."""
+    fits = lambda x: isinstance(x, int) and not isinstance(x, bool) and 1 <= x <= most
+    return _field(found, key, default, where, f"a whole number from 1 to {most}", fits)
+
+
+def real(found: Mapping[str, Any], key: str, default: Any = NEEDED, where: str = "the config") -> Any:
     """A positive number, as a float."""
-    return float(_field(found, key, default, where, "a positive number", _is_positive))
+    value = _field(found, key, default, where, "a positive number", _is_positive)
+    return value if value is None else float(value)
+
+
+def share(found: Mapping[str, Any], key: str, default: float, where: str = "the config") -> float:
+    """A number above 0, at most 1."""
+    return float(
+        _field(found, key, default, where, "a number above 0, at most 1", lambda x: _is_positive(x) and x <= 1)
+    )
+
+
+def each_real(found: Mapping[str, Any], key: str, n: int, where: str = "the config") -> tuple[float, ...]:
+    """`n` positive numbers."""
+    fits = lambda x: isinstance(x, list) and len(x) == n and all(map(_is_positive, x))
+    return tuple(map(float, _field(found, key, NEEDED, where, f"a list of {n} positive numbers", fits)))
+
+
+def word(found: Mapping[str, Any], key: str, known: Sequence[str], default: Any = NEEDED) -> str:
+    """One of the words that are `known`."""
+    return _field(found, key, default, "the config", f"one of {', '.join(map(repr, known))}", lambda x: x in known)
+
+
+def listed(found: Mapping[str, Any], key: str, n: int, known: Sequence[Any]) -> list[Any] | None:
+    """A list of `n`, each one of those that are `known`; None where there is none."""
+    fits = lambda x: isinstance(x, list) and len(x) == n and all(k in known for k in x)
+    return _field(found, key, None, "the config", f"a list of {n}, each one of {', '.join(map(repr, known))}", fits)
 
 
 def flag(found: Mapping[str, Any], key: str, default: bool) -> bool:
@@ -39,18 +101,14 @@ def mapping(found: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 def _field(
     found: Mapping[str, Any], key: str, default: Any, where: str, expected: str, fits: Callable[[Any], bool]
 ) -> Any:
-    value = default if found.get(key) is None else found[key]
-    if value is NEEDED:
+    value = found.get(key)
+    if value is None and default is NEEDED:
         raise ValueError(f"{where} lacks {key!r}; it has {sorted(found)}.")
-    if value is None and default is None:
-        return None
+    if value is None:
+        return default
     if not fits(value):
         raise ValueError(f"{where} has {key}={reprlib.repr(value)}: expected {expected}.")
     return value
-
-
-def _is_whole(x: Any) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool) and 1 <= x <= LARGEST
 
 
 def _is_positive(x: Any) -> bool:

@@ -22,8 +22,9 @@ from jaxtyping import Array, Float, Int
 from awq_jax.errors import InputError
 from awq_jax.machine import free_memory
 from awq_jax.memory import check_memory, matmul_bytes, to_be_read
+from awq_jax.models.decoder import Cache, Decoder, init_cache, layer_name
 from awq_jax.models.inputs import check_length, check_tokens
-from awq_jax.models.llama import Cache, Config, Llama, init_cache
+from awq_jax.models.layer import Config
 from awq_jax.weights.tensor import is_quantized
 
 NO_TOKEN = -1
@@ -74,7 +75,7 @@ def generate(
     """`tokens` continued by `max_new_tokens` more, [b, t + max_new_tokens].
 
     Args:
-      params: of `Llama(config)`; kernels may be QuantizedTensors.
+      params: of `Decoder(config)`; kernels may be QuantizedTensors.
       tokens: prompts of equal length; there is no padding, so give prompts of other lengths in calls of their own.
       max_new_tokens: 1 or more.
       temperature: 0 takes the likeliest token, otherwise logits / temperature are sampled from.
@@ -211,9 +212,14 @@ def nbytes(config: Config, params: Any, batch: int, t: int, max_new_tokens: int)
     length = t + max_new_tokens - 1
     cache = jax.eval_shape(ft.partial(init_cache, config, batch, length))
     prompt = jax.ShapeDtypeStruct((batch, t), jnp.int32)
-    one = ft.partial(first, replace(config, layers=1), end=t, how=None, length=length)
     dense = lambda w: jax.ShapeDtypeStruct(w.shape, config.dtype) if is_quantized(w) else w
-    matmuls = matmul_bytes(one, jax.tree.map(dense, params, is_leaf=is_quantized), prompt)
+    whole = jax.tree.map(dense, params, is_leaf=is_quantized)
+
+    def with_layer(i: int) -> int:
+        one = ft.partial(first, replace(config, layers=config.layers[i : i + 1]), end=t, how=None, length=length)
+        return matmul_bytes(one, whole | {layer_name(0): whole[layer_name(i)]}, prompt)
+
+    matmuls = max(map(with_layer, map(config.layers.index, set(config.layers))))
     return to_be_read(params) + to_be_read(cache) + matmuls
 
 
@@ -281,7 +287,7 @@ def first(
 
     What stands in the prompt from `end` on is not seen: the tokens that follow take its place in the cache.
     """
-    run: Any = ft.partial(Llama(config).apply, {"params": params})
+    run: Any = ft.partial(Decoder(config).apply, {"params": params})
     hidden, cache = run(prompt, cache=init_cache(config, prompt.shape[0], length), method="hidden")
     last = lax.dynamic_index_in_dim(hidden, end - 1, 1, keepdims=False)
     return draw(run(last, method="logits"), end, how), cache
@@ -291,7 +297,7 @@ def following(
     config: Config, params: Any, token: Int[Array, " b"], position: Any, cache: Cache, how: Sampling | None
 ) -> tuple[Int[Array, " b"], Cache]:
     """The token after `token`, which stands at `position`, and the cache with it."""
-    run: Any = ft.partial(Llama(config).apply, {"params": params})
+    run: Any = ft.partial(Decoder(config).apply, {"params": params})
     logits, cache = run(token[:, None], cache=cache, position=position)
     return draw(logits[:, 0], position + 1, how), cache
 

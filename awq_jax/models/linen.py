@@ -1,4 +1,4 @@
-"""A flax.linen layer whose kernel may be quantized."""
+"""flax.linen layers whose kernels may be quantized."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from jaxtyping import Array, Float
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from awq_jax.weights.spec import QuantSpec
 from awq_jax.weights.tensor import SCALE_DTYPE, QuantizedTensor, dot, dots, is_quantized, plus, round_to_nearest
@@ -34,8 +35,12 @@ class QuantizedDense(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
         kernel, bias = self._params(x)
-        y = dot(x, kernel)
-        return plus(y, bias)
+        return plus(dot(x, kernel), bias)
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """Axes of the kernel before those of the matrix."""
+        return ()
 
     def _params(self, x: Float[Array, "*b i"]) -> tuple[Array | QuantizedTensor, Array | None]:
         """The kernel and the bias, dense ones in x's dtype."""
@@ -45,17 +50,34 @@ class QuantizedDense(nn.Module):
             kernel = self.get_variable("params", "kernel")
         else:
             kernel = self.param("kernel", self._new_kernel, x.shape[-1])
-        if kernel.shape != (x.shape[-1], self.features):
+        if kernel.shape != (shape := (*self.lead, x.shape[-1], self.features)):
             name = "/".join((*self.path, "kernel"))
-            raise ValueError(f"{name} has shape {kernel.shape}, the layer asks for {(x.shape[-1], self.features)}.")
+            raise ValueError(f"{name} has shape {kernel.shape}, the layer asks for {shape}.")
         kernel = kernel if is_quantized(kernel) else kernel.astype(x.dtype)
         if not self.use_bias:
             return kernel, None
-        return kernel, self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
+        return kernel, self.param("bias", nn.initializers.zeros, (*self.lead, self.features)).astype(x.dtype)
 
     def _new_kernel(self, key: jax.Array, in_features: int) -> Array | QuantizedTensor:
-        dense = nn.initializers.lecun_normal()(key, (in_features, self.features))
+        start = nn.initializers.lecun_normal(batch_axis=range(len(self.lead)))
+        dense = start(key, (*self.lead, in_features, self.features))
         return dense if self.spec is None else round_to_nearest(dense, self.spec, steps=SCALE_DTYPE)
+
+
+class ExpertsDense(QuantizedDense):
+    """Rows, sorted by expert, each with the matrix of its own: the kernel is (e, i, o), the bias (e, o)."""
+
+    experts: int = 1
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "rows i"], sizes: Int[Array, " e"]) -> Float[Array, "rows o"]:
+        kernel, bias = self._params(x)
+        y = dot(x, kernel, sizes)
+        return y if bias is None else y + jnp.repeat(bias, sizes, axis=0, total_repeat_length=len(x))
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        return (self.experts,)
 
 
 class _Params(QuantizedDense):

@@ -16,6 +16,8 @@ import numpy as np
 
 from awq_jax.errors import InputError
 from awq_jax.formats.checkpoint import Checkpoint
+from awq_jax.models.family import Family, param_shapes
+from awq_jax.models.layer import Config
 from awq_jax.transforms.recipe import some
 from awq_jax.weights.paths import named_leaves
 from awq_jax.weights.tensor import is_quantized
@@ -46,13 +48,14 @@ MISSING = {
 
 INTEGERS = re.compile(r"(u?int|I)\d+|bool")
 """How the types that hold no weights are called in files."""
-LAYER = re.compile(r"\blayers[._](\d+)\b")
+LAYER = r"^layers_(\d+)/"
+"""The number of a layer in the path of a param."""
 AT_ONCE = 1 << 22
 """Numbers that are compared at a time."""
 
 
-def check_tensors(checkpoint: Checkpoint, module: Any, config: Any) -> None:
-    """Passes if `module` reads every tensor of the checkpoint and finds all that `config` asks for.
+def check_tensors(checkpoint: Checkpoint, family: Family, config: Config) -> None:
+    """Passes if `family` reads every tensor of the checkpoint and finds all that `config` asks for.
 
     Headers tell; weights are read only to compare a tied head with the embedding.
 
@@ -63,11 +66,11 @@ def check_tensors(checkpoint: Checkpoint, module: Any, config: Any) -> None:
     if checkpoint.kind == "orbax":
         return
     found = {name: t.shape[::-1] if t.quantized else t.shape for name, t in checkpoint.tensors.items()}
-    ignored = {name for name in found if re.search(module.IGNORED, name)}
-    if config.tied and is_tied_head(checkpoint, module):
-        ignored.add(module.OUTER_NAMES["head", "kernel"])
+    ignored = {name for name in found if re.search(family.ignored, name)}
+    if config.tied and is_tied_head(checkpoint, family):
+        ignored.add(family.name_of("head/kernel"))
     found = {name: shape for name, shape in found.items() if name not in ignored}
-    compare(checkpoint.path, found, partial(module.stored_shapes, config), config.layers)
+    compare(checkpoint.path, found, partial(family.stored_shapes, config), len(config.layers), family.numbers)
     for name in found:
         if INTEGERS.fullmatch(stored_as := checkpoint.tensors[name].stored_as):
             raise InputError(
@@ -76,19 +79,23 @@ def check_tensors(checkpoint: Checkpoint, module: Any, config: Any) -> None:
             )
 
 
-def check_params(path: Path, params: Any, module: Any, config: Any) -> None:
+def check_params(path: Path, params: Any, config: Config) -> None:
     """The same of params in memory.
 
     Raises:
       InputError: see `check_tensors`.
     """
     found = {name: tuple(np.shape(leaf)) for name, leaf in named_leaves(params).items()}
-    compare(path, found, partial(module.param_shapes, config), config.layers)
+    compare(path, found, partial(param_shapes, config), len(config.layers), LAYER)
 
 
-def compare(where: Path, found: Shapes, wanted: Callable[[], Shapes], layers: int) -> None:
-    """Refuse shapes that are not those `wanted`, which are not made before the number of layers is right."""
-    there = len({match[1] for name in found if (match := LAYER.search(name))})
+def compare(where: Path, found: Shapes, wanted: Callable[[], Shapes], layers: int, number: str) -> None:
+    """Refuse shapes that are not those `wanted`, which are not made before the number of layers is right.
+
+    Args:
+      number: a regular expression for that of a layer in a name.
+    """
+    there = len({match[1] for name in found if (match := re.search(number, name))})
     if there != layers:
         raise InputError(
             f"{where}: the config counts {layers} layers (num_hidden_layers), the weights have {there}. Does "
@@ -123,9 +130,9 @@ def first(reasons: Mapping[str, str], names: Iterable[str]) -> str:
     return next(reason for pattern, reason in reasons.items() if any(re.search(pattern, name) for name in names))
 
 
-def is_tied_head(checkpoint: Checkpoint, module: Any) -> bool:
+def is_tied_head(checkpoint: Checkpoint, family: Family) -> bool:
     """Whether the checkpoint holds a head with the embedding's values."""
-    names = module.OUTER_NAMES["head", "kernel"], module.OUTER_NAMES["embed", "embedding"]
+    names = family.name_of("head/kernel"), family.name_of("embed/embedding")
     if not checkpoint.names.issuperset(names):
         return False
     head, embedding = map(checkpoint.read, names)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,8 +14,8 @@ import numpy as np
 
 from awq_jax import models
 from awq_jax.errors import InputError
-from awq_jax.formats import autoawq
 from awq_jax.formats.checkpoint import Checkpoint
+from awq_jax.formats.codecs import Codec, check_fits
 from awq_jax.pipeline.bridged_parts import joined, matrix
 from awq_jax.torch_bridge.pretrained import Pretrained, pretrained
 from awq_jax.tracing.segments import Segments
@@ -106,11 +106,13 @@ def sites_of(found: Segments) -> dict[str, Site]:
     }
 
 
-def for_autoawq(recipe: Recipe, sites: Mapping[str, Site], found: Bridged) -> tuple[Recipe, list[str]]:
-    """`recipe` without the sites that readers of AutoAWQ files keep dense, and their names.
+def for_readers(
+    recipe: Recipe, sites: Mapping[str, Site], found: Bridged, codecs: Sequence[Codec]
+) -> tuple[Recipe, list[str]]:
+    """`recipe` without the sites that readers of quantized files keep dense, and their names.
 
     Raises:
-      InputError: a site that such a file cannot hold; says which, and what to do.
+      InputError: a site that one of the formats cannot hold; says which, and what to do.
     """
     small = [name for name, site in sites.items() if site.out_features < GATE]
     if small:
@@ -121,11 +123,12 @@ def for_autoawq(recipe: Recipe, sites: Mapping[str, Site], found: Bridged) -> tu
         for place in found.places[name]:
             if len(place.shape) != 2 or not place.name.endswith(".weight"):
                 raise InputError(
-                    f"{name}: the checkpoint holds it as {place.name} {place.shape}, and AutoAWQ files hold matrices "
+                    f"{name}: the checkpoint holds it as {place.name} {place.shape}, and quantized files hold matrices "
                     f"called NAME.weight: leave it dense (--skip {re.escape(name.rsplit('.', 1)[-1])})."
                 )
             o = math.prod(place.shape) // site.in_features
-            autoawq.check_fits(place.name, site.in_features, o, spec)
+            for codec in codecs:
+                check_fits(codec, place.name, (site.in_features, o), spec)
     return recipe, small
 
 

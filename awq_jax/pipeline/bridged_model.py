@@ -24,11 +24,13 @@ from awq_jax.transforms.calibrate import quantized
 
 @dataclass(frozen=True, eq=False)
 class BridgedModel(Model):
-    """A Model of which `module` is a Bridged and `config` its Sizes; params by torch's names."""
+    """A Model of which `family` is a Bridged and `config` its Sizes; params by torch's names."""
+
+    family: Any
 
     @cached_property
     def _logits(self) -> Callable[..., Array]:
-        return jax.jit(quantized(self.module.model.logits((1, ROUNDED))))
+        return jax.jit(quantized(self.family.model.logits((1, ROUNDED))))
 
     def logits(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t v"]:
         """Logits of every position, float32; traced and compiled once for each shape."""
@@ -55,8 +57,8 @@ class BridgedModel(Model):
         speed: Speed | None = None,
     ) -> Iterator[str]:
         """See `Model.stream`; without a cache, so that each token computes all before it anew."""
-        if not self.module.model.model.can_generate():
-            raise InputError(f"{self.module.model.name} writes no text: it predicts no next token.")
+        if not self.family.model.model.can_generate():
+            raise InputError(f"{self.family.model.name} writes no text: it predicts no next token.")
         tokens = self.tokens_of(prompt, chat=chat) if isinstance(prompt, str) else np.asarray(prompt)
         check_tokens(self.config, tokens, "the prompt")
         how = sampling(self.config, len(tokens), max_new_tokens, temperature, key_of(seed), top_p)
@@ -79,7 +81,7 @@ class BridgedModel(Model):
     @cached_property
     def _next(self) -> Callable[..., Array]:
         """The token at position `end` of a text, of which nothing from there on is seen."""
-        run = quantized(self.module.model.logits((1, ROUNDED)))
+        run = quantized(self.family.model.logits((1, ROUNDED)))
         last = lambda params, text, end: jax.lax.dynamic_index_in_dim(run(params, text), end - 1, 1, keepdims=False)
         return jax.jit(lambda params, text, end, how: draw(last(params, text, end), end, how))
 

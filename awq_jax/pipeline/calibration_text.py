@@ -119,7 +119,8 @@ def read_texts(source: str, tokenizer: Any, samples: int) -> Texts:
         return as_texts(((f"row {k}", row) for k, row in rows), tokenizer, source)
 
 
-def hub_rows(name: str) -> Iterator[Any]:
+def hub_rows(name: str, config: str | None = None, split: str = "train") -> Iterator[Any]:
+    """The rows of a dataset of the hub, as they come."""
     try:
         from datasets import load_dataset
     except ImportError as e:
@@ -128,7 +129,7 @@ def hub_rows(name: str) -> Iterator[Any]:
             f"{name} is no file{near}; to read it as a dataset of the hub, `pip install 'awq-jax[datasets]'`."
         ) from e
     try:
-        yield from load_dataset(name, split="train", streaming=True)
+        yield from load_dataset(*filter(None, (name, config)), split=split, streaming=True)
     except Exception as e:
         raise InputError(
             f"{name} is no file, and the hub gives no dataset of that name ({one_line(e, 160)}): check the name and "

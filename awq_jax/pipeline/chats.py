@@ -29,6 +29,8 @@ REASONS = ("reasoning_content", "reasoning", "thinking")
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "function_call": "assistant", "observation": "tool"}
 """What ShareGPT calls them -> what chat templates do."""
 KNOWN = '{"messages": [...]}, {"text": "..."} or a question and its answer ({"prompt": ..., "completion": ...})'
+BETWEEN = "\n\n"
+"""Stands between turns where there is no chat template."""
 PROBE = "Answer in words of one syllable."
 
 
@@ -238,9 +240,22 @@ def as_texts(rows: Iterable[Row], tokenizer: Any, source: str) -> Texts:
     Raises:
       InputError: a row that is neither text nor chat, or a chat that the template refuses; says which.
     """
-    texts: list[str] = []
-    chats: dict[int, Chat] = {}
-    names: list[str] = []
+    found, left_out = found_in(rows, source)
+    texts = [row if isinstance(row, str) else "" for _, row in found]
+    chats = {k: row for k, (_, row) in enumerate(found) if isinstance(row, Chat)}
+    written, notes = through_template(list(chats.values()), tokenizer, [found[k][0] for k in chats])
+    for k, text in zip(chats, written, strict=True):
+        texts[k] = text
+    return Texts(texts, len(chats), (*left_out, *notes))
+
+
+def found_in(rows: Iterable[Row], source: str) -> tuple[list[tuple[str, str | Chat]], tuple[str, ...]]:
+    """The texts and chats of rows, each with where it stands; and what was left out.
+
+    Raises:
+      InputError: a row that is neither text nor chat; says which.
+    """
+    kept: list[tuple[str, str | Chat]] = []
     left_out: Counter[str] = Counter()
     for where, row in rows:
         name = ", ".join(filter(None, (source, where)))
@@ -252,32 +267,33 @@ def as_texts(rows: Iterable[Row], tokenizer: Any, source: str) -> Texts:
             continue
         except (ValueError, TypeError) as e:
             raise InputError(f"{name}: expected {KNOWN}: {e}") from e
-        if isinstance(found, Chat):
-            chats[len(texts)] = found
-            names.append(name)
-        texts.append(found if isinstance(found, str) else "")
-    written, notes = through_template(list(chats.values()), tokenizer, names)
-    for k, text in zip(chats, written, strict=True):
-        texts[k] = text
-    return Texts(texts, len(chats), (*(f"{n:,} {what}" for what, n in left_out.items()), *notes))
+        kept.append((name, found))
+    return kept, tuple(f"{n:,} {what}" for what, n in left_out.items())
 
 
 def through_template(chats: list[Chat], tokenizer: Any, names: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
     """The text of each chat, and what the template did not take."""
     if not chats:
         return [], ()
-    notes, told = [], "the chat template leaves out or changes"
+    notes: list[str] = []
+    told = "the chat template leaves out or changes"
     if not tokenizer.chat_template:
-        texts = ["\n\n".join(filter(None, (m["content"] for m in chat.messages))) for chat in chats]
+        texts = [BETWEEN.join(filter(None, (m["content"] for m in chat.messages))) for chat in chats]
         notes, told = ["the model has no chat template, so turns just follow each other"], "left out"
     else:
-        if any(m["role"] == "system" for chat in chats for m in chat.messages) and not takes_system(tokenizer):
-            chats = [replace(chat, messages=system_in_first_turn(chat.messages)) for chat in chats]
-            notes.append("the chat template has no system role: its text stands in the first user turn")
+        chats, notes = with_system(chats, tokenizer)
         texts = render(tokenizer, [c.messages for c in chats], [c.tools for c in chats], names=names)
     lost = Counter(what for chat, text in zip(chats, texts, strict=True) for what in set(lacking(chat, text)))
     notes += [f"{told} {what} in {n:,} chats" for what, n in sorted(lost.items())]
     return texts, tuple(notes)
+
+
+def with_system(chats: list[Chat], tokenizer: Any) -> tuple[list[Chat], list[str]]:
+    """Chats as the template takes them, and what that changed: where it has no system role the first turn says it."""
+    if not any(m["role"] == "system" for chat in chats for m in chat.messages) or takes_system(tokenizer):
+        return chats, []
+    moved = [replace(chat, messages=system_in_first_turn(chat.messages)) for chat in chats]
+    return moved, ["the chat template has no system role: its text stands in the first user turn"]
 
 
 def takes_system(tokenizer: Any) -> bool:

@@ -15,6 +15,9 @@ from jaxtyping import Array, Int
 
 from awq_jax.formats.checkpoint import Checkpoint
 from awq_jax.machine import fast_dtype
+from awq_jax.models.decoder import hidden
+from awq_jax.models.family import Family
+from awq_jax.models.layer import Config
 from awq_jax.transforms.recipe import Recipe
 from awq_jax.transforms.stream import Lazy, Streamed, stream
 from awq_jax.weights.paths import named_leaves
@@ -29,22 +32,21 @@ CHUNK = 2048
 """Tokens that go through the model at once: enough to keep the matmuls busy, small beside a layer's weights."""
 
 
-def lazy_params(checkpoint: Checkpoint, module: Any, config: Any, *, wide: bool = False) -> dict[str, Any]:
+def lazy_params(checkpoint: Checkpoint, family: Family, config: Config, *, wide: bool = False) -> dict[str, Any]:
     """The params of a dense checkpoint, each read when it is indexed.
 
     Args:
-      module: of awq_jax.models.
-      config: the module's Config.
+      family, config: see `awq_jax.models.for_config`.
       wide: half precision as float32, so that folding rounds nothing.
     """
 
     def lazy(name: str, of: jax.ShapeDtypeStruct) -> Lazy:
         half = of.dtype.itemsize == 2 and jnp.issubdtype(of.dtype, jnp.floating)
         dtype = jnp.dtype(jnp.float32) if wide and half else of.dtype
-        part = lambda index: np.asarray(module.param(checkpoint.read, config, name)[index])
+        part = lambda index: np.asarray(family.param(checkpoint.read, config, name)[index])
         return Lazy(of.shape, dtype, lambda index: part(index).astype(dtype, copy=False))
 
-    found = named_leaves(checkpoint.shapes(module, config))
+    found = named_leaves(checkpoint.shapes(family, config))
     return unflatten_dict({name: lazy(name, of) for name, of in found.items()}, sep="/")
 
 
@@ -59,7 +61,7 @@ def outer(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_function(
-    module: Any, config: Any, params: Mapping[str, Any], tokens: Int[np.ndarray, "n t"]
+    config: Config, params: Mapping[str, Any], tokens: Int[np.ndarray, "n t"]
 ) -> tuple[Callable[..., Array], dict[str, Any], Int[np.ndarray, "n t"]]:
     """`(fn, params, tokens)`: the last layer's hidden states as a function of the layers and the rows of the embedding.
 
@@ -72,8 +74,12 @@ def as_function(
     embedding = params["embed"]["embedding"]
     named = Lazy((len(rows), *embedding.shape[1:]), embedding.dtype, lambda index: embedding[rows][index])
     layers = {name: part for name, part in params.items() if name.startswith(LAYER)}
-    fn = partial(module.hidden, replace(config, vocab=len(rows)))
-    return fn, {"embed": {"embedding": named}, **layers}, places.reshape(tokens.shape).astype(np.int32)
+    fn = partial(hidden, replace(config, vocab=len(rows)))
+    return (
+        fn,
+        {"embed": {**params["embed"], "embedding": named}, **layers},
+        places.reshape(tokens.shape).astype(np.int32),
+    )
 
 
 def chunks(tokens: Int[np.ndarray, "n t"]) -> list[tuple[Array]]:
@@ -88,8 +94,7 @@ def called(tokens: Int[np.ndarray, "n t"]) -> str:
 
 
 def stream_decoder(
-    module: Any,
-    config: Any,
+    config: Config,
     params: Mapping[str, Any],
     tokens: Int[np.ndarray, "n t"],
     recipe: Recipe,
@@ -108,7 +113,7 @@ def stream_decoder(
       progress: called with a stage, layers done and layers in all.
       options: as for `stream`.
     """
-    fn, given, named = as_function(module, replace(config, dtype=dtype or fast_dtype()), params, tokens)
+    fn, given, named = as_function(replace(config, dtype=dtype or fast_dtype()), params, tokens)
     sink = by_layer(params, write, progress)
     done = stream(fn, given, chunks(named), recipe, sink, called=called(tokens), **options)
     return replace(done, reports=tuple(r for r in done.reports if r.name.startswith(LAYER)))

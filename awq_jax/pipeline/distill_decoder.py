@@ -15,6 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from awq_jax.machine import fast_dtype
 from awq_jax.memory import matmul_bytes, to_be_read
+from awq_jax.models import decoder
+from awq_jax.models.layer import Config
 from awq_jax.pipeline.decoder import Progress, outer, read
 from awq_jax.transforms.distill import distill
 
@@ -24,8 +26,7 @@ RATE = 1e-3
 
 
 def refine(
-    module: Any,
-    config: Any,
+    config: Config,
     dense: Mapping[str, Any],
     small: Mapping[str, Any],
     tokens: Int[np.ndarray, "n t"],
@@ -46,7 +47,7 @@ def refine(
     layers = [name for name in small if name not in rest]
     done = iter(range(1, total + 1))
     tuned = distill(
-        logits(module, replace(config, dtype=step_dtype())),
+        logits(replace(config, dtype=step_dtype())),
         {"outer": rest, "layers": together([read(dense[name]) for name in layers])},
         {"outer": rest, "layers": together([small[name] for name in layers])},
         ((jnp.asarray(tokens[rows_]),) for rows_ in shuffled(len(tokens), rows, passes)),
@@ -66,7 +67,7 @@ def rows_of_step(n: int, t: int) -> int:
     return max(1, min(BATCH // t, n))
 
 
-def nbytes(module: Any, config: Any, params: Any, n: int, t: int) -> int:
+def nbytes(config: Config, params: Any, n: int, t: int) -> int:
     """About what `refine` takes: all layers, twice while they are put together, and what a step computes and keeps.
 
     Args:
@@ -77,25 +78,26 @@ def nbytes(module: Any, config: Any, params: Any, n: int, t: int) -> int:
     rest = outer(params)
     layers = jax.eval_shape(together, [part for name, part in params.items() if name not in rest])
     tokens = jax.ShapeDtypeStruct((rows_of_step(n, t), t), jnp.int32)
-    run = logits(module, config)
+    run = logits(config)
     loss = lambda layers, rest, tokens: run({"outer": rest, "layers": layers}, tokens).sum()
-    hidden = jax.eval_shape(ft.partial(module.embed, config), rest, tokens)
-    kept = config.layers * hidden.size * hidden.dtype.itemsize
+    hidden = jax.eval_shape(ft.partial(decoder.embed, config), rest, tokens)
+    kept = len(config.layers) * hidden.size * hidden.dtype.itemsize
     return 2 * to_be_read(layers) + to_be_read(rest) + kept + matmul_bytes(jax.grad(loss), layers, rest, tokens)
 
 
-def logits(module: Any, config: Any) -> Callable[[Any, Array], Float[Array, "b t v"]]:
+def logits(config: Config) -> Callable[[Any, Array], Float[Array, "b t v"]]:
     """`(params, tokens) -> logits` of a decoder, its layers a stack or a list; blocks are computed again going back."""
-    block = jax.checkpoint(lambda h, layer: (module.block(config, layer, h), None))
+    block = jax.checkpoint(decoder.block, static_argnums=0)
 
     def run(params: Any, tokens: Array) -> Array:
-        hidden = module.embed(config, params["outer"], tokens)
+        hidden = decoder.embed(config, params["outer"], tokens)
         if isinstance(params["layers"], list):
-            for layer in params["layers"]:
-                hidden = block(hidden, layer)[0]
+            for layer, part in zip(config.layers, params["layers"], strict=True):
+                hidden = block(layer, part, hidden)
         else:
-            hidden, _ = jax.lax.scan(block, hidden, params["layers"])
-        return module.head(config, params["outer"], hidden)
+            step = lambda h, part: (block(config.layers[0], part, h), None)
+            hidden, _ = jax.lax.scan(step, hidden, params["layers"])
+        return decoder.head(config, params["outer"], hidden)
 
     return run
 

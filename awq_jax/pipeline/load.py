@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,11 @@ from awq_jax.formats.chat import render
 from awq_jax.formats.checkpoint import Checkpoint, open_checkpoint
 from awq_jax.machine import fast_dtype
 from awq_jax.memory import check_memory, matmul_bytes, to_be_read
+from awq_jax.models.decoder import block, embed, head, layer_name
+from awq_jax.models.family import Family
 from awq_jax.models.generate import NO_TOKEN, Speed, generate, nbytes, no_numbers, stream
 from awq_jax.models.inputs import check_tokens, without_rows
+from awq_jax.models.layer import Config
 from awq_jax.models.pieces import pieces
 from awq_jax.pipeline.agreement import check_params, check_tensors
 from awq_jax.pipeline.bridged import fallback
@@ -28,6 +31,7 @@ from awq_jax.text import encode
 from awq_jax.weights.tensor import prepare
 
 ACCELERATORS = ("gpu", "tpu")
+EMBED, BLOCK, HEAD = (jax.jit(f, static_argnums=0) for f in (embed, block, head))
 
 
 @dataclass(frozen=True)
@@ -35,15 +39,15 @@ class Model:
     """A decoder in memory.
 
     Args:
-      module: of awq_jax.models, computes the architecture.
-      config: its sizes.
+      family: of awq_jax.models, knows names.
+      config: what its layers are.
       params: nested dict; kernels may be QuantizedTensors.
       tokenizer: a transformers tokenizer.
       stops: tokens that end a text, beside the tokenizer's.
     """
 
-    module: Any
-    config: Any
+    family: Family
+    config: Config
     params: Any
     tokenizer: Any
     stops: tuple[int, ...] = ()
@@ -57,15 +61,14 @@ class Model:
         if np.ndim(tokens) != 2:
             raise InputError(f"tokens have shape {np.shape(tokens)}: give [batch, length].")
         check_tokens(self.config, tokens, "tokens")
-        embed, block, _ = stages(self.module, self.config)
-        h = embed(self.outer, jnp.asarray(tokens))
-        for i in range(self.config.layers):
-            h = block(self.params[f"layers_{i}"], h)
+        h = EMBED(self.config, self.outer, jnp.asarray(tokens))
+        for i, layer in enumerate(self.config.layers):
+            h = BLOCK(layer, self.params[layer_name(i)], h)
         return h
 
     def head(self, hidden: Float[Array, "b t h"]) -> Float[Array, "b t v"]:
         """Logits of what the last layer gives, float32."""
-        return stages(self.module, self.config)[2](self.outer, hidden)
+        return HEAD(self.config, self.outer, hidden)
 
     def logits(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t v"]:
         """Logits of every position, float32."""
@@ -73,10 +76,11 @@ class Model:
 
     def nbytes_of_logits(self, tokens: int) -> int:
         """About what `logits` of so many tokens takes beside the params in memory: a layer, and the logits thrice."""
-        embed, block, head = stages(self.module, self.config)
-        hidden = jax.eval_shape(embed, self.outer, jax.ShapeDtypeStruct((1, tokens), jnp.int32))
-        layer, logits = matmul_bytes(block, self.params["layers_0"], hidden), matmul_bytes(head, self.outer, hidden)
-        return to_be_read(self.params) + layer + 3 * logits
+        c = self.config
+        hidden = jax.eval_shape(partial(embed, c), self.outer, jax.ShapeDtypeStruct((1, tokens), jnp.int32))
+        of = lambda i: matmul_bytes(partial(block, c.layers[i]), self.params[layer_name(i)], hidden)
+        logits = matmul_bytes(partial(head, c), self.outer, hidden)
+        return to_be_read(self.params) + max(map(of, map(c.layers.index, set(c.layers)))) + 3 * logits
 
     @property
     def outer(self) -> Any:
@@ -176,27 +180,20 @@ def key_of(seed: int) -> Array:
     return jax.random.key(seed)
 
 
-@cache
-def stages(module: Any, config: Any) -> tuple[Any, Any, Any]:
-    """Embed, block and head of an architecture, jitted."""
-    embed, block, head = (jax.jit(partial(f, config)) for f in (module.embed, module.block, module.head))
-    return embed, block, head
-
-
-def architecture(checkpoint: Checkpoint) -> tuple[Any, Any]:
-    """The module of awq_jax.models that computes a checkpoint, and its Config.
+def architecture(checkpoint: Checkpoint) -> tuple[Family, Config]:
+    """The family of a checkpoint, and its Config.
 
     Raises:
-      InputError: no module does, a field of the checkpoint's config is missing or cannot be, or its tensors are not
-        those that the module reads.
+      InputError: it is of none, a field of the checkpoint's config is missing or cannot be, or its tensors are not
+        those that the family has.
     """
     try:
-        module = models.for_config(checkpoint.config)
-        config = module.Config.from_hf(checkpoint.config)
+        family = models.for_config(checkpoint.config)
+        config = family.config(checkpoint.config)
     except ValueError as e:
         raise InputError(f"{checkpoint.path}: {e}") from e
-    check_tensors(checkpoint, module, config)
-    return module, config
+    check_tensors(checkpoint, family, config)
+    return family, config
 
 
 def load(path: str | Path, dtype: Any = None, told: Callable[[str], None] = lambda line: None) -> Model:
@@ -234,25 +231,25 @@ def opened(
 
         return opened_bridged(other, told)
     model = _described(checkpoint, dtype, told)
-    shapes = checkpoint.shapes(model.module, model.config)
-    check_params(checkpoint.path, shapes, model.module, model.config)
+    shapes = checkpoint.shapes(model.family, model.config)
+    check_params(checkpoint.path, shapes, model.config)
     return replace(model, params=jax.eval_shape(_prepared, shapes)), lambda: _read(checkpoint, model)
 
 
 def _described(checkpoint: Checkpoint, dtype: Any, told: Callable[[str], None]) -> Model:
     """The model of a checkpoint without params."""
-    module, config = architecture(checkpoint)
+    family, config = architecture(checkpoint)
     tokenizer = checkpoint.tokenizer()
     if beyond := without_rows(config, tokenizer):
         told(beyond)
     accelerated = jax.default_backend() in ACCELERATORS
     config = replace(config, dtype=dtype or (fast_dtype() if accelerated else jnp.float32))
-    return Model(module, config, None, tokenizer, checkpoint.stops)
+    return Model(family, config, None, tokenizer, checkpoint.stops)
 
 
 def _read(checkpoint: Checkpoint, model: Model) -> Model:
-    params = checkpoint.params(model.module, model.config)
-    check_params(checkpoint.path, params, model.module, model.config)
+    params = checkpoint.params(model.family, model.config)
+    check_params(checkpoint.path, params, model.config)
     return replace(model, params=_prepared(params))
 
 

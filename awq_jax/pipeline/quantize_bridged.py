@@ -13,15 +13,18 @@ import numpy as np
 
 from awq_jax.clock import Clock
 from awq_jax.errors import InputError
-from awq_jax.formats import autoawq, orbax
+from awq_jax.formats import orbax
 from awq_jax.formats.card import CARD, card
+from awq_jax.formats.codecs import WRITTEN
+from awq_jax.formats.quantized_writer import Writer
 from awq_jax.formats.written import resolved, size_of, written_whole
 from awq_jax.memory import size
 from awq_jax.models.inputs import check_length, check_tokens, without_rows
-from awq_jax.pipeline.bridged import Bridged, for_autoawq, sites_of, sizes
+from awq_jax.pipeline.bridged import Bridged, for_readers, sites_of, sizes
 from awq_jax.pipeline.calibration_text import Read, calibration_tokens
 from awq_jax.pipeline.decoder import Progress, called, chunks
-from awq_jax.pipeline.quantize_checkpoint import REPORT, Converted, computed_in, fitted, named_failure
+from awq_jax.pipeline.outputs import OURS, codecs_of, fitted, named_failure, places
+from awq_jax.pipeline.quantize_checkpoint import REPORT, Converted, computed_in
 from awq_jax.tracing.segments import segments
 from awq_jax.transforms.finite import require_finite_weights
 from awq_jax.transforms.recipe import Recipe, some
@@ -32,6 +35,7 @@ def quantize_bridged(
     found: Bridged,
     out: str | Path,
     recipe: Recipe,
+    formats: Sequence[str],
     *,
     calib: Sequence[str],
     seq_len: int,
@@ -42,7 +46,7 @@ def quantize_bridged(
     progress: Progress,
     told: Callable[[str], None],
 ) -> Converted:
-    """As `quantize_checkpoint` with format="awq"; the head and what tokens alone do not reach stay dense."""
+    """As `quantize_checkpoint`, in formats other than ours; the head and what tokens alone do not reach stay dense."""
     checkpoint, config = found.checkpoint, sizes(found)
     told(f"Computed by transformers' {found.model.name}, traced.")
     check_length(config, seq_len, f"seq_len={seq_len}")
@@ -65,34 +69,42 @@ def quantize_bridged(
             batches = chunks(tokens)
             fn, params = found.model.hidden(np.shape(batches[0][0])), found.lazy_params()
             sites = sites_of(segments(fn, params, *batches[0]))
-        recipe, gates = for_autoawq(recipe, sites, found)
+        recipe, gates = for_readers(recipe, sites, found, codecs_of(formats))
         if gates:
             told(f"{len(gates)} sites of few outputs, such as gates, stay dense: {some(gates)}.")
         if recipe.group_size is None:
             chosen = {name: (s.in_features, s.out_features) for name, s in sites.items() if not s.kept}
-            recipe, why = fitted(recipe, chosen, "awq")
+            recipe, why = fitted(recipe, chosen, formats)
             told(why)
-        writer = autoawq.Writer(scratch, checkpoint, recipe.spec)
+        folders = places(formats, scratch)
+        writers = [Writer(WRITTEN[name], place, checkpoint, recipe.spec) for name, place in folders.items()]
+
+        def write_all(part: str, tensors: dict[str, Any]) -> None:
+            for writer in writers:
+                writer.write(part, tensors)
+
+        write_all = named_failure(out, write_all)
 
         def write(name: str, leaf: Any) -> None:
             require_finite_weights({name: leaf}, "")
-            writer.write(name, found.tensors(name, leaf))
+            write_all(name, found.tensors(name, leaf))
 
-        write, finish = named_failure(out, write), named_failure(out, writer.finish)
         options = {"feed": feed, "clock": clock, "called": called(tokens), "progress": progress}
         done = stream(fn, params, batches, recipe, write, **options)
-        writer.write("left over", {name: checkpoint.read(name) for name in found.left_over()})
+        write_all("left over", {name: checkpoint.read(name) for name in found.left_over()})
         dtype, notes = computed_in(done.largest)
-        finish(dtype)
-        (scratch / REPORT).write_text(json.dumps([asdict(site) for site in done.reports], indent=1))
+        for writer in writers:
+            named_failure(out, writer.finish)(dtype)
         half = sum(2 * math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
-        figures = {
-            "size before": f"{size(checkpoint.nbytes)} ({size(half)} in 16 bits)",
-            "size now": size(size_of(scratch)),
-            "calibrated on": f"{len(tokens)} sequences of {np.shape(tokens)[1]} tokens",
-        }
-        text = card(checkpoint.path, "awq", orbax.shown(recipe), figures, done.reports)
-        (scratch / CARD).write_text(text, "utf-8")
+        for name, place in folders.items():
+            (place / REPORT).write_text(json.dumps([asdict(site) for site in done.reports], indent=1))
+            figures = {
+                "size before": f"{size(checkpoint.nbytes)} ({size(half)} in 16 bits)",
+                "size now": size(size_of(place)),
+                "calibrated on": f"{len(tokens)} sequences of {np.shape(tokens)[1]} tokens",
+            }
+            text = card(checkpoint.path, name, orbax.shown(recipe), figures, done.reports)
+            (place / CARD).write_text(text, "utf-8")
     after = size_of(resolved(out))
     clock.rest("write")
     return Converted(
@@ -100,17 +112,17 @@ def quantize_bridged(
     )
 
 
-def refuse(format: str, average_bits: float | None, distill: int) -> None:
+def refuse(formats: Sequence[str], average_bits: float | None, distill: int) -> None:
     """Refuse what only a model of awq_jax.models can do."""
     for option, asked in (
-        (f"format={format!r}", format != "awq"),
+        (f"format={OURS!r}", OURS in formats),
         (f"average_bits={average_bits}", average_bits is not None),
         (f"distill={distill}", distill > 0),
     ):
         if asked:
             raise InputError(
-                f"{option}: not for models that transformers' code computes, which become AutoAWQ folders: leave it "
-                "out, or use awq.from_torch, of whose params anything can be made."
+                f"{option}: not for models that transformers' code computes, which become folders for servers: leave "
+                "it out, or use awq.from_torch, of whose params anything can be made."
             )
 
 

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from awq_jax.clock import Clock
-from awq_jax.errors import InputError, one_line
-from awq_jax.formats import autoawq, orbax
+from awq_jax.errors import InputError
+from awq_jax.formats import orbax
 from awq_jax.formats.card import CARD, card
-from awq_jax.formats.checkpoint import Checkpoint, open_checkpoint
+from awq_jax.formats.checkpoint import open_checkpoint
 from awq_jax.formats.written import check_destination, resolved, size_of, written_whole
 from awq_jax.memory import check_memory, size
+from awq_jax.models.decoder import head
+from awq_jax.models.family import is_router, matrix_shapes, param_shapes
 from awq_jax.models.inputs import check_length, check_tokens, without_rows
+from awq_jax.models.layer import Config
 from awq_jax.pipeline.bridged import fallback
 from awq_jax.pipeline.calibration_text import Read, calibration_tokens
 from awq_jax.pipeline.decoder import (
@@ -36,18 +40,29 @@ from awq_jax.pipeline.decoder import (
 )
 from awq_jax.pipeline.distill_decoder import nbytes as nbytes_of_refine
 from awq_jax.pipeline.distill_decoder import refine
-from awq_jax.pipeline.fused import Fused, left_whole, skip_whole, widening
+from awq_jax.pipeline.fused import skip_whole, widening
 from awq_jax.pipeline.load import architecture, load
+from awq_jax.pipeline.outputs import (
+    check_average,
+    check_fits,
+    codecs_of,
+    fitted,
+    for_formats,
+    formats_of,
+    named_failure,
+    places,
+    writer,
+)
+from awq_jax.transforms import mixed_bits
 from awq_jax.transforms.distill import kl_of_logits
-from awq_jax.transforms.finite import require_finite_weights
-from awq_jax.transforms.mixed_bits import Offer, allocate, check_average, with_bits
+from awq_jax.transforms.mixed_bits import Offer, allocate, with_bits
 from awq_jax.transforms.quantize import SiteReport
-from awq_jax.transforms.recipe import GROUPS, Recipe
+from awq_jax.transforms.recipe import Recipe
 from awq_jax.transforms.stream import Feed
 from awq_jax.transforms.survey import survey
-from awq_jax.weights.tensor import LARGEST_HALF, is_quantized
+from awq_jax.weights.spec import Rule
+from awq_jax.weights.tensor import LARGEST_HALF
 
-Format = Literal["awq", "orbax"]
 REPORT = "quantization_report.json"
 BEFORE = "error before distillation"
 SURVEYED = 512
@@ -78,7 +93,7 @@ def quantize_checkpoint(
     out: str | Path,
     recipe: Recipe | None = None,
     *,
-    format: Format = "awq",
+    format: str | Sequence[str] = "awq",
     calib: str | Path | Sequence[str | Path] | None = None,
     samples: int | None = None,
     seq_len: int = 512,
@@ -94,14 +109,16 @@ def quantize_checkpoint(
     Args:
       model: Hugging Face folder or hub id, or a GGUF file.
       out: a new or empty folder, or one that this function wrote, with `overwrite`.
-      recipe: None for `awq.Recipe()`; `fold` and `input_scales` follow from the format. In an AutoAWQ folder a
+      recipe: None for `awq.Recipe()`; `scales` follow from the format. In all but ours a
         rule that skips one of q, k, v or of gate, up skips the others too.
-      format: "awq" (AutoAWQ, for vLLM, SGLang, transformers) or "orbax" (ours: a scale for each site).
+      format: "awq" (AutoAWQ, for vLLM, SGLang, transformers), "compressed-tensors" (for the same, and vLLM on TPUs),
+        "gptq", "gptq_v2", "mlx", or "orbax" (ours: a scale for each site). Several give a folder in `out` each, of one
+        search, in which scales are folded.
       calib: see `calibration_tokens`.
       samples, seq_len: calibration sequences and their tokens; None for as many sequences as the recipe says.
       feed: whether attention and MLP of each layer are calibrated on what the dense ones before give, or the quantized
         ones.
-      average_bits: choose the bits of every site so that all take so many in the mean; orbax only. See
+      average_bits: choose the bits of every site so that all take so many in the mean; not in AutoAWQ files. See
         `awq_jax.transforms.mixed_bits`.
       distill: passes over the calibration text that train the steps against the dense model's logits, after the
         search. Slow without an accelerator, and the whole model must fit into memory.
@@ -117,34 +134,34 @@ def quantize_checkpoint(
     Example:
       >>> awq.quantize_checkpoint("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2-awq", awq.Recipe(group_size=64))
     """
-    for name, chosen, known in (("format", format, get_args(Format)), ("feed", feed, get_args(Feed))):
-        if chosen not in known:
-            raise InputError(f"{name}={chosen!r}: choose one of {', '.join(known)}.")
+    formats = formats_of(format)
+    if feed not in get_args(Feed):
+        raise InputError(f"feed={feed!r}: choose one of {', '.join(get_args(Feed))}.")
     clock = Clock()
     progress("loading", 0, 1)
-    recipe = replace(recipe or Recipe(), fold=format == "awq", input_scales=format != "awq")
+    recipe = for_formats(recipe or Recipe(), formats)
     if samples is not None:
         recipe = replace(recipe, samples=samples)
     if average_bits is not None:
-        check_average(average_bits)
+        mixed_bits.check_average(average_bits)
+        check_average(formats, average_bits)
     if distill < 0:
         raise InputError(f"distill={distill}: give a number of passes, 0 for none.")
-    if average_bits is not None and format == "awq":
-        raise InputError(f"{average_bits} bits on average: an AutoAWQ file has one width, use format='orbax'.")
     calib = [str(source) for source in ([calib] if isinstance(calib, str | Path) else calib or ())]
     inputs = (model, *calib)
     check_destination(out, overwrite=overwrite, inputs=inputs)
     checkpoint = open_checkpoint(model)
-    if checkpoint.kind in ("autoawq", "orbax"):
+    if checkpoint.kind not in ("huggingface", "gguf"):
         raise InputError(f"{model} is quantized already: start from the dense model.")
     if (other := fallback(checkpoint)) is not None:
         from awq_jax.pipeline.quantize_bridged import quantize_bridged, refuse
 
-        refuse(format, average_bits, distill)
+        refuse(formats, average_bits, distill)
         return quantize_bridged(
             other,
             out,
             recipe,
+            formats,
             calib=calib,
             seq_len=seq_len,
             feed=feed,
@@ -154,21 +171,27 @@ def quantize_checkpoint(
             progress=progress,
             told=told,
         )
-    module, config = architecture(checkpoint)
-    recipe.check_rules(module.matrix_shapes(config))
-    fused = module.fused(config) if format == "awq" else {}
+    family, config = architecture(checkpoint)
+    recipe.check_rules(matrix_shapes(config))
+    recipe = routers_skipped(recipe, config)
+    fused = family.fused(config) if recipe.folds else {}
     recipe, with_skipped = skip_whole(recipe, fused)
     if recipe.group_size is None:
-        recipe, why = fitted(recipe, module.matrix_shapes(config), format)
+        recipe, why = fitted(recipe, matrix_shapes(config), formats)
         told(why)
-    check_fits(module, config, recipe, format)
+    if codecs_of(formats) and family.in_out:
+        raise InputError(
+            f"{model}: readers of {codecs_of(formats)[0].title} files replace linear layers only, and those of "
+            f"{family.architectures[0]} are stored the other way round (Conv1D): write format='orbax'."
+        )
+    check_fits(formats, matrix_shapes(config), recipe, fused)
     check_length(config, seq_len, f"seq_len={seq_len}")
     if distill:
         # Folds are put into float32.
-        wider = jnp.float32 if recipe.fold else None
+        wider = jnp.float32 if recipe.folds else None
         dense = lambda w: jax.ShapeDtypeStruct(w.shape, wider or w.dtype)
         needed = nbytes_of_refine(
-            module, config, jax.tree.map(dense, checkpoint.shapes(module, config)), recipe.samples, seq_len
+            config, jax.tree.map(dense, checkpoint.shapes(family, config)), recipe.samples, seq_len
         )
         check_memory(f"distill={distill} with seq_len={seq_len}", needed, "leave it out, or give shorter sequences")
     half = sum(2 * math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
@@ -188,105 +211,82 @@ def quantize_checkpoint(
             told(str(source))
         clock.rest("text")
         progress("calibration text", 1, 1)
-        params = lazy_params(checkpoint, module, config, wide=recipe.fold)
+        params = lazy_params(checkpoint, family, config, wide=recipe.folds)
         if average_bits is not None:
-            offered = offers(module, config, params, tokens, recipe, progress)
+            offered = offers(config, params, tokens, recipe, progress)
             recipe = with_bits(recipe, allocate(offered, average_bits))
             clock.rest("survey")
-        write, finish = (named_failure(out, f) for f in writer(format, scratch, checkpoint, module, recipe, fused))
+        folders = places(formats, scratch)
+        writers = [writer(name, place, checkpoint, family, recipe, fused) for name, place in folders.items()]
+
+        def write(part: str, params: Any) -> None:
+            for each, _ in writers:
+                named_failure(out, each)(part, params)
+
         parts: dict[str, Any] = {}
         take = parts.__setitem__ if distill else write
-        for part, whole in outer(lazy_params(checkpoint, module, config)).items():
+        for part, whole in outer(lazy_params(checkpoint, family, config)).items():
             with clock("load"):
                 whole = read(whole)
             with clock("write"):
                 take(part, whole)
             del whole
         options = {"feed": feed, "clock": clock, "progress": progress}
-        done = stream_decoder(module, config, params, tokens, recipe, take, **options)
+        done = stream_decoder(config, params, tokens, recipe, take, **options)
         if distill:
             before = tuple(replace(r, note="; ".join(filter(None, (r.note, BEFORE)))) for r in done.reports)
             done = replace(done, reports=before)
             with clock("distillation"):
-                parts = refine(module, config, params, parts, tokens, passes=distill, progress=progress)
+                parts = refine(config, params, parts, tokens, passes=distill, progress=progress)
             with clock("write"):
                 for part, tuned in parts.items():
                     write(part, tuned)
         dtype, notes = computed_in(done.largest)
-        finish(dtype)
+        for _, finish in writers:
+            named_failure(out, finish)(dtype)
         done = replace(done, reports=(*done.reports, *with_skipped))
-        (scratch / REPORT).write_text(json.dumps([asdict(site) for site in done.reports], indent=1))
-        sizes = {
-            "size before": f"{size(checkpoint.nbytes)} ({size(half)} in 16 bits)",
-            "size now": size(size_of(scratch)),
-            "calibrated on": f"{len(tokens)} sequences of {np.shape(tokens)[1]} tokens",
-        }
-        if distill:
-            sizes["distilled"] = f"{distill} passes over them; the errors are those before"
-        text = card(checkpoint.path, format, orbax.shown(recipe), sizes, done.reports)
-        (scratch / CARD).write_text(text, "utf-8")
+        for name, place in folders.items():
+            (place / REPORT).write_text(json.dumps([asdict(site) for site in done.reports], indent=1))
+            sizes = {
+                "size before": f"{size(checkpoint.nbytes)} ({size(half)} in 16 bits)",
+                "size now": size(size_of(place)),
+                "calibrated on": f"{len(tokens)} sequences of {np.shape(tokens)[1]} tokens",
+            }
+            if distill:
+                sizes["distilled"] = f"{distill} passes over them; the errors are those before"
+            text = card(checkpoint.path, name, orbax.shown(recipe), sizes, done.reports)
+            (place / CARD).write_text(text, "utf-8")
     after = size_of(resolved(out))
     clock.rest("write")
-    notes = (*widening(with_skipped), *(notes if format == "awq" else ()))
+    notes = (*widening(with_skipped), *(notes if recipe.folds else ()))
     read_all = tuple(sources)
     return Converted(Path(out), checkpoint.nbytes, half, after, done.reports, clock.seconds, recipe, read_all, notes)
 
 
-def fitted(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]], format: Format) -> tuple[Recipe, str]:
-    """`recipe` with the largest group size that divides the inputs of all its sites, and a line that says so."""
-    rules = ((recipe.rule_of(name), i) for name, (i, _) in shapes.items())
-    widths = sorted({i for rule, i in rules if rule is None or not (rule.skip or rule.group_size)})
-    known, all_ = ", ".join(map(str, GROUPS)), ", ".join(map(str, widths))
-    group = next((g for g in GROUPS if all(i % g == 0 for i in widths)), None)
-    if group is None and format == "awq":
-        raise InputError(
-            f"No group size of {known} divides all widths ({all_}), as AutoAWQ files need: leave sites dense "
-            "(skip=True in a rule), or write format='orbax', which pads."
-        )
-    if group is None:
-        return replace(recipe, group_size=GROUPS[0]), f"Groups of {GROUPS[0]}, padded: none of {known} divides {all_}."
-    return replace(recipe, group_size=group), f"Groups of {group}: the largest of {known} that divides {all_}."
+def routers_skipped(recipe: Recipe, config: Config) -> Recipe:
+    """`recipe` with the matrices that choose experts left dense."""
+    names = [re.escape(path) for path in param_shapes(config) if is_router(path)]
+    return replace(recipe, rules=(*recipe.rules, Rule(f"^({'|'.join(names)})$", skip=True))) if names else recipe
 
 
-def offers(module: Any, config: Any, params: Any, tokens: Any, recipe: Recipe, progress: Progress) -> list[Offer]:
+def offers(config: Config, params: Any, tokens: Any, recipe: Recipe, progress: Progress) -> list[Offer]:
     """The divergence of the model with every group of sites quantized alone, on SURVEYED tokens of the first sequence.
 
     Args:
       params: lazy.
     """
     # Computed in the model's dtype throughout: what a group changes may be less than faster ones round.
-    fn, given, tokens = as_function(module, config, params, tokens)
+    fn, given, tokens = as_function(config, params, tokens)
     first = (jnp.asarray(tokens[:1, :SURVEYED]),)
     sink = by_layer(params, lambda part, layer: None, progress, "block looked at")
     (exact,), found = survey(fn, given, [first, *chunks(tokens[1:])], recipe, sink, called=called(tokens))
     rest = read(outer(params))
-    head = jax.jit(lambda hidden: module.head(config, rest, hidden))
-    offered, logits = [], head(exact)
+    logits_of = jax.jit(lambda hidden: head(config, rest, hidden))
+    offered, logits = [], logits_of(exact)
     for k, (group, (changed,)) in enumerate(found, 1):
-        offered.append(Offer.of(group, kl_of_logits(logits, head(changed))))
+        offered.append(Offer.of(group, kl_of_logits(logits, logits_of(changed))))
         progress("group scored", k, len(found))
     return offered
-
-
-def writer(
-    format: Format, folder: Path, checkpoint: Checkpoint, module: Any, recipe: Recipe, fused: Fused
-) -> tuple[Callable[[str, Any], None], Callable[[str], None]]:
-    """`(write(part, params), finish(dtype))` of a format; ours is read in any dtype."""
-    kept: orbax.Writer | autoawq.Writer
-    if format == "orbax":
-        kept = own = orbax.Writer(folder, checkpoint, recipe)
-        named = lambda part, params: halved(params) if checkpoint.kind == "gguf" else params
-        finish: Callable[[str], None] = lambda dtype: own.finish()
-    else:
-        kept = theirs = autoawq.Writer(folder, checkpoint, recipe.spec, left_whole(recipe, fused))
-        named, finish = lambda part, params: module.to_names({part: params}), theirs.finish
-
-    def write(part: str, params: Any) -> None:
-        # What stays dense is not seen by any search, which would refuse it.
-        require_finite_weights(params, f"{part}/")
-        kept.write(part, named(part, params))
-
-    return write, finish
 
 
 def computed_in(largest: float) -> tuple[str, tuple[str, ...]]:
@@ -297,50 +297,3 @@ def computed_in(largest: float) -> tuple[str, tuple[str, ...]]:
         return "float16", ()
     note = f"Activations reach {largest:.0f} on the calibration text, float16 ends at {LARGEST_HALF:.0f}"
     return "bfloat16", (f"{note}: config.json says bfloat16, do not run the model in float16.",)
-
-
-def halved(params: Any) -> Any:
-    """Matrices that stay dense in float16, where it holds them: a GGUF gives float32 for what it stores in less.
-
-    Held are rows of which no weight changes by more than float16's precision of the largest.
-    """
-
-    def half(w: Any) -> Any:
-        if is_quantized(w) or w.ndim < 2:
-            return w
-        small = jnp.asarray(w).astype(jnp.float16)
-        eps = float(jnp.finfo(jnp.float16).eps)
-        fits = (jnp.abs(small.astype(w.dtype) - w).max(-1) <= eps * jnp.abs(w).max(-1)).all()
-        return small if fits else w
-
-    return jax.tree.map(half, params, is_leaf=is_quantized)
-
-
-def named_failure(out: str | Path, f: Callable[..., None]) -> Callable[..., None]:
-    """`f`, its errors as one that says where they happened: what a full disk raises depends on the library."""
-
-    def run(*args: Any) -> None:
-        try:
-            f(*args)
-        except InputError:
-            raise
-        except (OSError, ValueError) as e:
-            reason = one_line(e, 2000)
-            advice = ": free space or choose another disk" if "no space" in reason.lower() else ""
-            raise OSError(f"{out} could not be written ({reason}){advice}.") from e
-
-    return run
-
-
-def check_fits(module: Any, config: Any, recipe: Recipe, format: Format) -> None:
-    """Refuse, before any work, widths that the format cannot hold."""
-    if format != "awq":
-        return
-    for name, (i, o) in module.matrix_shapes(config).items():
-        if (spec := recipe.spec_of(name)) is not None:
-            autoawq.check_fits(name, i, o, spec)
-            if (spec.bits, spec.group_size) != (recipe.bits, recipe.group_size):
-                raise InputError(
-                    f"{name}: a rule gives it {spec.bits} bits in groups of {spec.group_size}, but an AutoAWQ file has "
-                    f"one of each ({recipe.bits}, {recipe.group_size}): skip the site, or write format='orbax'."
-                )

@@ -39,14 +39,19 @@ def scale_of_fold(
 ) -> tuple[Float[Array, "*stack n"], Float[Array, "*stack"]]:
     """The factors of a fold, and the output error with them (to be checked: it must be finite).
 
+    Experts share theirs: what any of them reads counts for all, and together they vote with as many columns as one has.
+
     Args:
       leaves: the params of its sites, and beside them `layouts`.
       moments: of the sites' inputs, one for each tensor that is read.
       channels: the number of each input channel's factor.
       n: how many factors.
     """
-    w = side_by_side(leaves, layouts)
-    w, pooled = w / unit(w), in_units(ft.reduce(Moments.__add__, moments))
+    matrices = (layout.apply(leaf) for leaf, layout in zip(leaves, layouts, strict=True))
+    voters = [some_of_experts(w, layout.n_lead) for w, layout in zip(matrices, layouts, strict=True)]
+    w = jnp.concatenate([jnp.asarray(w, jnp.float32) for w in voters], -1)
+    of_all = [of_all_experts(m, m.count.ndim - (w.ndim - 2)) for m in moments]
+    w, pooled = w / unit(w), in_units(ft.reduce(Moments.__add__, of_all))
     search = lambda w, m: find_scale(w, m, channels, n=n, spec=spec, strategy=strategy)
     factors, _, error = looped(search, w.ndim - 2, w, pooled)
     return factors, error
@@ -72,7 +77,7 @@ def solve_sites(
     Args:
       leaves: params, and beside them `layouts`.
       moments: of the input, before any scale.
-      folded: the scale that is in the params already, None for none.
+      folded: the scale that is in the params already, the same for all experts; None for none.
       scale, clip, rounding: strategies; scale is None where the sites get no input scale.
       half: only where scale is None: steps are what float16 holds, subnormal numbers included.
 
@@ -81,8 +86,11 @@ def solve_sites(
       output's energy, all three in a unit of their own, and its smallest and largest step.
     """
     w = side_by_side(leaves, layouts)
-    lead, size = w.shape[:-2], unit(w)
-    w, moments = w / size, in_units(lent_by_others(moments, layouts[0].n_lead))
+    lead, size, n_lead = w.shape[:-2], unit(w), layouts[0].n_lead
+    w, moments = w / size, in_units(lent_by_others(moments, n_lead))
+    if folded is not None:
+        by_expert = jnp.expand_dims(folded, tuple(range(len(lead) - n_lead, len(lead))))
+        folded = jnp.broadcast_to(by_expert, (*lead, w.shape[-2]))
 
     def one(w: Float[Array, "i o"], moments: Moments, folded: Float[Array, " i"] | None) -> Any:
         dense = w if folded is None else w / folded[:, None]
@@ -152,18 +160,26 @@ def side_by_side(leaves: tuple[Array, ...], layouts: tuple[Layout, ...]) -> Floa
     return jnp.concatenate(matrices, -1)
 
 
+def some_of_experts(w: Float[Array, "*lead i o"], n_lead: int) -> Float[Array, "*stack i some"]:
+    """Columns of all experts side by side, of each so few that all are about as many as one expert has."""
+    depth = w.ndim - 2 - n_lead
+    some = jnp.moveaxis(w[..., :: math.prod(w.shape[depth:-2])], -2, depth)
+    return some.reshape(*some.shape[: depth + 1], -1)
+
+
+def of_all_experts(moments: Moments, n_lead: int, *, keepdims: bool = False) -> Moments:
+    """The moments of what any expert of a layer read; the last `n_lead` axes of the count are experts'."""
+    experts = tuple(range(moments.count.ndim - n_lead, moments.count.ndim))
+    return jax.tree.map(lambda a: a.sum(experts, keepdims=keepdims), moments)
+
+
 def lent_by_others(moments: Moments, n_lead: int) -> Moments:
     """An expert that no token reached, or none but zeros, gets the moments of all experts of its layer."""
     if n_lead == 0:
         return moments
-    experts = range(moments.count.ndim - n_lead, moments.count.ndim)
     unreached = ~moments.reached
-
-    def lent(a: Array) -> Array:
-        rest = (1,) * (a.ndim - unreached.ndim)
-        return jnp.where(unreached.reshape(*unreached.shape, *rest), a.sum(tuple(experts), keepdims=True), a)
-
-    return jax.tree.map(lent, moments)
+    lent = lambda a, of_all: jnp.where(unreached.reshape(unreached.shape + (1,) * (a.ndim - unreached.ndim)), of_all, a)
+    return jax.tree.map(lent, moments, of_all_experts(moments, n_lead, keepdims=True))
 
 
 def looped(f: Callable[..., Any], lead: int, *args: Any) -> Any:

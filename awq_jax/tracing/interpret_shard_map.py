@@ -7,7 +7,7 @@ other mesh axis each device saw other tokens (the sum is taken) or the same.
 from __future__ import annotations
 
 import functools as ft
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,13 +18,13 @@ from jaxtyping import Array
 
 from awq_jax.compat import varying
 from awq_jax.kernels.partitioning import names_of
-from awq_jax.tracing.interpret import OnDot, Products, Records, Weight, bind, dense, evaluate
-from awq_jax.weights.layout import Layout, names_in
+from awq_jax.tracing.interpret import OnDots, Products, Records, Weight, bind, dense, evaluate
+from awq_jax.weights.layout import names_in
 from awq_jax.weights.sharding import as_shard, cuts_of, gathered, leaf_specs
 from awq_jax.weights.tensor import is_quantized
 
 
-def shard_map(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Records]:
+def shard_map(eqn: Any, ins: list[Any], on_dots: OnDots) -> tuple[list[Any], Records]:
     p = eqn.params
     weights: dict[int, Weight] = {}
     arrays: dict[int, Any] = {}
@@ -39,12 +39,15 @@ def shard_map(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Recor
     manual = [name for name in p["mesh"].axis_names if name in p["newly_manual_axes"]]
     of_records: dict[Any, PartitionSpec] = {}
 
-    def on_shard(weight: Weight, layout: Layout, x: Array, sizes: Array | None, dtype: Any) -> Products:
-        ys, records = on_dot(weight, layout, x, sizes, dtype)
-        differ = varying(x) if p["check_vma"] else split | set(weight.cuts)
-        records = _summed(records, weight, layout, [name for name in manual if name in differ], p["check_vma"])
-        outer = next(w for w in weights.values() if w.name == weight.name)
-        of_records.update(dict.fromkeys(records, _record_spec(weight, layout, len(outer.view.picks), manual)))
+    def on_shard(read: Sequence[Weight], x: Array, sizes: Array | None, dtype: Any) -> Products:
+        ys, records = on_dots(read, x, sizes, dtype)
+        of_weights = {w.key: w for w in read}
+        for key, record in records.items():
+            weight = of_weights[key]
+            differ = varying(x) if p["check_vma"] else split | set(weight.cuts)
+            records[key] = _summed(record, weight, [name for name in manual if name in differ], p["check_vma"])
+            outer = next(w for w in weights.values() if w.name == weight.name)
+            of_records[key] = _record_spec(weight, len(outer.view.picks), manual)
         return ys, records
 
     def body(bases: dict[int, Any], arrays: dict[int, Array]) -> tuple[list[Any], Records]:
@@ -73,28 +76,28 @@ def _shard(x: Weight, spec: PartitionSpec, mesh: Any) -> tuple[Weight, Any] | No
     return None if view is None or specs is None else (replace(x, view=view), specs)
 
 
-def _experts(weight: Weight, layout: Layout) -> Any:
-    return (weight.view.matrix_cuts(layout) or ())[:-2]
+def _experts(weight: Weight) -> Any:
+    return (weight.view.matrix_cuts(weight.read) or ())[:-2]
 
 
-def _summed(records: Records, weight: Weight, layout: Layout, axes: list[str], is_typed: bool) -> Records:
-    """Records of all devices along `axes`, those that cut experts apart."""
-    axes = [name for name in axes if name not in names_in(_experts(weight, layout))]
+def _summed(record: Any, weight: Weight, axes: list[str], is_typed: bool) -> Any:
+    """A record of all devices along `axes`, those that cut experts apart."""
+    axes = [name for name in axes if name not in names_in(_experts(weight))]
     others = tuple(name for name in axes if name not in weight.cuts)
-    records = lax.psum(records, others) if others else records
+    record = lax.psum(record, others) if others else record
     # Where the param itself is cut all devices saw the same tokens, which only a mean makes known to the types.
     same = tuple(name for name in axes if name in weight.cuts)
-    return lax.pmean(records, same) if same and is_typed else records
+    return lax.pmean(record, same) if same and is_typed else record
 
 
-def _record_spec(weight: Weight, layout: Layout, depth: int, manual: list[str]) -> PartitionSpec:
+def _record_spec(weight: Weight, depth: int, manual: list[str]) -> PartitionSpec:
     """How records are cut: (*layers that a scan took inside, *experts, ...)."""
     layers = [None] * weight.view.picks[depth:].count(None)
-    experts = (tuple(name for name, _ in cut if name in manual) or None for cut in _experts(weight, layout))
+    experts = (tuple(name for name, _ in cut if name in manual) or None for cut in _experts(weight))
     return PartitionSpec(*layers, *experts)
 
 
-def all_gather(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Records]:
+def all_gather(eqn: Any, ins: list[Any], on_dots: OnDots) -> tuple[list[Any], Records]:
     """A param that is put together before it is used (FSDP): its codes are."""
     (weight,), p = ins, eqn.params
     names, axis = names_of(p["axis_name"]), p["all_gather_dimension"]
@@ -105,5 +108,5 @@ def all_gather(eqn: Any, ins: list[Any], on_dot: OnDot) -> tuple[list[Any], Reco
     if view is not None:
         base = gathered(base, axis, weight.view.cuts, gather) if is_quantized(base) else gather(base, axis)
     if view is None or base is None:
-        return bind(eqn, ins, on_dot)
+        return bind(eqn, ins, on_dots)
     return [replace(weight, base=base, view=view)], {}

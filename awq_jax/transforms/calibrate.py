@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools as ft
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,12 +16,12 @@ from jaxtyping import Array
 from awq_jax.kernels import in_one_launch
 from awq_jax.search import moments as mo
 from awq_jax.search.moments import Moments
-from awq_jax.tracing.interpret import RULES, Products, Records, Weight, evaluate
+from awq_jax.tracing.interpret import RULES, Products, Records, Weight, evaluate, merge
 from awq_jax.tracing.interpret_shard_map import all_gather, shard_map
 from awq_jax.tracing.sites import Traced, abstract, sites, trace
 from awq_jax.tracing.view import View
 from awq_jax.transforms.finite import Flags, finite, require_finite
-from awq_jax.weights.layout import Layout, stack_places
+from awq_jax.weights.layout import stack_places
 from awq_jax.weights.paths import named_leaves
 from awq_jax.weights.tensor import as_floats, dot, is_quantized
 
@@ -49,15 +48,15 @@ class Calibration:
 
 
 def _interpreted(
-    fn: Function, params: Any, inputs: tuple[Any, ...], on_dot: Any, followed: Callable[[Any], bool]
+    fn: Function, params: Any, inputs: tuple[Any, ...], on_dots: Any, followed: Callable[[Any], bool]
 ) -> tuple[Any, Records]:
-    """`fn(params, *inputs)`, and what `on_dot` records at the matmuls with the leaves that are `followed`."""
+    """`fn(params, *inputs)`, and what `on_dots` records at the matmuls with the leaves that are `followed`."""
     closed, out_shape = trace(fn, abstract(params), inputs)
     weights = [
         Weight(name, leaf, View.of(leaf.shape), leaf.dtype) if followed(leaf) else leaf
         for name, leaf in named_leaves(params).items()
     ]
-    outs, records = evaluate(closed, [*weights, *jax.tree.leaves(inputs)], on_dot)
+    outs, records = evaluate(closed, [*weights, *jax.tree.leaves(inputs)], on_dots)
     outs = [o.dense() if isinstance(o, Weight) else o for o in outs]
     return jax.tree.unflatten(jax.tree.structure(out_shape), outs), records
 
@@ -83,18 +82,36 @@ def quantized(fn: Function) -> Function:
     return run
 
 
-def _multiply(weight: Weight, layout: Layout, x: Array, sizes: Array | None, dtype: Any) -> Products:
-    x = as_floats(x, weight.dtype)
-    w = weight.matrix(layout)
-    if w is None:
-        base = weight.base.dequantize() if is_quantized(weight.base) else weight.base
-        return [dot(x, layout.apply(base).astype(x.dtype), sizes, dtype=dtype)], {}
-    together = (w, *(other.base for other in weight.beside))
-    if len(together) > 1 and dtype is None:
-        with contextlib.suppress(NotImplementedError):
-            # Four are two and two, so that none is left alone.
-            return in_one_launch(x, *together[: 2 if len(together) == 4 else 3]), {}
-    return [dot(x, w, sizes, dtype=dtype)], {}
+def _multiply(weights: Sequence[Weight], x: Array, sizes: Array | None, dtype: Any) -> Products:
+    ys: dict[int, Array] = {}
+    matrices = [weight.matrix for weight in weights]
+    for alike in _alike(matrices):
+        x_of = as_floats(x, weights[alike[0]].dtype)
+        ys |= zip(alike, _product(x_of, [matrices[k] for k in alike], sizes, dtype), strict=True)
+    return [ys[k] for k in range(len(weights))], {}
+
+
+def _alike(matrices: Sequence[Any]) -> list[list[int]]:
+    """Which go together: two or three quantized ones of a spec, four as two and two, so that none is left alone."""
+    by_spec: dict[Any, list[int]] = {}
+    for k, w in enumerate(matrices):
+        by_spec.setdefault(w.spec if is_quantized(w) else k, []).append(k)
+    out: list[list[int]] = []
+    for left in by_spec.values():
+        while left:
+            n = 2 if len(left) == 4 else 3
+            out, left = [*out, left[:n]], left[n:]
+    return out
+
+
+def _product(x: Array, matrices: Sequence[Any], sizes: Array | None, dtype: Any) -> Sequence[Array]:
+    """x times matrices of one spec, in one launch if that can be."""
+    if len(matrices) > 1 and dtype is None:
+        try:
+            return in_one_launch(x, *matrices)
+        except NotImplementedError:
+            pass
+    return [dot(x, w if is_quantized(w) else w.astype(x.dtype), sizes, dtype=dtype) for w in matrices]
 
 
 def with_moments(fn: Function, traced: Traced, *, block: int | None = mo.GRAM_BLOCK) -> Function:
@@ -109,30 +126,15 @@ def with_moments(fn: Function, traced: Traced, *, block: int | None = mo.GRAM_BL
     leaders = {site.group for site in traced.sites.values()}
 
     def run(params: Any, *inputs: Any, weights: Array | None = None) -> tuple[Any, dict[str, Moments]]:
-        def on_dot(weight: Weight, layout: Layout, x: Array, sizes: Array | None, dtype: Any) -> Products:
+        def on_dots(read: Sequence[Weight], x: Array, sizes: Array | None, dtype: Any) -> Products:
             # Else XLA computes what leads to x twice, for the matmul and for the moments.
             x = jax.lax.optimization_barrier(x)
-            y, _ = _multiply(replace(weight, beside=()), layout, x, sizes, dtype)
-            if weight.name not in leaders:
-                return y, {}
-            x = weight.whole_input(layout, x)
-            if sizes is not None:
-                if weights is not None:
-                    raise ValueError(
-                        f"{weight.name}: a mask cannot follow tokens that are sorted by expert: leave it out."
-                    )
-                return y, {weight.key: mo.of_sorted(x, sizes, block)}
-            tokens = x.shape[layout.n_lead : -1]
-            if weights is not None and jax.sharding.get_abstract_mesh().manual_axes:
-                raise ValueError(f"{weight.name}: a mask does not reach tokens inside shard_map: leave it out.")
-            if weights is not None and not _fit(weights.shape, tokens):
-                raise ValueError(
-                    f"{weight.name}: weights have shape {weights.shape}, the site's tokens {tokens}. "
-                    "Give one weight a token."
-                )
-            return y, {weight.key: mo.of(x, block, layout.n_lead, weights)}
+            ys, _ = _multiply(read, x, sizes, dtype)
+            kept = (weight for weight in read if weight.name in leaders)
+            found = ({weight.key: _moments(weight, x, sizes, weights, block)} for weight in kept)
+            return ys, ft.reduce(merge, found, {})
 
-        out, found = _interpreted(fn, params, inputs, on_dot, lambda leaf: hasattr(leaf, "shape"))
+        out, found = _interpreted(fn, params, inputs, on_dots, lambda leaf: hasattr(leaf, "shape"))
         leaves = named_leaves(params)
         picked: dict[str, dict[Any, Moments]] = {}
         for (name, picks), m in found.items():
@@ -140,6 +142,23 @@ def with_moments(fn: Function, traced: Traced, *, block: int | None = mo.GRAM_BL
         return out, {name: _whole(ms, leaves[name].shape, traced.sites[name].stack) for name, ms in picked.items()}
 
     return run
+
+
+def _moments(weight: Weight, x: Array, sizes: Array | None, weights: Array | None, block: int | None) -> Moments:
+    """The moments of what a matmul with `weight` reads; `weights` is one a token."""
+    x = weight.whole_input(x)
+    if sizes is not None:
+        if weights is not None:
+            raise ValueError(f"{weight.name}: a mask cannot follow tokens that are sorted by expert: leave it out.")
+        return mo.of_sorted(x, sizes, block)
+    tokens = x.shape[weight.read.n_lead : -1]
+    if weights is not None and jax.sharding.get_abstract_mesh().manual_axes:
+        raise ValueError(f"{weight.name}: a mask does not reach tokens inside shard_map: leave it out.")
+    if weights is not None and not _fit(weights.shape, tokens):
+        raise ValueError(
+            f"{weight.name}: weights have shape {weights.shape}, the site's tokens {tokens}. Give one weight a token."
+        )
+    return mo.of(x, block, weight.read.n_lead, weights)
 
 
 def _fit(weights: tuple[int, ...], tokens: tuple[int, ...]) -> bool:

@@ -80,12 +80,12 @@ def check_folds(fn: Callable[..., Any], params: Any, folds: tuple[Fold, ...], *i
             raise ValueError(
                 f"{', '.join(f.sites)}: folding a scale of their input into the op before changed the function by "
                 f"{found:.1e} of its largest output, more than rounding explains ({allowed:.0e}). Nothing was rounded. "
-                "Quantize with fold=False, and please report the model: what else reads that input "
+                "Quantize with scales='beside', and please report the model: what else reads that input "
                 "was missed."
             )
     raise ValueError(
         f"The folds of {', '.join(name for f in folds for name in f.sites)} change the function together, though none "
-        "does alone. Quantize with fold=False, and please report the model."
+        "does alone. Quantize with scales='beside', and please report the model."
     )
 
 

@@ -68,9 +68,9 @@ def quantized_alone(
         if rule is None or rule.bits is None:
             groups.setdefault((sites[name].group, spec), []).append(name)
     widths = {prefix + name: MEASURED for names in groups.values() for name in names}
-    small = named_leaves(
-        quantize(params, calibration, with_bits(replace(recipe, fold=False), widths), prefix=prefix)[0]
-    )
+    # Of a fold's sites the others are dense: what it would do for one is done beside it.
+    unfolded = replace(recipe, scales="none" if recipe.scales == "none" else "beside")
+    small = named_leaves(quantize(params, calibration, with_bits(unfolded, widths), prefix=prefix)[0])
     for names in groups.values():
         changed = leaves | {name: small[name].dequantize() for name in names}
         weights = sum(int(np.size(leaves[name])) for name in names)

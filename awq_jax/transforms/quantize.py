@@ -75,13 +75,13 @@ def plan(calibration: Calibration, recipe: Recipe, prefix: str = "") -> Plan:
     decided = {n: decide(site, recipe, prefix) for n, site in traced.sites.items()}
     specs = {n: spec for n, (spec, _) in decided.items() if spec}
     refused, usable = {}, []
-    for k, candidate in enumerate(traced.folds if recipe.fold else ()):
+    for k, candidate in enumerate(traced.folds if recipe.folds else ()):
         wanted = [n for n in candidate.sites if n in specs]
         if wanted and (why := fold_refused(candidate, traced, specs)):
             refused |= dict.fromkeys(wanted, f"not folded: {why}")
         elif wanted:
             usable.append(k)
-    if recipe.fold:
+    if recipe.folds:
         notes |= {n: f"not folded: {why}" for n in specs if (why := traced.sites[n].refused)}
     notes |= {n: note for n, (_, note) in decided.items() if note} | refused
     return Plan(specs, {n: recipe.clip_of(prefix + n) for n in specs}, tuple(usable), notes)
@@ -100,8 +100,6 @@ def decide(site: Site, recipe: Recipe, prefix: str = "") -> tuple[QuantSpec | No
 def fold_refused(candidate: Fold, traced: Traced, specs: Mapping[str, QuantSpec]) -> str | None:
     """Why a fold is not used with these specs of its quantized sites; None if it can be."""
     first, *others = (name for name in candidate.sites if name in specs)
-    if any(traced.sites[name].lead for name in candidate.sites):
-        return "batched experts"
     if any(specs[name] != specs[first] for name in others):
         return "its sites have different specs"
     if any(not np.array_equal(candidate.channels(name), candidate.channels(first)) for name in others):
@@ -173,15 +171,15 @@ def _quantize(params: Any, calibration: Calibration, recipe: Recipe, prefix: str
             scales.get(names[0]),
             layouts=tuple(calibration.traced.sites[name].layout for name in names),
             spec=todo.specs[names[0]],
-            scale=recipe.scale if names[0] not in scales and recipe.input_scales else None,
+            scale=recipe.scale if names[0] not in scales and recipe.beside else None,
             clip=todo.clips[names[0]],
             rounding=recipe.rounding,
-            half=not recipe.input_scales,
+            half=not recipe.beside,
         )
         require_finite(errors, names, leaves)
         unreached = unreached_note(calibration.of(names[0]), layout.n_lead)
         for name, tensor, (*sums, smallest, largest) in zip(names, tensors, np.asarray(errors).tolist(), strict=True):
-            dtype = step_dtype(smallest, largest) if recipe.input_scales else SCALE_DTYPE
+            dtype = step_dtype(smallest, largest) if recipe.beside else SCALE_DTYPE
             tensor = replace(tensor, scales=tensor.scales.astype(dtype))
             error, nearest = relative(*sums)
             faint = "" if sums[-1] or unreached or not jnp.any(leaves[name]) else FAINT
@@ -236,7 +234,7 @@ def batches_of_sites(
     batches: dict[Any, list[str]] = {}
     for name, spec in todo.specs.items():
         site = calibration.traced.sites[name]
-        own = name not in scales and recipe.input_scales
+        own = name not in scales and recipe.beside
         key = name if own else (site.group, name in scales, spec, todo.clips[name], site.lead, site.stacked)
         batches.setdefault(key, []).append(name)
     return list(batches.values())

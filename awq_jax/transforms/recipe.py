@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
+from awq_jax.near import did_you_mean
 from awq_jax.search import Clip, Feedback, FeedbackGrid, no_clip
 from awq_jax.search.moments import GRAM_BLOCK
 from awq_jax.weights.spec import QuantSpec, Rule
 
 GROUPS = (128, 64, 32)
 """Group sizes to choose from, the cheapest first."""
+Scales = Literal["beside", "folded", "both", "none"]
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,9 @@ class Recipe:
       bits, group_size, symmetric: of every site that no rule changes; see QuantSpec. A group size of None is, for a
         model on disk, the largest of 128, 64 and 32 that divides the inputs of all these sites; in memory it is 128.
       rules: by path of the param; the last one that matches counts.
-      fold: put scales into the op before, where tracing finds one that can take them.
-      input_scales: a site whose scale is not folded keeps it beside its weight. AutoAWQ files have no room for them.
+      scales: of input channels. "beside": each site keeps its own beside its weight. "folded": they are put into the op
+        before, where tracing finds one that can take them, and other sites have none, as AutoAWQ files need. "both":
+        folded where that can be, else beside. "none".
       gram_block: largest size of the diagonal blocks of the Gram matrices that streaming keeps; None for all.
       samples: calibration sequences that `quantize_checkpoint` takes unless it is told a number.
       unclipped: regular expression; groups of matching sites keep their whole range.
@@ -38,8 +41,7 @@ class Recipe:
     group_size: int | None = None
     symmetric: bool = False
     rules: tuple[Rule, ...] = ()
-    fold: bool = False
-    input_scales: bool = True
+    scales: Scales = "beside"
     gram_block: int | None = GRAM_BLOCK
     samples: int = 32
     unclipped: str = ""
@@ -49,6 +51,10 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _ = self.spec
+        if self.scales not in (known := get_args(Scales)):
+            raise ValueError(
+                f"scales={self.scales!r}: choose one of {', '.join(known)}{did_you_mean(str(self.scales), known)}."
+            )
         if self.gram_block is not None and self.gram_block < 1:
             raise ValueError(f"gram_block={self.gram_block}: give 1 or more, or None for whole Gram matrices.")
         if self.samples < 1:
@@ -73,6 +79,16 @@ class Recipe:
     def spec(self) -> QuantSpec:
         """Of a site that no rule changes."""
         return QuantSpec(self.bits, GROUPS[0] if self.group_size is None else self.group_size, self.symmetric)
+
+    @property
+    def folds(self) -> bool:
+        """Whether scales go into the op before, where they can."""
+        return self.scales in ("folded", "both")
+
+    @property
+    def beside(self) -> bool:
+        """Whether a site whose scale is not folded keeps it beside its weight."""
+        return self.scales in ("beside", "both")
 
     def clip_of(self, name: str) -> Callable[..., Any]:
         """The clip strategy of the param at path `name`."""

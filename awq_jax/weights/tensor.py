@@ -43,7 +43,8 @@ class QuantizedTensor(NoArray):
     Args:
       codes: q, packed down the input axis: (i + pad) * bits / 32 words; or as `packing` says.
       scales: the step s of each group; float16, or float32 where float16 has no normal number for one of them.
-      zeros: the zero point z of each group; None when symmetric.
+      zeros: the zero point z of each group; None when symmetric. Files of others may have float32 ones, which stay in
+        rows.
       input_scale: what multiplies x before the matmul; None for one. Lets each site have its own AWQ scale.
       spec: bits, group size, symmetry.
       dtype: of the dense weight that this one replaced.
@@ -57,7 +58,7 @@ class QuantizedTensor(NoArray):
 
     codes: UInt32[Array, "*lead w o"] | Int16[Array, "*lead blocks o32"] | Int4[Array, "*lead groups o g"]
     scales: Float[Array, "*lead groups o"]
-    zeros: UInt8[Array, "*lead groups o"] | None
+    zeros: UInt8[Array, "*lead groups o"] | Float[Array, "*lead groups o"] | None
     input_scale: Float[Array, "*lead i"] | None
     spec: QuantSpec
     dtype: Any
@@ -316,6 +317,8 @@ def packed_as(w: QuantizedTensor, packing: Packing) -> QuantizedTensor:
         return w
     if bits not in packing.bits:
         raise ValueError(f"{w} has {bits}-bit codes, {packing.name} holds those of {list(packing.bits)}: leave it.")
+    if not whole_zeros(w):
+        raise ValueError(f"{w} has zero points that are no whole numbers, {packing.name} has room for those: leave it.")
     codes = packing.pack(kernels.unpacked(w), bits, w.spec.group(i))
     return replace(w, codes=codes, packing=packing.name, pad=packing.shape(codes.shape, bits)[-2] - i)
 
@@ -331,8 +334,13 @@ def prepare(qparams: Any) -> Any:
       >>> params = awq.prepare(awq.load("folder").params)
     """
     best = kernels.best_packing()
-    convert = lambda leaf: packed_as(leaf, best) if is_quantized(leaf) and leaf.spec.bits in best.bits else leaf
-    return jax.tree.map(convert, qparams, is_leaf=is_quantized)
+    fits = lambda leaf: is_quantized(leaf) and leaf.spec.bits in best.bits and whole_zeros(leaf)
+    return jax.tree.map(lambda leaf: packed_as(leaf, best) if fits(leaf) else leaf, qparams, is_leaf=is_quantized)
+
+
+def whole_zeros(w: QuantizedTensor) -> bool:
+    """Whether zero points are whole numbers, as the kernels read them."""
+    return w.zeros is None or not jnp.issubdtype(w.zeros.dtype, jnp.floating)
 
 
 def is_quantized(leaf: Any) -> bool:

@@ -18,7 +18,7 @@ from commands import run
 from transformers import AutoTokenizer
 
 import awq_jax as awq
-from awq_jax.formats import autoawq
+from awq_jax.formats import quantized_writer
 from awq_jax.formats.checkpoint import Checkpoint
 from awq_jax.formats.shard_writer import ShardWriter
 from awq_jax.formats.written import written_whole
@@ -401,7 +401,7 @@ FULL = {
     "at the first part": (ShardWriter, "add", NO_SPACE, 1, "awq"),
     "at a later part": (ShardWriter, "add", NO_SPACE, 2, "awq"),
     "at the index": (ShardWriter, "finish", NO_SPACE, 1, "awq"),
-    "at config.json": (autoawq, "write_about", NO_SPACE, 1, "awq"),
+    "at config.json": (quantized_writer, "write_about", NO_SPACE, 1, "awq"),
     "in orbax": (ocp.PyTreeCheckpointHandler, "save", ValueError("EXHAUSTED:\n No space left"), 2, "orbax"),
 }
 
@@ -497,6 +497,8 @@ def test_ctrl_c(model, tmp_path, monkeypatch, when):
         (b"word " * 9, ("--length", "1"), "--windows 8 --length 1: give .* 2 tokens or more"),
         (b"word " * 999, ("--length", "513"), r"a.txt in windows of --length 513: .* 512 positions .*: give 512"),
         (b"word " * 9, ("--windows", "-1"), "--windows -1 --length 1024: give 1 or more"),
+        (b"word " * 9, ("--stride", "2000"), "--stride 2000: give 1 to --length 1024"),
+        (b'{"messages": [{"role": "user", "content": "Hi"}]}', (), "a.txt: nothing in it is said by the model"),
     ],
 )
 def test_eval(whole, tmp_path, content, more, says, no_work):
@@ -551,7 +553,11 @@ def test_scores_that_are_no_numbers(tmp_path):
     model = tiny_folder(tmp_path / "in", weights={"model.norm.weight": w})
     (tmp_path / "a.txt").write_text("word " * 300)
     line = refused("eval", model, tmp_path / "a.txt", "--length", "64")
-    assert_says(line, "window 0: 20480 of 20480 of the model's logits are NaN or infinite")
+    assert_says(line, r"window 0: 20480 of 20480 of the model's logits \(from the head on\) are NaN or infinite")
+    w = tensors(config())["model.layers.1.mlp.down_proj.weight"].copy()
+    w[5] = np.nan
+    model = tiny_folder(tmp_path / "deep", weights={"model.layers.1.mlp.down_proj.weight": w})
+    assert "(from layer 1 on)" in refused("eval", model, tmp_path / "a.txt", "--length", "64")
 
 
 @pytest.mark.parametrize("options", [{"format": "AWQ"}, {"feed": "Quantized"}])

@@ -6,7 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -210,32 +210,52 @@ class TestArguments:
 
 def test_eval_against_the_dense_model(small, dense, text):
     out, _ = small
-    done = run("eval", out, text, "--dense", dense, "--windows", "2", "--length", "128")
+    numbers = ("--windows", "2", "--length", "128")
+    done = run("eval", out, text, "--against", dense, *numbers)
     assert (done.code, done.err) == (0, "")
     models = awq.load(out), awq.load(dense)
     tokens = windows(text.read_text("utf-8"), models[0].tokenizer, 2, 128)
     expected, alone = score(*models[:1], tokens, models[1]), score(models[1], tokens)
-    rows = {name: cells for name, cells in done.rows.items() if name.startswith(str(out.parent))}
-    assert rows == {
-        str(out): [f"{expected.perplexity:.2f}", f"{expected.kl:.4f}", f"{expected.top1:.1%}"],
-        str(dense): [f"{alone.perplexity:.2f}", "", ""],
-    }
+    with_error = lambda name, form: f"{getattr(expected, name):{form}} ± {expected.errors[name]:{form}}"
+    assert done.rows["perplexity"] == [
+        f"{one.perplexity:.2f} ± {one.errors['perplexity']:.2f}" for one in (expected, alone)
+    ]
+    assert done.rows["KL to dense"] == [with_error("kl", ".4f"), ""]
+    assert done.rows["same top-1"] == [with_error("top1", ".1%"), ""]
     assert expected.kl > 0.001
     told, stages = [], []
     options = {"windows": 2, "length": 128, "told": told.append, "progress": lambda *at: stages.append(at)}
-    assert awq.evaluate(out, text, dense, **options) == {str(out): expected, str(dense): alone}
-    assert awq.evaluate(dense, text, dense, **options) == {str(dense): replace(alone, kl=0.0, top1=1.0)}
+    found = awq.evaluate(out, text, dense, **options)
+    assert list(found) == [str(out), str(dense)]
+    same = lambda name, one: replace(found[name][str(text)], bits_per_byte=None, errors=one.errors, worst=()) == one
+    assert same(str(out), expected)
+    assert same(str(dense), alone)
+    shown = json.loads(run("eval", out, text, "--against", dense, "--json", *numbers).out)
+    assert shown["scores"] == json.loads(
+        json.dumps({n: {t: asdict(s) for t, s in of.items()} for n, of in found.items()})
+    )
+    itself = awq.evaluate(dense, text, dense, **options)[str(dense)][str(text)]
+    assert (itself.kl, itself.top1, itself.ratio) == (0, 1, 1)
     assert told == []
-    assert stages[:2] + stages[-1:] == [("loading", 0, 1), ("loading", 1, 1), ("window", 2, 2)]
+    assert stages[:2] + stages[-1:] == [("loading", 0, 2), ("window", 0, 2), ("loading", 1, 1)]
+
+
+def test_eval_of_several_checkpoints_on_several_texts(small, dense, text, root):
+    chat = chats(root)
+    done = run("eval", small[0], text, chat, "--also", dense, "--length", "64", "--windows", "1")
+    assert done.code == 0
+    of_text, of_chats = [line.split("│")[2:-1] for line in done.out.splitlines() if "│ tokens" in line]
+    assert [cell.strip() for cell in of_text] == ["63", "63"]
+    assert len(of_chats) == 2
 
 
 def test_eval_alone(small, text):
     out, _ = small
     done = run("eval", out, text, "--length", "64", "--windows", "1")
     assert done.code == 0
-    perplexity, *rest = done.rows[str(out)]
+    (perplexity,) = done.rows["perplexity"]
     assert 2 < float(perplexity) < 10_000
-    assert rest == ["", ""]
+    assert "KL to dense" not in done.rows
 
 
 def test_generate(small):
@@ -301,7 +321,10 @@ def test_inspect(small, dense, root, monkeypatch):
             ("quantize", "model", "out", "--preset", "fst"),
             "none of default, fast, rtn, llm_awq, autoawq, llmcompressor (did you mean fast?)",
         ),
-        (("quantize", "model", "out", "--format", "awg"), "--format: 'awg' is none of awq, orbax (did you mean awq?)"),
+        (
+            ("quantize", "model", "out", "--format", "awg"),
+            "--format: 'awg' is none of awq, compressed-tensors, gptq, gptq_v2, mlx, orbax (did you mean awq?)",
+        ),
         (("quantize", "model", "out", "--wat"), "--wat"),
     ],
 )
@@ -329,4 +352,4 @@ def test_windows_that_a_text_does_not_fill_are_told(small, text, root):
     assert re.match(rf"{text} fills \d of 9 windows", done.out)
     said = root / "said.jsonl"
     said.write_text(json.dumps({"text": text.read_text()}))
-    assert run("eval", small[0], said, "--length", "256").rows[str(small[0])] == done.rows[str(small[0])]
+    assert run("eval", small[0], said, "--length", "256").rows["perplexity"] == done.rows["perplexity"]

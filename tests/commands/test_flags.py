@@ -6,10 +6,10 @@ import pytest
 
 from awq_jax.commands.flags import as_flags
 from awq_jax.errors import InputError
-from awq_jax.formats.autoawq_folder import read_spec
+from awq_jax.formats.quantized_folder import read_declared
 
 NAMES = ("group_size", "format", "overwrite", "calib", "bits")
-SPELLED = {"fold=False": "--format orbax", "skip=True in a rule": "--skip"}
+SPELLED = {"scales='beside'": "--format orbax", "skip=True in a rule": "--skip"}
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ SPELLED = {"fold=False": "--format orbax", "skip=True in a rule": "--skip"}
         ("calib='my text': no", "--calib 'my text': no"),
         ("give overwrite=True to", "give --overwrite to"),
         ("leave it dense (skip=True in a rule)", "leave it dense (--skip)"),
-        ("Quantize with fold=False, and", "Quantize with --format orbax, and"),
+        ("Quantize with scales='beside', and", "Quantize with --format orbax, and"),
         ("leave calib= out, or calib=", "leave --calib out, or --calib"),
         ("do not fit config.json's group_size=128", "do not fit config.json's group_size=128"),
         ("its QuantSpec(bits=4, group_size=32) has bits=4", "its QuantSpec(bits=4, group_size=32) has --bits 4"),
@@ -39,6 +39,6 @@ def test_arguments_become_flags_and_names_of_files_stay(message, told):
 )
 def test_a_field_of_a_config_stays_as_it_is(field):
     with pytest.raises(InputError) as refused:
-        read_spec(Path("m"), {"quantization_config": {"quant_method": "awq", **field}})
+        read_declared(Path("m"), {"quantization_config": {"quant_method": "awq", **field}})
     assert f"quantization_config's {next(iter(field))}=" in str(refused.value)
     assert as_flags(str(refused.value), (*NAMES, "zero_point", "q_group_size", "w_bit"), SPELLED) == str(refused.value)

@@ -5,26 +5,32 @@ import pytest
 from folders import hf_folder
 
 from awq_jax.errors import InputError
-from awq_jax.formats.autoawq import to_autoawq
 from awq_jax.formats.checkpoint import open_checkpoint
+from awq_jax.formats.codecs import AUTOAWQ
+from awq_jax.formats.quantized_writer import to_parts
 from awq_jax.weights.spec import QuantSpec
 from awq_jax.weights.tensor import round_to_nearest
 
 CT = {"weights": {"num_bits": 4, "group_size": 64}, "input_activations": {"num_bits": 8}, "targets": ["Linear"]}
 FOREIGN = {
-    "compressed-tensors in 4 bits": {"quantization_config": {"config_groups": {"group_0": CT}}},
-    "compressed-tensors in 4, 8 bits": {
+    "compressed-tensors in 4 bits and layout 'quantized activations'": {
+        "quantization_config": {"config_groups": {"group_0": CT}}
+    },
+    "compressed-tensors in 4, 8 bits and layout 'float-quantized'": {
         "compression_config": {
             "quant_method": "compressed-tensors",
-            "config_groups": {"group_0": CT, "group_1": {"weights": {"num_bits": 8}}},
+            "format": "float-quantized",
+            "config_groups": {"group_0": CT | {"input_activations": None}, "group_1": {"weights": {"num_bits": 8}}},
         }
     },
-    "gptq in 3 bits": {"quantization_config": {"quant_method": "gptq", "bits": 3, "checkpoint_format": "gptq_v2"}},
-    "gptq in 4 bits": {"quantization_config": {"bits": 4, "desc_act": False, "sym": True}},
-    "auto-round in 4 bits": {"quantization_config": {"quant_method": "auto-round", "bits": 4, "packing_format": "x"}},
-    "MLX in 4 bits": {
-        "quantization": {"group_size": 64, "bits": 4},
-        "quantization_config": {"group_size": 64, "bits": 4},
+    "gptq in 5 bits": {"quantization_config": {"quant_method": "gptq", "bits": 5}},
+    "gptq in 4 bits and layout 'marlin'": {"quantization_config": {"bits": 4, "desc_act": False, "format": "marlin"}},
+    "auto-round in 4 bits and layout 'x'": {
+        "quantization_config": {"quant_method": "auto-round", "bits": 4, "packing_format": "x"}
+    },
+    "MLX in 4 bits and layout 'mxfp4'": {
+        "quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4"},
+        "quantization_config": {"group_size": 32, "bits": 4, "mode": "mxfp4"},
     },
     "bitsandbytes in 4 bits": {"quantization_config": {"load_in_4bit": True, "load_in_8bit": False}},
     "torchao": {"quantization_config": {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int4"}}}},
@@ -34,8 +40,10 @@ FOREIGN = {
         "quantization_config": {"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 2}}}
     },
     "awq in 3 bits": {"quantization_config": {"quant_method": "awq", "bits": 3}},
-    "awq in 4 bits and layout 'gemv'": {"quantization_config": {"w_bit": 4, "version": "GEMV"}},
-    "awq and layout 'llm-awq'": {"quantization_config": {"quant_method": "AWQ", "backend": "llm-awq"}},
+    "awq in 4 bits and layout 'marlin'": {"quantization_config": {"w_bit": 4, "version": "Marlin"}},
+    "awq and layout 'gemm', 'gemv'": {
+        "quantization_config": {"quant_method": "AWQ", "version": "gemm", "format": "gemv"}
+    },
     "a tool that is not known by its fields ['a', 'b']": {"quantization_config": {"b": 1, "a": 2}},
 }
 
@@ -52,7 +60,11 @@ def test_a_foreign_quantization_is_named(tmp_path, tool):
 @pytest.mark.parametrize(
     ("file", "content", "tool"),
     [
-        ("quantize_config.json", '{"bits": 4, "desc_act": true}', "gptq in 4 bits"),
+        (
+            "quantize_config.json",
+            '{"bits": 4, "desc_act": true, "format": "marlin"}',
+            "gptq in 4 bits and layout 'marlin'",
+        ),
         (
             "hf_quant_config.json",
             '{"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}}',
@@ -80,7 +92,7 @@ AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "
 def awq_folder(folder, symmetric=False, dropped=(), arrays=None, **quantization):
     """(path, the weight that it holds) of an AutoAWQ folder of one linear."""
     w = round_to_nearest(W, QuantSpec(4, 32, symmetric=symmetric))
-    stored = {f"m.{name}": a for name, a in (to_autoawq(w) | (arrays or {})).items() if name not in dropped}
+    stored = {f"m.{name}": a for name, a in (to_parts(AUTOAWQ, w) | (arrays or {})).items() if name not in dropped}
     found = {name: value for name, value in (AWQ | quantization).items() if value != "absent"}
     return hf_folder(folder, {"model.safetensors": stored}, {"quantization_config": found}), w
 
@@ -107,7 +119,7 @@ def test_all_words_for_autoawq_are_read(tmp_path, quantization):
 def test_a_zero_point_that_there_is_not_is_8(tmp_path, dropped):
     folder, w = awq_folder(tmp_path, symmetric=True, dropped=dropped, zero_point=False)
     found = open_checkpoint(folder).read("m.weight")
-    assert found.spec.symmetric == bool(dropped)
+    assert found.spec.symmetric
     np.testing.assert_array_equal(found.dequantize(), w.dequantize())
 
 

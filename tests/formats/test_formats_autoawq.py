@@ -12,16 +12,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from awq_jax.errors import InputError
-from awq_jax.formats.autoawq import (
-    Writer,
-    check_fits,
-    from_autoawq,
-    pack_gemm,
-    quantization_config,
-    to_autoawq,
-    unpack_gemm,
-)
 from awq_jax.formats.checkpoint import open_checkpoint
+from awq_jax.formats.codecs import AUTOAWQ, check_fits, tensor_of
+from awq_jax.formats.codecs.autoawq import pack_gemm, unpack_gemm
+from awq_jax.formats.quantized_writer import Writer, to_parts
 from awq_jax.weights.spec import QuantSpec
 from awq_jax.weights.tensor import round_to_nearest, with_input_scale
 
@@ -67,23 +61,23 @@ def test_any_words_survive_unpacking(words):
 def test_weights_survive_to_the_bit(group_size, seed, shape):
     k, n = shape
     w = round_to_nearest(weight(k, n, seed), QuantSpec(4, group_size))
-    arrays = to_autoawq(w)
+    arrays = to_parts(AUTOAWQ, w)
     groups = w.scales.shape[0]
     assert {name: (a.dtype.name, a.shape) for name, a in arrays.items()} == {
         "qweight": ("int32", (k, n // 8)),
         "qzeros": ("int32", (groups, n // 8)),
         "scales": ("float16", (groups, n)),
     }
-    back = from_autoawq(**arrays, group_size=group_size, dtype=np.float32)
+    back = tensor_of(AUTOAWQ.decode(arrays, QuantSpec(4, group_size)), np.float32)
     assert_same(back, w)
     np.testing.assert_array_equal(back.dequantize(), w.dequantize())
 
 
 def test_a_symmetric_weight_stores_its_zero_point():
     w = round_to_nearest(weight(), QuantSpec(4, 32, symmetric=True))
-    arrays = to_autoawq(w)
+    arrays = to_parts(AUTOAWQ, w)
     assert set(arrays["qzeros"].view(np.uint32).ravel().tolist()) == {0x88888888}
-    back = from_autoawq(**arrays, group_size=32, dtype=np.float32)
+    back = tensor_of(AUTOAWQ.decode(arrays, SPEC), np.float32)
     np.testing.assert_array_equal(back.dequantize(), w.dequantize())
 
 
@@ -100,37 +94,32 @@ def test_a_symmetric_weight_stores_its_zero_point():
 )
 def test_what_does_not_fit_is_named_with_its_remedy(shape, spec, says):
     with pytest.raises(InputError, match=f"q_proj: .*{says}.*format='orbax'"):
-        check_fits("q_proj", *shape, spec)
+        check_fits(AUTOAWQ, "q_proj", shape, spec)
     with pytest.raises(InputError, match=says):
-        to_autoawq(round_to_nearest(weight(*shape), spec))
+        to_parts(AUTOAWQ, round_to_nearest(weight(*shape), spec))
 
 
 def test_what_fits_passes():
-    check_fits("q_proj", 576, 8, QuantSpec(4, 64))
-    check_fits("q_proj", 96, 8, QuantSpec(4, -1))
+    check_fits(AUTOAWQ, "q_proj", (576, 8), QuantSpec(4, 64))
+    check_fits(AUTOAWQ, "q_proj", (96, 8), QuantSpec(4, -1))
 
 
 def test_an_input_scale_must_be_folded_first():
-    with pytest.raises(InputError, match=r"fold=True"):
-        to_autoawq(with_input_scale(round_to_nearest(weight(), SPEC), np.ones(64, np.float32)))
+    with pytest.raises(InputError, match="scales='folded'"):
+        to_parts(AUTOAWQ, with_input_scale(round_to_nearest(weight(), SPEC), np.ones(64, np.float32)))
 
 
 def test_steps_are_held_against_those_of_their_column():
     small = weight() * np.where(np.arange(16) == 3, 1e-9, 1).astype(np.float32)
     with pytest.raises(InputError, match=r"its steps: values of at most .*e-10 are too small for float16"):
-        to_autoawq(round_to_nearest(small, SPEC))
+        to_parts(AUTOAWQ, round_to_nearest(small, SPEC))
     part = weight() * np.where(np.arange(64) < 32, 1e-9, 1).astype(np.float32)[:, None]
-    assert to_autoawq(round_to_nearest(part, SPEC))["scales"].max() > 0.1
-
-
-def test_arrays_that_do_not_fit_each_other_are_refused():
-    arrays = to_autoawq(round_to_nearest(weight(), SPEC))
-    with pytest.raises(ValueError, match="do not fit each other in groups of 64"):
-        from_autoawq(**arrays, group_size=64, dtype=np.float32)
+    assert to_parts(AUTOAWQ, round_to_nearest(part, SPEC))["scales"].max() > 0.1
 
 
 def test_quantization_config_is_what_loaders_ask_for():
-    assert quantization_config(QuantSpec(4, 64, symmetric=True), ["model.layers.0.mlp.up_proj", "lm_head"]) == {
+    said = AUTOAWQ.about({}, ["model.layers.0.mlp.up_proj", "lm_head"], QuantSpec(4, 64, symmetric=True))
+    assert said["quantization_config"] == {
         "quant_method": "awq",
         "zero_point": True,
         "group_size": 64,
@@ -143,7 +132,7 @@ def test_quantization_config_is_what_loaders_ask_for():
 def written(folder, parts, config=None, companions=()):
     folder.mkdir(exist_ok=True)
     source = Source({"model_type": "llama", "dtype": "bfloat16", **(config or {})}, tuple(companions))
-    writer = Writer(folder, source, SPEC)
+    writer = Writer(AUTOAWQ, folder, source, SPEC)
     for part, tensors in parts.items():
         writer.write(part, tensors)
     writer.finish()
@@ -176,7 +165,7 @@ def test_a_written_model_reads_back_to_the_bit(tmp_path):
     assert {a.dtype.name for a in stored.values()} == {"int32", "float16"}
 
     checkpoint = open_checkpoint(folder)
-    assert checkpoint.kind == "autoawq"
+    assert checkpoint.kind == "awq"
     assert checkpoint.names == {name for tensors in parts.values() for name in tensors}
     assert checkpoint.shape("model.layers.0.self_attn.q_proj.weight") == (64, 16)
     assert checkpoint.nbytes == sum(a.nbytes for a in stored.values())
@@ -204,7 +193,7 @@ def test_a_written_model_reads_back_to_the_bit(tmp_path):
 )
 def test_what_a_file_cannot_hold_is_named(tmp_path, name, tensor, says):
     with pytest.raises(InputError, match=says):
-        Writer(tmp_path, Source({}), SPEC).write("part", {name: tensor})
+        Writer(AUTOAWQ, tmp_path, Source({}), SPEC).write("part", {name: tensor})
 
 
 def raw_folder(folder, arrays, **quantization):
@@ -215,7 +204,7 @@ def raw_folder(folder, arrays, **quantization):
 
 def test_a_folder_of_an_old_autoawq_is_read(tmp_path):
     w = round_to_nearest(weight(), SPEC)
-    hf_folder(tmp_path, {"model.safetensors": {f"m.{n}": a for n, a in to_autoawq(w).items()}})
+    hf_folder(tmp_path, {"model.safetensors": {f"m.{n}": a for n, a in to_parts(AUTOAWQ, w).items()}})
     old = {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}
     (tmp_path / "quant_config.json").write_text(json.dumps(old))
     assert_same(open_checkpoint(tmp_path).read("m.weight"), w)
@@ -224,21 +213,21 @@ def test_a_folder_of_an_old_autoawq_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("quantization", "says"),
     [
-        ({"version": "gemv"}, "layout 'gemv'"),
+        ({"version": "marlin"}, "layout 'marlin'"),
         ({"bits": 8}, "in 8 bits"),
-        ({"quant_method": "gptq"}, "by gptq in 4 bits"),
+        ({"quant_method": "hqq"}, "by hqq in 4 bits"),
         ({"group_size": 48}, "group_size=48"),
         ({"group_size": 64}, r"group_size=64, which needs qzeros \(1, 2\) and scales \(1, 16\)"),
     ],
 )
 def test_a_folder_quantized_otherwise_is_refused(tmp_path, quantization, says):
-    raw_folder(tmp_path, to_autoawq(round_to_nearest(weight(), SPEC)), **quantization)
+    raw_folder(tmp_path, to_parts(AUTOAWQ, round_to_nearest(weight(), SPEC)), **quantization)
     with pytest.raises(InputError, match=says):
         open_checkpoint(tmp_path)
 
 
 def test_a_weight_without_its_scales_is_named(tmp_path):
-    arrays = to_autoawq(round_to_nearest(weight(), SPEC))
+    arrays = to_parts(AUTOAWQ, round_to_nearest(weight(), SPEC))
     del arrays["scales"]
     raw_folder(tmp_path, arrays)
     with pytest.raises(InputError, match=r"m\.qweight but no m\.scales"):

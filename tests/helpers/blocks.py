@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from loose import loose
-from tiny import hf_config, random_params
+from tiny import config_of, hf_config, random_params
 from zoo import (
     HEADS,
     KV_HEADS,
@@ -33,15 +33,15 @@ from zoo import (
     rms,
 )
 
-from awq_jax.models.llama import Config, Llama
+from awq_jax.models.decoder import Decoder
 
 INPUT = np.random.default_rng(3).normal(size=(2, 6, WIDTH)).astype(np.float32)
 
 
 def own_llama(layers: int = 4) -> Model:
-    config = Config.from_hf(hf_config(num_hidden_layers=layers))
+    config = config_of(hf_config(num_hidden_layers=layers))
     params = random_params(config)
-    return Model(lambda p, tokens: Llama(config).apply({"params": p}, tokens), params, (TOKENS,))
+    return Model(lambda p, tokens: Decoder(config).apply({"params": p}, tokens), params, (TOKENS,))
 
 
 class Block(nn.Module):

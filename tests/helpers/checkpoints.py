@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from vocabularies import byte_level
 
 from awq_jax.commands.demo import evaluation_text
-from awq_jax.models import llama
+from awq_jax.models import for_config
 
 VOCAB = 320
 TEMPLATE = (
@@ -56,8 +56,9 @@ def config(**changes: Any) -> dict[str, Any]:
 
 def tensors(hf: Mapping[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
     """Random weights by Hugging Face name, float32."""
-    params = random_params(llama.Config.from_hf(hf), seed)
-    found = {name: np.array(w) for name, w in sorted(llama.to_names(params).items())}
+    family = for_config(hf)
+    params = random_params(family.config(hf), seed)
+    found = {name: np.array(w) for name, w in sorted(family.to_names(params).items())}
     for name, w in found.items():
         if name.endswith("layernorm.weight"):
             w[OUTLIERS] *= 8

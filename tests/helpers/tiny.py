@@ -8,7 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from awq_jax.models.llama import Config, Llama
+from awq_jax.models import for_config
+from awq_jax.models.decoder import Decoder
+from awq_jax.models.families.llama import LLAMA
+from awq_jax.models.layer import Config
 
 BASE = {
     "architectures": ["LlamaForCausalLM"],
@@ -52,9 +55,14 @@ def hf_config(case: str = "grouped heads", **changes: Any) -> dict[str, Any]:
     return {k: v for k, v in (BASE | CHANGES[case] | changes).items() if v is not None}
 
 
+def config_of(hf: dict[str, Any], dtype: Any = jnp.float32) -> Config:
+    family = for_config(hf) if hf.get("architectures") else LLAMA
+    return family.config(hf, dtype)
+
+
 def random_params(config: Config, seed: int = 0) -> dict[str, Any]:
     """Params drawn so that attention and biases matter, unlike those of an initialiser."""
-    shapes = jax.eval_shape(Llama(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    shapes = jax.eval_shape(Decoder(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     rng = np.random.default_rng(seed)
 
     def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:

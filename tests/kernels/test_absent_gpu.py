@@ -18,8 +18,10 @@ from jax.sharding import PartitionSpec as P
 
 from awq_jax.kernels import grouped_int4_matmul, int4_matmul, shared_int4_matmul
 from awq_jax.kernels.triton import matmul as triton
+from awq_jax.models.decoder import Decoder
 from awq_jax.models.generate import _generate
-from awq_jax.models.llama import Config, Llama
+from awq_jax.models.layer import Config, Layer
+from awq_jax.models.rope import Rope
 from awq_jax.transforms.tune import program
 from awq_jax.weights.spec import QuantSpec
 from awq_jax.weights.tensor import SCALE_DTYPE, in_int4, in_rows, in_tiles, prepare, round_to_nearest, with_input_scale
@@ -241,12 +243,11 @@ def test_greedy_decoding_copies_no_weight_and_runs_within_command_buffers(monkey
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     from thunks import launches_in_the_loop
 
-    config = Config(
-        vocab=512, width=1024, mlp_width=2048, layers=2, heads=8, kv_heads=2, head_dim=128, dtype=jnp.bfloat16
-    )
+    layer = Layer(width=1024, heads=8, kv_heads=2, head_dim=128, mlp_width=2048, rope=Rope(128))
+    config = Config(vocab=512, layers=(layer, layer), dtype=jnp.bfloat16)
 
     def initial():
-        params = Llama(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+        params = Decoder(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
         pack = lambda path, leaf: (
             round_to_nearest(leaf, QuantSpec(), steps=SCALE_DTYPE) if path[-1].key == "kernel" else leaf
         )
@@ -263,8 +264,8 @@ def test_greedy_decoding_copies_no_weight_and_runs_within_command_buffers(monkey
     assert text.count(" custom-call(") == per_step + prefill
     assert not re.search(r"= s16\[\S+ (copy|dynamic-slice|fusion)\(", text)
     # Of gate and up of 40 rows, a float32 for each half of K.
-    parts = 2 * 2 * 40 * config.mlp_width * 4
-    assert temporary(compiled) - parts < config.width * config.mlp_width // 2, "as much as a packed weight"
+    parts = 2 * 2 * 40 * layer.mlp_width * 4
+    assert temporary(compiled) - parts < layer.width * layer.mlp_width // 2, "as much as a packed weight"
     (listing,) = tmp_path.glob("*run*thunk_sequence_after_thunk_passes.txt")
     kernels = [holder for holder, kind in launches_in_the_loop(listing.read_text()) if kind == "kCustomCall"]
     assert kernels == ["" if LEGACY else "kCommandBuffer"] * per_step

@@ -13,8 +13,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from awq_jax.commands import doctor
-from awq_jax.formats.autoawq import to_autoawq
+from awq_jax.formats.codecs import AUTOAWQ
 from awq_jax.formats.orbax import load_params, save_params
+from awq_jax.formats.quantized_writer import to_parts
 from awq_jax.kernels import INT4, int4_matmul, target
 from awq_jax.kernels.triton import launch
 from awq_jax.tracing.view import View
@@ -76,7 +77,7 @@ def test_a_layout_survives():
 
 def test_files_hold_words(tmp_path):
     w = round_to_nearest(normal(128, 16), QuantSpec(4, 64))
-    jax.tree.map(np.testing.assert_array_equal, to_autoawq(in_int4(w), "w"), to_autoawq(w, "w"))
+    jax.tree.map(np.testing.assert_array_equal, to_parts(AUTOAWQ, in_int4(w), "w"), to_parts(AUTOAWQ, w, "w"))
     save_params(tmp_path / "saved", {"w": in_int4(w), "b": np.zeros(1)})
     same(jax.tree.map(np.asarray, load_params(tmp_path / "saved")["w"]), jax.tree.map(np.asarray, w))
 

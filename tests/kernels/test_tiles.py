@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from awq_jax.formats.autoawq import to_autoawq
+from awq_jax.formats.codecs import AUTOAWQ
+from awq_jax.formats.quantized_writer import to_parts
 from awq_jax.kernels import TILES
 from awq_jax.tracing.view import View
 from awq_jax.weights.spec import QuantSpec
@@ -80,7 +81,7 @@ def test_prepare_takes_the_four_bit_weights_of_a_pytree():
 
 def test_files_do_not_know_of_tiles():
     w = round_to_nearest(normal(128, 16), QuantSpec(4, 64))
-    jax.tree.map(np.testing.assert_array_equal, to_autoawq(in_tiles(w), "w"), to_autoawq(w, "w"))
+    jax.tree.map(np.testing.assert_array_equal, to_parts(AUTOAWQ, in_tiles(w), "w"), to_parts(AUTOAWQ, w, "w"))
 
 
 @pytest.mark.parametrize(("dtype", "magic", "bias"), [(ml_dtypes.bfloat16, 0x4300, 128), (np.float16, 0x6400, 1024)])

@@ -15,13 +15,12 @@ from vocabularies import byte_level
 
 from awq_jax.errors import InputError
 from awq_jax.formats.gguf.tokenizer import gguf_tokenizer
-from awq_jax.models import llama
+from awq_jax.models.families.llama import LLAMA
 from awq_jax.models.generate import Sampling, Speed, draw, generate, stream
-from awq_jax.models.llama import Config
 from awq_jax.models.pieces import pieces
 from awq_jax.pipeline.load import Model
 
-CONFIG = Config.from_hf(hf_config(num_hidden_layers=1, vocab_size=90, max_position_embeddings=100))
+CONFIG = LLAMA.config(hf_config(num_hidden_layers=1, vocab_size=90, max_position_embeddings=100))
 PARAMS = random_params(CONFIG)
 WARM = {"temperature": 1.5, "top_p": 0.7, "key": jax.random.key(3)}
 
@@ -84,14 +83,14 @@ def test_numbers_out_of_range_are_refused_before_the_first_token(options, says):
     ],
 )
 def test_tokens_of_another_shape_or_type_are_refused(tokens, says):
-    model = Model(llama, CONFIG, PARAMS, tokenizer())
+    model = Model(LLAMA, CONFIG, PARAMS, tokenizer())
     with pytest.raises(InputError, match=says):
         model.stream(tokens)
     assert "".join(model.stream([5, 6], max_new_tokens=1)) == model.generate(np.array([5, 6]), max_new_tokens=1)
 
 
 def test_a_batch_of_another_shape_or_type_is_refused():
-    model = Model(llama, CONFIG, PARAMS, tokenizer())
+    model = Model(LLAMA, CONFIG, PARAMS, tokenizer())
     with pytest.raises(InputError, match=r"tokens have shape \(2,\): give \[batch, length\]"):
         model.logits(np.array([5, 6]))
     for call in (model.logits, lambda tokens: generate(CONFIG, PARAMS, tokens, max_new_tokens=1)):
@@ -168,10 +167,10 @@ def test_logits_that_are_no_numbers_are_told_instead_of_a_token():
         with pytest.raises(InputError, match="token 5: the model's logits are NaN or infinite"):
             next(stream(CONFIG, broken, tokens, max_new_tokens=4, **how))
     with pytest.raises(InputError, match="calib='self': the model's logits are NaN or infinite"):
-        Model(llama, CONFIG, broken, tokenizer()).sample(2, 3)
+        Model(LLAMA, CONFIG, broken, tokenizer()).sample(2, 3)
 
 
 @pytest.mark.parametrize("seed", [2**63, -(2**63) - 1, 10**30])
 def test_a_seed_of_more_than_64_bits_is_refused(seed):
     with pytest.raises(InputError, match=f"seed={seed}: give a number of 64 bits"):
-        Model(llama, CONFIG, PARAMS, tokenizer()).stream("a", seed=seed)
+        Model(LLAMA, CONFIG, PARAMS, tokenizer()).stream("a", seed=seed)

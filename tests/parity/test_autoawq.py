@@ -7,8 +7,9 @@ from folders import Source
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from awq_jax.formats.autoawq import Writer
 from awq_jax.formats.checkpoint import open_checkpoint
+from awq_jax.formats.codecs import AUTOAWQ
+from awq_jax.formats.quantized_writer import Writer
 from awq_jax.weights.spec import QuantSpec
 from awq_jax.weights.tensor import round_to_nearest
 
@@ -40,7 +41,7 @@ def test_an_independent_reader_finds_the_same_weights_to_the_bit(tmp_path, group
         f"model.layers.{i}.up_proj": rng.normal(size=(256, 8 * n)).astype(np.float32) for i, n in ((0, 3), (1, 9))
     }
     quantized = {name: round_to_nearest(w, spec) for name, w in weights.items()}
-    writer = Writer(tmp_path, Source({"model_type": "llama"}), spec)
+    writer = Writer(AUTOAWQ, tmp_path, Source({"model_type": "llama"}), spec)
     writer.write("outer", {"model.norm.weight": np.ones(4, np.float32)})
     writer.write("layers", {f"{name}.weight": w for name, w in quantized.items()})
     writer.finish()
@@ -56,7 +57,7 @@ def test_an_independent_reader_finds_the_same_weights_to_the_bit(tmp_path, group
 
 
 def test_transformers_understands_the_config(tmp_path):
-    writer = Writer(tmp_path, Source({"model_type": "llama", "dtype": "bfloat16"}), QuantSpec(4, 64))
+    writer = Writer(AUTOAWQ, tmp_path, Source({"model_type": "llama", "dtype": "bfloat16"}), QuantSpec(4, 64))
     writer.write("outer", {"model.norm.weight": np.ones(4, np.float32)})
     writer.finish()
     config = AutoConfig.from_pretrained(tmp_path)

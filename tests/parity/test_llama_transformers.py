@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from tiny import CHANGES, hf_config, random_tokens
+from tiny import CHANGES, config_of, hf_config, random_tokens
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from awq_jax.models import for_config, llama
+from awq_jax.models import for_config
+from awq_jax.models.decoder import Decoder
 from awq_jax.models.generate import generate
 
 LENGTH = 200
@@ -22,8 +23,9 @@ def pair(case, model_class=LlamaForCausalLM, config_class=LlamaConfig, **changes
             spread = 2 * w.shape[1] ** -0.5 if w.ndim == 2 and "embed" not in name else 0.2
             w.copy_(torch.randn_like(w) * spread + (1 if "norm" in name else 0))
     tensors = theirs.state_dict()
-    config = llama.Config.from_hf(hf)
-    return theirs, config, llama.load(lambda name: tensors[name].numpy(), config)
+    family = for_config(hf)
+    config = family.config(hf)
+    return theirs, config, family.load(lambda name: tensors[name].numpy(), config)
 
 
 def difference(theirs, config, params):
@@ -31,7 +33,7 @@ def difference(theirs, config, params):
     with torch.no_grad():
         expected = theirs(torch.from_numpy(tokens).long()).logits.numpy()
     assert expected.std() > 0.5
-    return np.abs(llama.Llama(config).apply({"params": params}, tokens) - expected).max()
+    return np.abs(Decoder(config).apply({"params": params}, tokens) - expected).max()
 
 
 @pytest.mark.parametrize("case", CHANGES)
@@ -54,7 +56,7 @@ def test_logits_of_a_mistral_without_a_window():
 def test_a_config_that_transformers_has_written_is_read_alike(case):
     hf = hf_config(case)
     written = LlamaConfig(**hf).to_diff_dict()
-    assert for_config(written).Config.from_hf(written) == llama.Config.from_hf(hf)
+    assert config_of(written) == config_of(hf)
 
 
 def their_greedy(theirs, tokens, count, eos=None):

@@ -13,7 +13,7 @@ import awq_jax as awq
 from awq_jax.errors import InputError
 from awq_jax.formats.checkpoint import Checkpoint, open_checkpoint
 from awq_jax.formats.stored import StoredTensor
-from awq_jax.models import llama
+from awq_jax.models.families.llama import LLAMA
 from awq_jax.pipeline.agreement import check_params
 from awq_jax.pipeline.load import architecture
 from awq_jax.weights.spec import QuantSpec
@@ -63,7 +63,11 @@ DISAGREEING = {
     "norms of q and k": (more(f"{LAYER}self_attn.q_norm.weight"), {}, "nothing reads 1 .*another architecture"),
     "fewer layers": (lambda w: w, {"num_hidden_layers": 1}, "counts 1 layers .*, the weights have 2"),
     "more layers": (lambda w: w, {"num_hidden_layers": 3}, "counts 3 layers .*, the weights have 2"),
-    "far more layers": (lambda w: w, {"num_hidden_layers": 16_777_216}, "counts 16777216 layers"),
+    "far more layers": (
+        lambda w: w,
+        {"num_hidden_layers": 16_777_216},
+        "num_hidden_layers=16777216: expected a whole number from 1 to 10000",
+    ),
     "torch.compile": (renamed("_orig_mod."), {}, "has no tensor model.embed_tokens.weight .* from within a wrapper"),
     "PEFT": (renamed("base_model.model."), {}, "near it: base_model.model.model.embed_tokens.weight.* save_pretrained"),
     "data parallel": (renamed("module."), {}, "from within a wrapper"),
@@ -118,19 +122,19 @@ def test_quantized_matrices_may_stand_beside_dense_ones(weights):
 
 
 def test_params_of_our_own_folders_too(weights):
-    hf = llama.Config.from_hf(config())
-    params = llama.load(weights.__getitem__, hf)
-    check_params(Path("m"), params, llama, hf)
+    hf = LLAMA.config(config())
+    params = LLAMA.load(weights.__getitem__, hf)
+    check_params(Path("m"), params, hf)
     for damage, says in (
         (lambda p: p["layers_0"]["attn"].pop("o"), "no tensor layers_0/attn/o/kernel"),
         (lambda p: p["layers_0"]["attn"]["q"].update(bias=np.zeros(64)), r"nothing reads 1 \(layers_0/attn/q/bias\)"),
         (lambda p: p["norm"].update(scale=np.zeros(65)), r"norm/scale has shape \(65,\), the config asks for \(64,\)"),
         (lambda p: p.pop("layers_1"), "counts 2 layers .*, the weights have 1"),
     ):
-        broken = llama.load(weights.__getitem__, hf)
+        broken = LLAMA.load(weights.__getitem__, hf)
         damage(broken)
         with pytest.raises(InputError, match=says):
-            check_params(Path("m"), broken, llama, hf)
+            check_params(Path("m"), broken, hf)
 
 
 def test_every_command_says_so(tmp_path):

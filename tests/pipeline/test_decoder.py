@@ -1,22 +1,20 @@
 """Streaming a decoder: what is written and reported, in which dtype it is calibrated, how often it compiles."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from compilations import compilations
 from quick import quick_compilation
-from tiny import hf_config, random_params
+from tiny import config_of, hf_config, random_params
 
-from awq_jax.models import llama
+from awq_jax.models.decoder import hidden
 from awq_jax.pipeline.decoder import as_function, stream_decoder
 from awq_jax.transforms.recipe import Recipe
 from awq_jax.transforms.stream import Lazy
 from awq_jax.weights.tensor import is_quantized
 
-RECIPE = Recipe(group_size=32, fold=True)
+RECIPE = Recipe(group_size=32, scales="both")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -26,7 +24,7 @@ def quickly():
 
 
 def decoder(layers=2, **factors):
-    config = dataclasses.replace(llama.Config.from_hf(hf_config()), layers=layers)
+    config = config_of(hf_config(num_hidden_layers=layers))
     params = random_params(config)
     for name, factor in factors.items():
         params["layers_0"]["mlp"][name]["kernel"] *= np.float32(factor)
@@ -39,7 +37,7 @@ def tokens_of(config):
 
 def streamed(config, params, **options):
     written = {}
-    done = stream_decoder(llama, config, params, tokens_of(config), RECIPE, written.__setitem__, **options)
+    done = stream_decoder(config, params, tokens_of(config), RECIPE, written.__setitem__, **options)
     return written, done
 
 
@@ -100,10 +98,10 @@ def test_of_the_embedding_only_the_rows_that_tokens_name_are_read():
     asked, embedding = [], params["embed"]["embedding"]
     lazy = Lazy(embedding.shape, embedding.dtype, lambda index: asked.append(index) or np.asarray(embedding)[index])
     tokens = np.array([[5, 90, 5], [7, 90, 7]], np.int32)
-    fn, given, named = as_function(llama, config, params | {"embed": {"embedding": lazy}}, tokens)
+    fn, given, named = as_function(config, params | {"embed": {"embedding": lazy}}, tokens)
     rows = given["embed"]["embedding"]
     assert rows.shape == (3, config.width)
     np.testing.assert_array_equal(rows[...], embedding[np.array([5, 7, 90])])
     assert [list(index) for index in asked] == [[5, 7, 90]]
     read = given | {"embed": {"embedding": rows[...]}}
-    np.testing.assert_array_equal(fn(read, jnp.asarray(named)), llama.hidden(config, params, jnp.asarray(tokens)))
+    np.testing.assert_array_equal(fn(read, jnp.asarray(named)), hidden(config, params, jnp.asarray(tokens)))

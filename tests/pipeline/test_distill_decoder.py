@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 from checkpoints import tiny_folder
 from commands import run
-from tiny import hf_config, random_params
+from tiny import config_of, hf_config, random_params
 
 import awq_jax as awq
 from awq_jax import memory
 from awq_jax.compat import adam
 from awq_jax.memory import to_be_read
-from awq_jax.models import llama
 from awq_jax.pipeline.calibration_text import calibration_tokens
 from awq_jax.pipeline.distill_decoder import logits, nbytes, shuffled, together
 from awq_jax.transforms.distill import _step, kl_of_logits
@@ -49,7 +48,7 @@ def test_the_command_distills(folder, tmp_path, options):
 
 
 def test_what_it_takes_is_told_before_any_work(tmp_path, monkeypatch):
-    config = llama.Config.from_hf(hf_config(num_hidden_layers=4))
+    config = config_of(hf_config(num_hidden_layers=4))
     params, tokens = random_params(config), jnp.zeros((8, 128), jnp.int32)
     shapes = jax.eval_shape(lambda: params)
     dense = {"outer": {k: params[k] for k in ("embed", "norm", "head")}}
@@ -59,11 +58,11 @@ def test_what_it_takes_is_told_before_any_work(tmp_path, monkeypatch):
     factors = jax.tree.map(
         lambda w: jnp.zeros(w.scales.shape) if is_quantized(w) else None, small, is_leaf=is_quantized
     )
-    optimizer, run = adam(1e-3), logits(llama, config)
+    optimizer, run = adam(1e-3), logits(config)
     step = jax.jit(functools.partial(_step, run, optimizer, kl_of_logits))
     lowered = step.lower(dense, small, factors, optimizer.init(factors), (tokens,))
     taken = lowered.compile().memory_analysis().temp_size_in_bytes
-    found = nbytes(llama, config, shapes, 8, 128)
+    found = nbytes(config, shapes, 8, 128)
     beside = found - 2 * to_be_read(jax.eval_shape(lambda: dense["layers"])) - to_be_read(shapes["embed"])
     assert 0.5 < beside / taken < 2, (beside, taken)
     monkeypatch.setattr(memory, "free_memory", lambda: found // 100)

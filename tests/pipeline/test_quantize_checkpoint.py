@@ -14,17 +14,18 @@ import numpy as np
 import pytest
 from checkpoints import TEMPLATE, config, tensors, tiny_folder, tiny_gguf, tokenizer
 from safetensors.numpy import load_file
-from tiny import random_tokens
+from tiny import config_of, random_tokens
 
 import awq_jax as awq
 from awq_jax import Recipe, Rule
 from awq_jax.errors import InputError
 from awq_jax.formats.checkpoint import open_checkpoint
 from awq_jax.formats.written import written_whole
+from awq_jax.models.decoder import Decoder
 from awq_jax.models.inputs import without_rows
-from awq_jax.models.llama import Config, Llama
 from awq_jax.pipeline.decoder import lazy_params, stream_decoder
-from awq_jax.pipeline.quantize_checkpoint import computed_in, fitted, halved
+from awq_jax.pipeline.outputs import fitted, halved
+from awq_jax.pipeline.quantize_checkpoint import computed_in
 from awq_jax.search import Grid, no_clip, to_nearest
 from awq_jax.transforms.quantize import fold_scales, plan
 from awq_jax.weights.paths import named_leaves
@@ -73,7 +74,7 @@ def unquantized(params):
 
 
 def logits(config, params, tokens):
-    return np.asarray(Llama(config).apply({"params": params}, tokens))
+    return np.asarray(Decoder(config).apply({"params": params}, tokens))
 
 
 def assert_close(found, expected, tolerance):
@@ -115,10 +116,10 @@ def test_the_folded_model_is_the_model(dense):
         return fold_scales(params, calibration, recipe, plan(calibration, recipe))[0], ()
 
     big, layers = awq.load(dense), {}
-    params = lazy_params(open_checkpoint(dense), big.module, big.config, wide=True)
+    params = lazy_params(open_checkpoint(dense), big.family, big.config, wide=True)
     text = random_tokens(big.config, batch=4, length=128, seed=2)
-    recipe = replace(QUICK, fold=True, input_scales=False)
-    stream_decoder(big.module, big.config, params, text, recipe, layers.__setitem__, solve=only)
+    recipe = replace(QUICK, scales="folded")
+    stream_decoder(big.config, params, text, recipe, layers.__setitem__, solve=only)
     assert layers.keys() == {"layers_0", "layers_1"}
     tokens = random_tokens(big.config, batch=2, length=64)
     assert_close(logits(big.config, big.params | layers, tokens), logits(big.config, big.params, tokens), 2e-5)
@@ -400,7 +401,7 @@ def test_generation_answers_chats_and_continues_raw_text(dense):
 
 
 def test_the_config_of_a_folder_is_that_of_the_model(made, dense):
-    assert awq.load(made("awq").path).config == awq.load(dense).config == Config.from_hf(config())
+    assert awq.load(made("awq").path).config == awq.load(dense).config == config_of(config())
 
 
 def test_where_the_recipe_names_none_the_largest_group_that_divides_all_widths_is_taken(root, dense):
@@ -423,7 +424,7 @@ def test_where_the_recipe_names_none_the_largest_group_that_divides_all_widths_i
 )
 def test_the_group_that_fits(widths, rules, format, group):
     shapes = {f"s{k}": (i, 8) for k, i in enumerate(widths)}
-    recipe, why = fitted(Recipe(rules=rules), shapes, format)
+    recipe, why = fitted(Recipe(rules=rules), shapes, [format])
     assert recipe.group_size == group
     assert why.startswith(f"Groups of {group}")
 
@@ -438,4 +439,4 @@ def test_tokens_that_the_embedding_has_no_rows_for_are_told():
 def test_no_group_fits():
     says = r"No group size of 128, 64, 32 divides all widths \(48, 64\).*format='orbax', which pads"
     with pytest.raises(InputError, match=says):
-        fitted(Recipe(), {"a": (48, 8), "b": (64, 8)}, "awq")
+        fitted(Recipe(), {"a": (48, 8), "b": (64, 8)}, ["awq"])

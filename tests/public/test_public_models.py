@@ -257,7 +257,7 @@ def output_error(quantized, params, dense, model) -> float:
     return float(off.sum() / whole.sum()) ** 0.5
 
 
-FOLDED = awq.Recipe(scale=Grid((0.0, 0.5)), clip=no_clip, rounding=to_nearest, fold=True, input_scales=False)
+FOLDED = awq.Recipe(scale=Grid((0.0, 0.5)), clip=no_clip, rounding=to_nearest, scales="folded")
 
 
 @EVERY

@@ -21,7 +21,7 @@ from awq_jax.transforms.quantize import FAINT, relative
 from awq_jax.weights.tensor import half_step, round_to_nearest, rounded_step, step_dtype
 
 RECIPES = {"nearest": dataclasses.replace(PRESETS["rtn"], group_size=32), "default": Recipe(group_size=32)}
-HALF = {name: dataclasses.replace(recipe, input_scales=False) for name, recipe in RECIPES.items()}
+HALF = {name: dataclasses.replace(recipe, scales="none") for name, recipe in RECIPES.items()}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -122,7 +122,7 @@ def test_one_group_is_quantized_at_a_time():
     x = rng.normal(size=(50, 64)).astype("f4")
     params = {k: rng.normal(size=(64, 32)).astype("f4") for k in "abc"}
     fn = lambda p, x: (x @ p["a"], x @ p["b"], jnp.tanh(2 * x) @ p["c"])
-    recipe = awq.Recipe(group_size=32, fold=True)
+    recipe = awq.Recipe(group_size=32, scales="both")
     calibration = awq.calibrate(fn, params, [(x,)])
     found = {group.sites: (group, p) for group, p in quantized_alone(params, calibration, recipe)}
     assert set(found) == {("a", "b"), ("c",)}

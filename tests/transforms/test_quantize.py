@@ -82,9 +82,9 @@ def nearest_in_numpy(model):
     ("build", "recipe"),
     [
         (square_llama, G32),
-        (square_llama, dataclasses.replace(CHEAP, fold=True)),
+        (square_llama, dataclasses.replace(CHEAP, scales="both")),
         (square_llama_scanned, CHEAP),
-        (square_llama_scanned, dataclasses.replace(CHEAP, fold=True)),
+        (square_llama_scanned, dataclasses.replace(CHEAP, scales="both")),
     ],
     ids=["unrolled", "unrolled, folded", "scanned", "scanned, folded"],
 )
@@ -103,9 +103,9 @@ def test_a_decoder_is_nearer_than_rounded_to_nearest(build, recipe):
     assert {r.name for r in report} == set(calibration.traced.sites) - {"head"}
     assert [(r.name, r.note) for r in left] == [("embed", "left dense: not a matmul's: gather")]
     leaves, before = named_leaves(qparams), named_leaves(model.params)
-    assert all((leaves[r.name].input_scale is None) == recipe.fold for r in report)
+    assert all((leaves[r.name].input_scale is None) == recipe.folds for r in report)
     moved = {name for name in leaves if name.endswith("norm") and (leaves[name] != before[name]).any()}
-    assert moved == ({name for name in before if name.endswith("_norm")} if recipe.fold else set())
+    assert moved == ({name for name in before if name.endswith("_norm")} if recipe.folds else set())
 
 
 def mlp(p, x):
@@ -131,7 +131,7 @@ def layers(p, x):
 
 @pytest.mark.parametrize("fold", [False, True], ids=["scale a site", "folded"])
 def test_scanned_layers_are_quantized_like_each_alone(fold):
-    recipe = dataclasses.replace(CHEAP, fold=fold)
+    recipe = dataclasses.replace(CHEAP, scales="both" if fold else "beside")
     stack = jax.tree.map(lambda w: np.stack([w, w[::-1]]), MLP)
     found, report = quantize(stack, calibrate(layers, stack, [(HIDDEN,)], block=None), recipe)
     x = HIDDEN
@@ -211,8 +211,8 @@ def test_a_recipe_takes_functions_only():
         Recipe(scale="grid")
 
 
-def planned(*rules, fold=False):
-    return plan(mlp_calibration(), Recipe(rules=rules, fold=fold))
+def planned(*rules):
+    return plan(mlp_calibration(), Recipe(rules=rules))
 
 
 def test_rules_skip_and_change_and_the_last_wins():
@@ -301,12 +301,6 @@ NOT_FOLDED = {
         (),
         {"a": "its sites read different channels", "b": "its sites read different channels"},
     ),
-    "experts": (
-        lambda p, x: jnp.einsum("eti,eio->eto", jnp.broadcast_to(zoo.rms(x, p["norm"]), (2, *x.shape)), p["a"]),
-        {"norm": np.ones(32, np.float32), "a": np.ones((2, 32, 4), np.float32)},
-        (),
-        {"a": "batched experts"},
-    ),
     "nothing before": (lambda p, x: x @ p["a"], {"a": np.eye(32, dtype=np.float32)}, (), {"a": "no op before"}),
 }
 
@@ -315,7 +309,7 @@ NOT_FOLDED = {
 def test_what_is_not_folded_says_why(name):
     fn, params, rules, notes = NOT_FOLDED[name]
     calibration = calibrate(fn, params, [(HIDDEN[:, :32],)])
-    found = plan(calibration, dataclasses.replace(PLAIN, fold=True, rules=rules))
+    found = plan(calibration, dataclasses.replace(PLAIN, scales="both", rules=rules))
     assert found.folds == ()
     assert found.notes.keys() == notes.keys()
     assert all(found.notes[site].startswith(f"not folded: {why}") for site, why in notes.items())
@@ -325,14 +319,14 @@ def test_a_site_that_cannot_be_folded_keeps_its_scale_beside():
     fn = lambda p, x: (zoo.rms(x, p["norm"]) @ p["a"], jnp.abs(x) @ p["b"])
     params = {"norm": MLP["norm"], "a": MLP["up"], "b": MLP["down"]}
     calibration = calibrate(fn, params, [(HIDDEN,)], block=None)
-    folded = dataclasses.replace(CHEAP, fold=True)
+    folded = dataclasses.replace(CHEAP, scales="both")
     qparams, _ = quantize(params, calibration, folded)
     alone, _ = quantize(params, calibration, CHEAP)
     assert qparams["a"].input_scale is None
     assert (qparams["b"].input_scale != 1).any()
     np.testing.assert_array_equal(qparams["b"].dequantize(), alone["b"].dequantize())
     for fold in (False, True):
-        bare, _ = quantize(params, calibration, dataclasses.replace(CHEAP, fold=fold, input_scales=False))
+        bare, _ = quantize(params, calibration, dataclasses.replace(CHEAP, scales="folded" if fold else "none"))
         assert bare["a"].input_scale is None
         assert bare["b"].input_scale is None
         assert (bare["norm"] != params["norm"]).any() == fold
@@ -340,7 +334,7 @@ def test_a_site_that_cannot_be_folded_keeps_its_scale_beside():
 
 def test_a_site_that_cannot_be_folded_is_quantized_all_the_same():
     _, params, _, calibration = one_site()
-    qparams, (report,) = quantize(params, calibration, dataclasses.replace(PLAIN, fold=True))
+    qparams, (report,) = quantize(params, calibration, dataclasses.replace(PLAIN, scales="both"))
     assert report.note.startswith("not folded")
     np.testing.assert_allclose(qparams["w"].dequantize(), reference.nearest(params["w"], QuantSpec(4, 32)), atol=1e-6)
 
@@ -348,7 +342,7 @@ def test_a_site_that_cannot_be_folded_is_quantized_all_the_same():
 def test_a_fold_with_a_skipped_site_scales_it_too():
     fn = lambda p, x: (zoo.rms(x, p["norm"]) @ p["a"], zoo.rms(x, p["norm"]) @ p["b"])
     params = {"norm": MLP["norm"], "a": MLP["up"], "b": MLP["down"]}
-    recipe = dataclasses.replace(CHEAP, fold=True, rules=(Rule("b", skip=True),))
+    recipe = dataclasses.replace(CHEAP, scales="both", rules=(Rule("b", skip=True),))
     qparams, _ = quantize(params, calibrate(fn, params, [(HIDDEN,)], block=None), recipe)
     factor = params["norm"] / np.asarray(qparams["norm"])
     assert factor.max() > 1.2 * factor.min()
@@ -360,7 +354,7 @@ def test_a_wrong_fold_is_caught(monkeypatch):
     wrong = lambda params, factors, folds: params | {"norm": params["norm"] * 2}
     monkeypatch.setattr(sys.modules["awq_jax.transforms.folding"], "fold", wrong)
     with pytest.raises(ValueError, match="into the op before changed the function"):
-        quantize(MLP, mlp_calibration(), dataclasses.replace(CHEAP, fold=True))
+        quantize(MLP, mlp_calibration(), dataclasses.replace(CHEAP, scales="both"))
 
 
 @pytest.mark.parametrize("fold", [False, True])
@@ -368,7 +362,9 @@ def test_weights_that_are_no_numbers_are_named(fold):
     bad = MLP["down"].copy()
     bad[3, 2], bad[5, 1] = np.nan, np.inf
     with pytest.raises(ValueError, match=r"^down: 2 of 4096 weights are NaN or infinite"):
-        quantize(MLP | {"down": bad}, mlp_calibration(), dataclasses.replace(CHEAP, fold=fold))
+        quantize(
+            MLP | {"down": bad}, mlp_calibration(), dataclasses.replace(CHEAP, scales="both" if fold else "beside")
+        )
 
 
 def nothing(w, moments, spec):
@@ -469,7 +465,7 @@ def test_a_tied_embedding_stays_dense_unless_a_rule_names_it():
     "recipe",
     [
         G32,
-        dataclasses.replace(G32, fold=True),
+        dataclasses.replace(G32, scales="both"),
         dataclasses.replace(
             G32, scale=Gradient(iterations=2), clip=LearnedClip(iterations=2), rounding=Signed(iterations=2)
         ),

@@ -245,7 +245,7 @@ def test_a_data_parallel_function_keeps_its_folds(mesh):
     fn = jax.shard_map(norm_and_mlp, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"))
     found, expected = awq.sites(fn, params, inputs(16, WIDTH)), awq.sites(norm_and_mlp, params, inputs(16, WIDTH))
     assert [fold.sites for fold in found.folds] == [fold.sites for fold in expected.folds] == [("up",), ("down",)]
-    qparams, _ = awq.quantize(params, awq.calibrate(fn, params, [(inputs(16, WIDTH),)]), replace(RECIPE, fold=True))
+    qparams, _ = awq.quantize(params, awq.calibrate(fn, params, [(inputs(16, WIDTH),)]), replace(RECIPE, scales="both"))
     assert qparams["up"].input_scale is None
 
 

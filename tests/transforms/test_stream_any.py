@@ -74,7 +74,7 @@ RUNS = {
 @pytest.fixture(scope="module", params=RUNS)
 def run(request):
     # A fold from the encoder's norm to every layer of the decoder is for those who have it all in memory.
-    return Run(RUNS[request.param](), replace(QUICK, fold=request.param != "encoder_decoder"))
+    return Run(RUNS[request.param](), replace(QUICK, scales="beside" if request.param == "encoder_decoder" else "both"))
 
 
 def test_moments_are_those_of_the_whole_function(run):
@@ -248,11 +248,11 @@ def test_folds_are_tried_once_a_program(monkeypatch):
     module = importlib.import_module("awq_jax.transforms.quantize")
     monkeypatch.setattr(module, "check_folds", lambda fn, params, folds, *inputs: tried.append(len(folds)))
     model = own_llama(3)
-    stream(model.fn, model.params, [model.inputs], replace(QUICK, fold=True))
+    stream(model.fn, model.params, [model.inputs], replace(QUICK, scales="both"))
     assert tried == [2, 2, 1]  # attention, MLP, head
     tried.clear()
     skipped = (awq.Rule("layers_0/mlp/(gate|up)", skip=True),)
-    stream(model.fn, model.params, [model.inputs], replace(QUICK, fold=True, rules=skipped))
+    stream(model.fn, model.params, [model.inputs], replace(QUICK, scales="both", rules=skipped))
     assert tried == [2, 1, 2, 1]  # attention, the MLP with down alone, the MLP, head
 
 

@@ -135,6 +135,11 @@ WAYS = {
     "weights first, under vmap": (jax.vmap(lambda p, x: [p["a"] @ x, p["b"] @ x], (None, 0)), (32, WIDTH), (2, WIDTH)),
     "weights turned": (lambda p, x: [jnp.tanh(x @ p["a"].T), x @ p["b"].T], (32, WIDTH), (2, WIDTH)),
     "heads": (lambda p, x: [jnp.einsum("bi,ind->bnd", x, p[n]) for n in "ab"], (WIDTH, 2, 16), (2, WIDTH)),
+    "of other axes each": (
+        lambda p, x: [x @ p["a"], jnp.einsum("bi,ind->bnd", x, p["b"].reshape(WIDTH, 2, 16))],
+        (WIDTH, 32),
+        (2, WIDTH),
+    ),
     "two axes contracted": (lambda p, x: [jnp.tensordot(x, p[n], 2) for n in "ab"], (2, 32, 16), (3, 2, 32)),
     "a constant beside": (
         lambda p, x: [x @ p["a"], x @ jnp.ones((WIDTH, 32), x.dtype), x @ p["b"]],
@@ -185,7 +190,7 @@ def test_statistics_are_those_of_separate_matmuls(one_device, monkeypatch):
     fn = lambda p, x: [x @ p["a"], x @ p["b"], (x + 1) @ p["b"]]
     x, params = normal(3, WIDTH), weights("a", "b")
     q, observed = packed(fn, params, x), with_moments(fn, sites(fn, params, x))
-    assert launches(observed, q, x) == [[WIDTH]] * 3
+    assert launches(observed, q, x) == [[WIDTH] * 2, [WIDTH]]
     together = observed(q, x)
     monkeypatch.setattr(jax, "device_count", lambda: 8)
     jax.tree.map(np.testing.assert_array_equal, together, observed(q, x))

@@ -74,6 +74,8 @@ def test_rules_that_cannot_be_meant_are_refused(arguments, message):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
+        ("scales", "fold", r"scales='fold': choose one of beside, folded, both, none \(did you mean folded\?\)"),
+        ("scales", True, "scales=True: choose one of"),
         ("gram_block", 0, "gram_block=0"),
         ("unclipped", "(", "unclipped='\\(' is not a regular expression"),
         ("rules", ("mlp",), r"rules has 'mlp': give awq\.Rule\('mlp', skip=True\), say"),

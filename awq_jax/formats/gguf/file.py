@@ -22,19 +22,11 @@ from awq_jax.errors import InputError
 from awq_jax.formats.gguf.header import Entry, Header, read_header
 from awq_jax.formats.safetensors import mapped
 from awq_jax.formats.stored import StoredTensor
+from awq_jax.models.family import GGUF, HF
 
-OUTER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+OUTER = ("embed", "norm", "head")
+OUTER_NAMES = {name: HF[module] for module, name in GGUF.items() if module in OUTER}
+LAYER_NAMES = {name: HF[module] for module, name in GGUF.items() if module not in OUTER}
 ROPE_FACTORS = "rope_freqs.weight"
 END_KEYS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
 END_NAMES = {"<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<EOT>"}

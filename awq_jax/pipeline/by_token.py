@@ -1,0 +1,37 @@
+"""What two models predict, token by token, side by side."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+LIKELIEST = 5
+"""Tokens that are compared as the likeliest ones."""
+
+
+class ByToken(NamedTuple):
+    """Of each prediction: in nats the loss of both and KL(reference || model), whether the likeliest token is the same,
+    what share of the `LIKELIEST` is, and the likeliest of both."""
+
+    loss: Float[Array, " t"]
+    reference_loss: Float[Array, " t"]
+    kl: Float[Array, " t"]
+    same: Bool[Array, " t"]
+    shared: Float[Array, " t"]
+    likeliest: Int[Array, " t"]
+    reference_likeliest: Int[Array, " t"]
+
+
+@jax.jit
+def by_token(logits: Float[Array, "t v"], reference: Float[Array, "t v"], targets: Int[Array, " t"]) -> ByToken:
+    """How the logits of a model stand to a reference's, where `targets` are the tokens that came."""
+    found, wanted = (jax.nn.log_softmax(jnp.asarray(x, jnp.float32)) for x in (logits, reference))
+    loss, reference_loss = (-jnp.take_along_axis(x, targets[:, None], -1)[:, 0] for x in (found, wanted))
+    kl = jnp.sum(jnp.exp(wanted) * (wanted - found), -1)
+    few = min(LIKELIEST, logits.shape[-1])
+    (_, mine), (_, theirs) = jax.lax.top_k(found, few), jax.lax.top_k(wanted, few)
+    shared = (mine[:, :, None] == theirs[:, None, :]).any(-1).astype(jnp.float32).mean(-1)
+    return ByToken(loss, reference_loss, kl, mine[:, 0] == theirs[:, 0], shared, mine[:, 0], theirs[:, 0])

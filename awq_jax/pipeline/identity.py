@@ -1,0 +1,39 @@
+"""Which checkpoint a folder holds: a digest of all that decides what it answers, whatever the folder is called."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from awq_jax.errors import reading
+from awq_jax.files import inside, parse_json
+from awq_jax.formats.manifest import MANIFEST, files_of
+from awq_jax.pipeline.quantize_checkpoint import REPORT
+
+BESIDE = {MANIFEST, REPORT, "README.md", ".gitattributes", ".gitignore"}
+"""Files that change no answer."""
+
+
+def digest_of(path: Path) -> str:
+    """A hash of a checkpoint's file, or of all files of its folder."""
+    names = sorted(set(files_of(path)) - BESIDE) if path.is_dir() else [""]
+    whole = hashlib.sha256()
+    for name in names:
+        with (path / name if name else path).open("rb") as opened:
+            whole.update(f"{name} {hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
+    return whole.hexdigest()
+
+
+def sites_of(path: Path) -> list[list[Any]]:
+    """`[name, bits, error, error of rounding to nearest]` of each site, from the report of its quantization if it has
+    one."""
+    file = inside(path, REPORT) if path.is_dir() else None
+    if file is None:
+        return []
+    with reading(f"{file} is no report of awq_jax", "delete it"):
+        return [
+            [str(site["name"]), int(site["spec"]["bits"]), float(site["error"]), float(site["nearest_error"])]
+            for site in parse_json(file)
+            if site["spec"] is not None
+        ]
