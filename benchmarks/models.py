@@ -10,10 +10,10 @@ import json
 import logging
 import os
 import sys
-import time
 import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests/helpers"))
 ROWS = Path(__file__).parent / "results" / "models.jsonl"
@@ -42,36 +42,25 @@ class Row:
     folds: int
     folded: int
     moved: float
-    nearest: float
-    awq: float
-    seconds: float
+    nearest: float | None = None
+    awq: float | None = None
 
     def __str__(self) -> str:
+        quantized = " | ".join("" if e is None else f"{e:.3f}" for e in (self.nearest, self.awq))
         return (
             f"| {self.family} | {self.error:.0e} | {self.found} of {self.linears} | {self.others} | "
-            f"{self.folds} ({self.folded}) | {self.moved:.0e} | {self.nearest:.3f} | {self.awq:.3f} |"
+            f"{self.folds} ({self.folded}) | {self.moved:.0e} | {quantized} |"
         )
 
 
-def row(family: str) -> Row:
-    import jax
-    import numpy as np
+def row(family: str, quantized: bool) -> Row:
     from hf_families import bridged, refolded
 
     import awq_jax as awq
 
-    start = time.perf_counter()
     found = bridged(family)
     traced = awq.sites(found.fn, found.params, *found.inputs)
     linears = found.linears
-    calibration = awq.calibrate(found.fn, found.params, [found.inputs])
-
-    def apart(recipe: awq.Recipe) -> float:
-        params, _ = awq.quantize(found.params, calibration, recipe)
-        logits = np.asarray(jax.jit(awq.quantized(found.fn))(params, *found.inputs))
-        return float(np.linalg.norm(logits - found.want) / np.linalg.norm(found.want))
-
-    nearest = replace(awq.PRESETS["rtn"], group_size=32)
     return Row(
         family,
         found.error,
@@ -81,10 +70,25 @@ def row(family: str) -> Row:
         len(traced.folds),
         len({site for fold in traced.folds for site in fold.sites}),
         found.apart(refolded(found, traced)),
-        apart(nearest),
-        apart(awq.Recipe(group_size=32)),
-        round(time.perf_counter() - start, 1),
+        *(errors(found) if quantized else ()),
     )
+
+
+def errors(found: Any) -> tuple[float, float]:
+    """Of the logits, rounded to nearest and by AWQ in 4 bits and groups of 32."""
+    import jax
+    import numpy as np
+
+    import awq_jax as awq
+
+    calibration = awq.calibrate(found.fn, found.params, [found.inputs])
+
+    def apart(recipe: awq.Recipe) -> float:
+        params, _ = awq.quantize(found.params, calibration, replace(recipe, group_size=32))
+        logits = np.asarray(jax.jit(awq.quantized(found.fn))(params, *found.inputs))
+        return float(np.linalg.norm(logits - found.want) / np.linalg.norm(found.want))
+
+    return apart(awq.PRESETS["rtn"]), apart(awq.Recipe())
 
 
 def table() -> str:
@@ -106,9 +110,10 @@ def main() -> None:
         return
     from hf_families import FAMILIES
 
-    for family in sys.argv[1:] or FAMILIES:
+    names = [name for name in sys.argv[1:] if name != "--quantized"]
+    for family in names or FAMILIES:
         try:
-            found = row(family)
+            found = row(family, "--quantized" in sys.argv)
         except ValueError as e:
             print(f"{family}: {e}", flush=True)
             continue

@@ -21,6 +21,7 @@ from awq_jax.formats.checkpoint import Checkpoint, open_checkpoint
 from awq_jax.formats.servers import Target
 from awq_jax.memory import nbytes_of, size
 from awq_jax.pipeline.agreement import check_params
+from awq_jax.pipeline.bridged import fallback
 from awq_jax.pipeline.load import architecture
 from awq_jax.pipeline.quantize_checkpoint import REPORT
 from awq_jax.pipeline.targets import kernels, target_of
@@ -28,6 +29,8 @@ from awq_jax.weights.spec import QuantSpec
 
 MAIN = re.compile(r"/(kernel|scale|embedding)$")
 """What the name of a layer's main param ends with."""
+LAYER = re.compile(r"\.\d+\.")
+"""The number of a layer or an expert in a name of torch's."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ def inspect(path: str | Path, target: str | None = None) -> Group:
         rows: dict[tuple[str, Stored], list[str]] = {}
         for name in (name for name in found if name in section):
             kind = name.split("/", 1)[1] if name in inside else name
-            rows.setdefault((MAIN.sub("", kind), found[name]), []).append(name)
+            rows.setdefault((MAIN.sub("", LAYER.sub(".*.", kind)), found[name]), []).append(name)
         for (kind, one), names in rows.items():
             known = [errors[n] for n in names if n in errors]
             shown = (f"{sum(known) / len(known):.2%}", f"{max(known):.2%}") if known else ("", "") if errors else ()
@@ -92,7 +95,9 @@ def inspect(path: str | Path, target: str | None = None) -> Group:
 
 
 def params_of(checkpoint: Checkpoint) -> dict[str, Stored]:
-    """The params of a checkpoint by the names that they have here."""
+    """The params of a checkpoint by the names that they have here, or in the file where no model here computes it."""
+    if fallback(checkpoint) is not None:
+        return {name: Stored(t.shape, t.stored_as, t.nbytes, t.spec) for name, t in checkpoint.tensors.items()}
     family, config = architecture(checkpoint)
 
     def found(shape: tuple[int, ...], names: Sequence[str]) -> Stored:
@@ -104,9 +109,12 @@ def params_of(checkpoint: Checkpoint) -> dict[str, Stored]:
 
 def with_kernels(checkpoint: Checkpoint, found: Mapping[str, Stored], target: Target) -> dict[str, Stored]:
     """Params that say what they would run on."""
-    family, config = architecture(checkpoint)
+    fused: list[Any] = []
+    if fallback(checkpoint) is None:
+        family, config = architecture(checkpoint)
+        fused = list(family.fused(config).values())
     weights = {name: (one.shape, one.spec) for name, one in found.items() if one.spec}
-    on = kernels(target, checkpoint.kind, weights, list(family.fused(config).values()))
+    on = kernels(target, checkpoint.kind, weights, fused)
     return {name: replace(one, kernel=on.get(name, "dense")) for name, one in found.items()}
 
 

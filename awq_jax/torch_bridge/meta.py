@@ -16,7 +16,7 @@ def without_weights() -> Iterator[None]:
 
     def register(self: torch.nn.Module, name: str, param: Any) -> None:
         plain(self, name, param)
-        if param is not None:
+        if param is not None and not param.is_meta:  # one that is tied stays the same
             self._parameters[name] = torch.nn.Parameter(param.to("meta"), requires_grad=False)
 
     torch.nn.Module.register_parameter = register

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +43,15 @@ class Pretrained:
         """The model without its head."""
         return getattr(self.model, self.model.base_model_prefix, self.model)
 
+    @cached_property
+    def _transposed(self) -> frozenset[str]:
+        prefix = f"{self.model.base_model_prefix}."
+        found = [name for name, module in self.model.named_modules() if type(module).__name__ == "Conv1D"]
+        return frozenset(f"{name}.weight" for full in found for name in (full, full.removeprefix(prefix)))
+
     def is_transposed(self, name: str) -> bool:
         """Whether a param is a matrix (in, out), as GPT-2's are, in the place of torch's (out, in)."""
-        modules = dict(self.model.named_modules())
-        prefix = f"{self.model.base_model_prefix}."
-        path = name.rpartition(".")[0]
-        module = next((modules[p] for p in (path, prefix + path) if p in modules), None)
-        return type(module).__name__ == "Conv1D"
+        return name in self._transposed
 
     def hidden(self, shape: tuple[int, int]) -> Callable[[Mapping[str, Array], Array], Array]:
         """`(params, tokens) -> hidden states` for tokens of this shape; other shapes are traced when they come."""
@@ -107,5 +110,6 @@ def pretrained(folder: Path) -> Pretrained:
         config._attn_implementation = "eager"
         with without_weights(), no_init_weights():
             model = kind(config).eval()
+            model.tie_weights()
     _, params = stored(model)
     return Pretrained(model, {name: jax.ShapeDtypeStruct(w.shape, w.dtype) for name, w in params.items()})

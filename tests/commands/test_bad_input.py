@@ -92,18 +92,13 @@ def broken_config(m):
 
 
 def another_architecture(m):
-    rewrite(m / "config.json", architectures=["GPT2LMHeadModel"])
-    return r"in: architectures=\['GPT2LMHeadModel'\]: no model here computes that. Supported: LlamaForCausalLM"
+    rewrite(m / "config.json", architectures=["OursForCausalLM"])
+    return r"in: architectures=\['OursForCausalLM'\]: no model here computes that. Supported: LlamaForCausalLM"
 
 
 def no_architecture(m):
     rewrite(m / "config.json", architectures=None)
     return r"in: architectures=\[\]: no model here computes that"
-
-
-def window(m):
-    rewrite(m / "config.json", architectures=["MistralForCausalLM"], sliding_window=4096)
-    return "in: .*Mistral.*sliding_window=4096"
 
 
 def no_width(m):
@@ -170,7 +165,6 @@ def gptq(m):
         broken_config,
         another_architecture,
         no_architecture,
-        window,
         no_width,
         rope,
         activation,

@@ -290,7 +290,7 @@ def tiny(name: str) -> tuple[Any, dict[str, torch.Tensor]]:
     config = transformers.AutoConfig.for_model(name, **fields)
     model = getattr(transformers, KINDS[kind]).from_config(config, dtype=torch.float32, attn_implementation="eager")
     generator = torch.Generator().manual_seed(1)
-    noise = lambda *shape: torch.randn(*shape, generator=generator)
+    noise = lambda *shape: torch.randn(shape, generator=generator)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(noise(*p.shape) * (0.1 if p.ndim == 1 else 0.05))
@@ -331,7 +331,8 @@ class Bridged:
         for name, p in self.model.named_parameters(remove_duplicate=False):
             first.setdefault(id(p), name)
         modules = self.model.named_modules()
-        return {n: first[id(m.weight)] for n, m in modules if type(m).__name__ in ("Linear", "Conv1D")}
+        is_linear = lambda m: isinstance(m, torch.nn.Linear) or type(m).__name__ == "Conv1D"
+        return {n: first[id(m.weight)] for n, m in modules if is_linear(m)}
 
 
 def bridged(name: str) -> Bridged:

@@ -214,3 +214,16 @@ except ValueError as e:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
+
+
+def test_modules_without_weights_keep_their_ties():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(8, 4), nn.Linear(4, 8, bias=False)
+            self.head.weight = self.embed.weight
+
+    with without_weights():
+        module = Tied()
+    assert module.head.weight is module.embed.weight
+    assert module.head.weight.is_meta
