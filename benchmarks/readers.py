@@ -123,9 +123,9 @@ def compare(case: Case, model: Path | None, folder: Path, python: Path, tokens: 
     np.save(given, tokens)
     out.unlink(missing_ok=True)
     program = AROUND.format(case.program)
-    done = subprocess.run(
-        [python, "-c", program, str(at), str(given), str(out), case.dtype], capture_output=True, text=True, check=False
-    )
+    # From elsewhere: transformers takes a folder "kernels" here for another project of that name.
+    command = [python.absolute(), "-c", program, *map(str, (at, given, out)), case.dtype]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
     if done.returncode or not out.exists():
         lines = done.stderr.strip().splitlines() or ["nothing was said"]
         return Row(case.format, case.symmetric, case.reader, None, None, lines[-1][:200])
@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="part of a reader's name")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = args.out or Path(scratch)
+        folder = (args.out or Path(scratch)).absolute()
         folder.mkdir(exist_ok=True)
         tokens = np.random.default_rng(0).integers(2, 300, (2, 24)).astype(np.int32)
         rows = []
