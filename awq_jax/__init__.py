@@ -17,7 +17,6 @@ from awq_jax.formats.orbax import load_params as load_params
 from awq_jax.formats.orbax import save_params as save_params
 from awq_jax.models.linen import QuantizedDense as QuantizedDense
 from awq_jax.pipeline.compare import compare as compare
-from awq_jax.pipeline.convert import Grid as Grid
 from awq_jax.pipeline.convert import convert as convert
 from awq_jax.pipeline.evaluate import evaluate as evaluate
 from awq_jax.pipeline.load import Model as Model

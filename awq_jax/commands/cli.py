@@ -142,12 +142,13 @@ class Convert:
     """Replace what an earlier run wrote at OUT, and nothing else."""
 
     def run(self) -> None:
-        from awq_jax.pipeline.convert import Grid, convert
+        from awq_jax.pipeline.convert import convert
 
-        grid = Grid(self.bits, self.group_size, self.symmetric or None)
-        options: dict[str, Any] = {"requantize": self.requantize, "overwrite": self.overwrite}
+        names = ("bits", "group_size", "requantize", "overwrite")
+        options: dict[str, Any] = {name: getattr(self, name) for name in names}
+        symmetric = self.symmetric or None
         with progress_bar() as progress:
-            done = convert(self.model, self.out, self.to, grid, **options, progress=progress, told=say)
+            done = convert(self.model, self.out, self.to, symmetric=symmetric, **options, progress=progress, told=say)
         say(f"Wrote {done}.")
 
 

@@ -34,20 +34,6 @@ ANEW = "give requantize=True to round it anew, which loses a little, or choose a
 
 
 @dataclass(frozen=True)
-class Grid:
-    """Bits, groups and symmetry that are asked for, None as they are."""
-
-    bits: int | None = None
-    group_size: int | None = None
-    symmetric: bool | None = None
-
-    def of(self, spec: QuantSpec) -> QuantSpec:
-        """What becomes of a spec."""
-        given = {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
-        return replace(spec, **{name: value for name, value in given.items() if value is not None})
-
-
-@dataclass(frozen=True)
 class Undeclared:
     """What a folder takes over from a checkpoint, without what that says of its quantization."""
 
@@ -59,8 +45,10 @@ def convert(
     model: str | Path,
     out: str | Path,
     to: str | Sequence[str],
-    grid: Grid | None = None,
     *,
+    bits: int | None = None,
+    group_size: int | None = None,
+    symmetric: bool | None = None,
     requantize: bool = False,
     overwrite: bool = False,
     progress: Progress = lambda stage, done, total: None,
@@ -75,7 +63,8 @@ def convert(
       model: a folder in any format that `load` reads, quantized.
       out: a new or empty folder, or one that this package wrote, with `overwrite`.
       to: a format or several, as for `quantize_checkpoint`.
-      grid: other bits, groups or symmetry; symmetric weights are declared so without loss where they are.
+      bits, group_size, symmetric: other ones than the weights have; None for theirs. Weights whose zero points are the
+        middle code are declared symmetric without loss.
       requantize: round weights to nearest that the format does not hold as they are.
       told: called with a line on what was done.
 
@@ -87,13 +76,15 @@ def convert(
     Example:
       >>> awq.convert("model-awq", "model-ct", "compressed-tensors")
     """
-    grid, formats = grid or Grid(), formats_of(to)
+    formats = formats_of(to)
+    given = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
+    asked = {name: value for name, value in given.items() if value is not None}
     check_destination(out, overwrite=overwrite, inputs=[model])
     checkpoint = open_checkpoint(model)
     if checkpoint.kind in ("huggingface", "gguf"):
         raise InputError(f"{model} is not quantized in a format that is converted: use quantize.")
     weights = weights_of(checkpoint)
-    plans = {name: planned(WRITTEN.get(name), weights, grid, requantize) for name in formats}
+    plans = {name: planned(WRITTEN.get(name), weights, asked, requantize) for name in formats}
     with written_whole(out, overwrite=overwrite, inputs=[model]) as scratch:
         for name, place in places(formats, scratch).items():
             taken = Taken(WRITTEN.get(name), plans[name], requantize)
@@ -103,23 +94,28 @@ def convert(
             if report and not taken.anew:
                 (place / REPORT).write_bytes(report.read_bytes())
             how = f"{len(taken.anew)} rounded anew" if taken.anew else "all to the bit"
-            told(f"{name}: {len(weights.specs)} quantized weights, {how}.")
+            dense = [other for other, tensor in checkpoint.tensors.items() if tensor.picked]
+            also = f"; made dense: {', '.join(dense)}" if dense else ""
+            told(f"{name}: {len(weights.specs)} quantized weights, {how}{also}.")
     return Path(out)
 
 
-def planned(codec: Codec | None, weights: Weights, grid: Grid, requantize: bool) -> dict[str, QuantSpec | None]:
+def planned(
+    codec: Codec | None, weights: Weights, asked: Mapping[str, Any], requantize: bool
+) -> dict[str, QuantSpec | None]:
     """How each quantized weight is to be written, None for dense.
 
     Args:
       codec: None for our own format, which holds anything.
+      asked: fields of all specs.
 
     Raises:
       InputError: the format does not hold one as it is, and rounding anew is not asked for.
     """
     found: dict[str, QuantSpec | None] = {}
-    most, _ = usual({name: grid.of(spec) for name, (_, spec) in weights.specs.items()}, QuantSpec())
+    most, _ = usual({name: replace(spec, **asked) for name, (_, spec) in weights.specs.items()}, QuantSpec())
     for name, (shape, spec) in weights.specs.items():
-        wanted, why, advice = grid.of(spec), None, ANEW
+        wanted, why, advice = replace(spec, **asked), None, ANEW
         if (wanted.bits, wanted.group_size) != (spec.bits, spec.group_size):
             why = f"it has {spec.bits} bits in groups of {spec.group_size}, not {wanted.bits} in {wanted.group_size}"
         elif codec is not None and (why := unheld(codec, name, shape, wanted, most)):

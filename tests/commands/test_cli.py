@@ -312,7 +312,7 @@ def test_inspect(small, dense, root, monkeypatch):
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        ((), "quantize, eval, compare, generate, inspect, demo"),
+        ((), "quantize, convert, eval, compare, generate, inspect, demo"),
         (("quantise",), "there is no command quantise (did you mean quantize?)"),
         (("quantize", "model", "out", "--groupsize", "64"), "Perhaps you meant: --group-size"),
         (("quantize", "model"), "OUT"),
@@ -353,3 +353,32 @@ def test_windows_that_a_text_does_not_fill_are_told(small, text, root):
     said = root / "said.jsonl"
     said.write_text(json.dumps({"text": text.read_text()}))
     assert run("eval", small[0], said, "--length", "256").rows["perplexity"] == done.rows["perplexity"]
+
+
+def test_convert_and_what_it_would_run_on(small, root):
+    out, _ = small
+    done = run("convert", out, root / "converted", "--to", "compressed-tensors,mlx")
+    assert (done.code, done.err) == (0, "")
+    assert done.out.splitlines() == [
+        "compressed-tensors: 14 quantized weights, all to the bit.",
+        "mlx: 14 quantized weights, all to the bit.",
+        f"Wrote {root / 'converted'}.",
+    ]
+    shown = run("inspect", root / "converted" / "compressed-tensors", "--target", "vllm-tpu")
+    assert "refused: not 4 bits," in " ".join(shown.out.split())
+    for options, says in (
+        (("--to", "gptq"), "--symmetric if its zero points .* --requantize to round it anew"),
+        (("--to", "mlx", "--bits", "8"), "not 8 in 32: give --requantize"),
+    ):
+        done = run("convert", out, root / "no", *options)
+        assert (done.code, done.out) == (2, "")
+        assert re.search(says, done.err)
+
+
+def test_a_target_stands_for_format_and_symmetry(dense, root):
+    done = run("quantize", dense, root / "tpu", *FAST, "--target", "vllm-tpu")
+    assert done.out.startswith("For vllm-tpu: format compressed-tensors, 4 bits, symmetric. vLLM on TPUs reads")
+    groups = json.loads((root / "tpu" / "config.json").read_text())["quantization_config"]["config_groups"]
+    assert {
+        (g["weights"]["num_bits"], g["weights"]["group_size"], g["weights"]["symmetric"]) for g in groups.values()
+    } == {(4, 32, True)}

@@ -10,7 +10,7 @@ from quantized import rounded_folder
 from safetensors.numpy import load_file, save_file
 
 import awq_jax as awq
-from awq_jax import Grid, QuantSpec, convert
+from awq_jax import QuantSpec, convert
 from awq_jax.errors import InputError
 from awq_jax.formats.checkpoint import open_checkpoint
 from awq_jax.weights.tensor import is_quantized
@@ -75,7 +75,7 @@ def test_several_formats_are_folders_in_one(awq_folder, root):
 def test_symmetric_weights_go_everywhere(symmetric, root):
     for format in ("gptq", "awq"):
         there = convert(symmetric, root / f"symmetric-{format}", format)
-        back = convert(there, root / f"symmetric-{format}-back", "compressed-tensors", Grid(symmetric=True))
+        back = convert(there, root / f"symmetric-{format}-back", "compressed-tensors", symmetric=True)
         assert_same_files(symmetric, back)
 
 
@@ -83,7 +83,7 @@ def test_zero_points_that_differ_are_refused_where_there_are_none(awq_folder, ro
     with pytest.raises(InputError, match=r"GPTQ files hold symmetric.*: give symmetric=True if .*requantize=True"):
         convert(awq_folder, root / "no", "gptq")
     with pytest.raises(InputError, match=r"_proj.weight has other zero points than the middle one.*requantize=True"):
-        convert(awq_folder, root / "no", "gptq", Grid(symmetric=True))
+        convert(awq_folder, root / "no", "gptq", symmetric=True)
     assert not (root / "no").exists()
 
 
@@ -103,8 +103,8 @@ def test_what_is_rounded_anew_is_told_and_near(awq_folder, root):
 def test_other_bits_need_to_be_rounded_anew(awq_folder, root):
     says = "has 4 bits in groups of 32, not 8 in 64: give requantize=True"
     with pytest.raises(InputError, match=says):
-        convert(awq_folder, root / "no", "mlx", Grid(bits=8, group_size=64))
-    out = convert(awq_folder, root / "eight", "mlx", Grid(bits=8, group_size=64), requantize=True)
+        convert(awq_folder, root / "no", "mlx", bits=8, group_size=64)
+    out = convert(awq_folder, root / "eight", "mlx", bits=8, group_size=64, requantize=True)
     assert open_checkpoint(out).read(f"{DOWN}.weight").spec == QuantSpec(8, 64)
 
 
@@ -132,7 +132,9 @@ def test_a_quantized_head_and_embedding_become_dense_where_readers_expect_it(roo
     np.testing.assert_allclose(dense, q.reshape(320, 64) * 0.5 - np.float16(0.3), rtol=1e-3)
     with pytest.raises(InputError, match="weight: readers of AutoAWQ files expect a dense head: give requant"):
         convert(folder, root / "no", "awq")
-    out = convert(folder, root / "head-awq", "awq", requantize=True)
+    told = []
+    out = convert(folder, root / "head-awq", "awq", requantize=True, told=told.append)
+    assert told == ["awq: 15 quantized weights, 1 rounded anew; made dense: model.embed_tokens.weight."]
     np.testing.assert_array_equal(stored(out)["lm_head.weight"], dense)
     with pytest.raises(InputError, match="weight has zero points that are no whole numbers, which compressed"):
         convert(folder, root / "no", "compressed-tensors")
