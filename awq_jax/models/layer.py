@@ -78,7 +78,8 @@ class Layer:
       attention_scale: of q k'; None for head_dim ** -0.5.
       attention_cap: scores s become cap * tanh(s / cap).
       qk_norm: norms of q and k, over each head or over all heads.
-      biases: which of the linears "q", "k", "v", "o", "gate", "up", "down" add one; fused ones "qkv", "gate_up".
+      biases: which of the linears "q", "k", "v", "o", "gate", "up", "down" add one; fused ones "qkv", "gate_up"; both
+        that make less of x in latent attention are "a".
       fused_qkv: q, k and v are one matrix: their columns one after the other, or those of each head together.
       fused_mlp: gate and up are one matrix.
       gated: the MLP is `act(gate) * up` rather than `act(up)`.

@@ -38,7 +38,7 @@ def rope_of(
     return one_rope(hf, found, real(named, "rope_theta", theta), head_dim, rotated, interleaved)
 
 
-def ropes_by_kind(hf: Found, head_dim: int, thetas: Mapping[str, tuple[str, float]]) -> dict[str, Rope]:
+def ropes_by_kind(hf: Found, head_dim: int, thetas: Mapping[Any, tuple[str, float]]) -> dict[str, Rope]:
     """Of a model whose kinds of layers have ropes of their own: nested rope_parameters, or fields of their own.
 
     Args:

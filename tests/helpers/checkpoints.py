@@ -60,11 +60,11 @@ def tensors(hf: Mapping[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
     params = random_params(family.config(hf), seed)
     found = {name: np.array(w) for name, w in sorted(family.to_names(params).items())}
     for name, w in found.items():
-        if name.endswith("layernorm.weight"):
+        if name.endswith("layernorm.weight") and w.size > max(OUTLIERS):
             w[OUTLIERS] *= 8
         if "_proj" in name:
             w /= 2
-        if name.split(".")[-2] in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
+        if name.split(".")[-2] in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj") and w.shape[1] > max(OUTLIERS):
             w[:, OUTLIERS] /= 8
     return found
 

@@ -24,12 +24,17 @@ BASE: dict[str, Any] = {
 }
 
 
+def config(architecture: str, changes: dict[str, Any]) -> Any:
+    """transformers' config; `...` in `changes` drops what BASE has."""
+    options = {key: value for key, value in (BASE | changes).items() if value is not ...}
+    return getattr(transformers, architecture).config_class(**options)
+
+
 def made(architecture: str, folder: Path, changes: dict[str, Any]) -> Any:
-    """The torch model, which is saved in `folder`; None in `changes` drops what BASE has."""
+    """The torch model, which is saved in `folder`."""
     cls = getattr(transformers, architecture)
-    options = {key: value for key, value in (BASE | changes).items() if value is not None}
     torch.manual_seed(0)
-    model = cls._from_config(cls.config_class(**options), attn_implementation="eager").eval().float()
+    model = cls._from_config(config(architecture, changes), attn_implementation="eager").eval().float()
     with torch.no_grad():
         for w in model.parameters():
             w.copy_(torch.randn_like(w) * (0.3 if w.ndim == 1 else w.shape[-1] ** -0.5))

@@ -96,10 +96,11 @@ def n_layers(hf: Found) -> int:
     return whole(hf, "num_hidden_layers", most=LAYERS)
 
 
-def biases(hf: Found, *, attention: bool = False, mlp: bool = False) -> frozenset[str]:
-    """Those of attention_bias and mlp_bias; where the file does not say, as given."""
-    own: frozenset[str] = QKVO if flag(hf, "attention_bias", attention) else frozenset()
-    return own | (MLP if flag(hf, "mlp_bias", mlp) else frozenset())
+def biases(hf: Found, *, attention: bool = False, of_attention: frozenset[str] = QKVO) -> frozenset[str]:
+    """Those of attention_bias (where the file does not say, as given) and of mlp_bias."""
+    none = frozenset[str]()
+    own = of_attention if flag(hf, "attention_bias", attention) else none
+    return own | (MLP if flag(hf, "mlp_bias", False) else none)
 
 
 def act(hf: Found, default: str = "silu", key: str = "hidden_act") -> str:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from awq_jax.models.families.common import MLP, Config, Found, flag, ignored, llama_like, mapping, refuse, whole
+from awq_jax.models.families.common import Config, Found, biases, flag, ignored, llama_like, mapping, refuse, whole
 from awq_jax.models.family import Family
 from awq_jax.models.fields import real, word
 from awq_jax.models.layer import Experts, Latent
@@ -37,8 +37,6 @@ def deepseek(
         **experts,
     )
     dense = hf.get("first_k_dense_replace", first) or 0
-    attention: set[str] = {"a", "o"} if flag(hf, "attention_bias", False) else set()
-    mlp = MLP if flag(hf, "mlp_bias", False) else frozenset()
     return llama_like(
         hf,
         kv_heads=whole(hf, "num_attention_heads"),
@@ -50,7 +48,7 @@ def deepseek(
         ),
         rope=rope_of(hf, turned, interleaved=interleaved),
         attention_scale=(still + turned) ** -0.5 * stretched**2,
-        biases=mlp | attention,
+        biases=biases(hf, of_attention=frozenset({"a", "o"})),
         each=lambda i: {"experts": chosen if i >= dense else None},
     )
 

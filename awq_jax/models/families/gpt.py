@@ -8,6 +8,7 @@ from awq_jax.models.families.common import (
     Found,
     Spelled,
     act,
+    biases,
     ignored,
     layer_norm,
     llama_like,
@@ -61,14 +62,13 @@ def gptj(hf: Found) -> Config:
 
 def gpt_neox(hf: Found) -> Config:
     hf = Spelled(hf, rope_theta="rotary_emb_base", partial_rotary_factor="rotary_pct")
-    attention = frozenset({"qkv", "o"}) if flag(hf, "attention_bias", True) else frozenset()
     return gpt(
         hf,
         act_key="hidden_act",
         norm=layer_norm(hf),
         rotated=0.25,
         fused_qkv="by head",
-        biases=UP_DOWN | attention,
+        biases=UP_DOWN | biases(hf, attention=True, of_attention=frozenset({"qkv", "o"})),
         order="parallel of two norms" if flag(hf, "use_parallel_residual", True) else "pre",
     )
 

@@ -1,9 +1,11 @@
-"""StableLM, Cohere (Command R), GLM, Nemotron, EXAONE: a twist each."""
+"""StableLM, Cohere (Command R), GLM, Nemotron, EXAONE, Helium, ERNIE, Seed-OSS: a twist each."""
 
 from typing import Any
 
 from awq_jax.models.families.common import (
+    MLP,
     QKV,
+    QKVO,
     Config,
     Found,
     act,
@@ -33,7 +35,7 @@ def stablelm(hf: Found) -> Config:
 def cohere(hf: Found, **more: Any) -> Config:
     refuse(hf, "use_qk_norm")
     outer, norm = {"logit_scale": real(hf, "logit_scale", 0.0625)}, layer_norm(hf, bias=False)
-    same = {"norm": norm, "order": "parallel", "biases": biases(hf), "interleaved": True, "tied": True}
+    same: dict[str, Any] = {"norm": norm, "order": "parallel", "biases": biases(hf), "interleaved": True, "tied": True}
     return llama_like(hf, outer=outer, **{"theta": 5e5} | same | more)
 
 
@@ -46,8 +48,14 @@ def cohere2(hf: Found) -> Config:
 
 
 def glm(hf: Found, **more: Any) -> Config:
-    same = {"rotated": 0.5, "interleaved": True, "eps": 1.5625e-7, "usual_head_dim": 128, "fused_mlp": True}
-    return llama_like(hf, biases=QKV if flag(hf, "attention_bias", True) else frozenset(), **same, **more)
+    same: dict[str, Any] = {
+        "rotated": 0.5,
+        "interleaved": True,
+        "eps": 1.5625e-7,
+        "usual_head_dim": 128,
+        "fused_mlp": True,
+    }
+    return llama_like(hf, biases=biases(hf, attention=True, of_attention=QKV), **same, **more)
 
 
 def nemotron(hf: Found) -> Config:
@@ -68,6 +76,23 @@ def exaone4(hf: Found) -> Config:
     return llama_like(hf, order="post", qk_norm="head", eps=1e-5, each=each)
 
 
+def helium(hf: Found) -> Config:
+    has_biases = biases(hf, of_attention=QKV)
+    return llama_like(hf, biases=has_biases, interleaved=True, theta=1e5, eps=1e-8, usual_head_dim=128)
+
+
+def ernie(hf: Found) -> Config:
+    has_biases = QKVO | MLP if flag(hf, "use_bias", False) else frozenset()
+    same: dict[str, Any] = {"interleaved": True, "theta": 5e5, "eps": 1e-5, "usual_head_dim": 128, "tied": True}
+    return llama_like(hf, biases=has_biases, **same)
+
+
+def seed_oss(hf: Found) -> Config:
+    has_biases = biases(hf, attention=True, of_attention=QKV)
+    more = {"o"} if flag(hf, "attention_out_bias", False) else set[str]()
+    return llama_like(hf, biases=has_biases | more, usual_head_dim=128)
+
+
 STABLELM = Family(("StableLmForCausalLM",), stablelm)
 COHERE = Family(("CohereForCausalLM",), cohere)
 COHERE2 = Family(("Cohere2ForCausalLM",), cohere2)
@@ -75,4 +100,7 @@ GLM = Family(("GlmForCausalLM",), glm)
 GLM4 = Family(("Glm4ForCausalLM",), lambda hf: glm(hf, order="sandwich"), AFTER)
 NEMOTRON = Family(("NemotronForCausalLM",), nemotron)
 EXAONE4 = Family(("Exaone4ForCausalLM",), exaone4)
-FAMILIES = (STABLELM, COHERE, COHERE2, GLM, GLM4, NEMOTRON, EXAONE4)
+HELIUM = Family(("HeliumForCausalLM",), helium)
+ERNIE = Family(("Ernie4_5ForCausalLM",), ernie)
+SEED_OSS = Family(("SeedOssForCausalLM",), seed_oss)
+FAMILIES = (STABLELM, COHERE, COHERE2, GLM, GLM4, NEMOTRON, EXAONE4, HELIUM, ERNIE, SEED_OSS)
