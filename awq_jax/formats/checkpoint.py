@@ -221,8 +221,8 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
 def open_folder(folder: Path) -> Checkpoint:
     if cut := next((scratch for scratch in folder.glob(NAMES) if (scratch / OLD).exists()), None):
         raise InputError(
-            f"{folder} is half replaced, its old files lie in {cut.name}: the run of awq_jax that wrote here is at it, or "
-            "died; any next one with this folder as OUT puts them back first."
+            f"{folder} is half replaced, its old files lie in {cut.name}: the run of awq_jax that wrote here is at it, "
+            "or died; any next one with this folder as OUT puts them back first."
         )
     if adapters := [name for name in huggingface.ADAPTER_FILES if inside(folder, name)]:
         raise InputError(

@@ -190,7 +190,7 @@ def sampling(
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p}: give a probability above 0 and at most 1 (all tokens).")
     if top_p < 1 and temperature == 0:
-        raise ValueError(f"top_p={top_p} chooses nothing at temperature 0, the likeliest token: give a temperature too.")
+        raise ValueError(f"top_p={top_p} chooses nothing at temperature 0: give a temperature above it.")
     if temperature > 0 and key is None:
         raise ValueError(f"temperature={temperature} samples and needs a key: pass key=jax.random.key(seed).")
     # The last token is not read again.

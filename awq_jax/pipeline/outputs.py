@@ -91,7 +91,7 @@ def check_fits(formats: Sequence[str], shapes: Mapping[str, tuple[int, ...]], re
     """
     specs = {name: spec for name in shapes if (spec := recipe.spec_of(name)) is not None}
     if not specs:
-        raise InputError("The rules (skip=True in a rule) leave every matrix dense: drop one, or copy the model as it is.")
+        raise InputError("The rules (skip=True in a rule) leave every matrix dense: drop one of them.")
     for codec in codecs_of(formats):
         for name, spec in specs.items():
             check_weight(codec, name, shapes[name][-2:], spec)

@@ -453,7 +453,8 @@ def test_a_disk_that_really_is_full(model, tmp_path, format):
     program = "import sys; from awq_jax.commands.cli import main; sys.argv[0] = 'awq-jax'; main()"
     script = f"""
         mount -t tmpfs -o size=60k tmpfs "$DISK"
-        "$PYTHON" -c "{program}" quantize "$MODEL" "$DISK/out" --group-size 32 --format {format} --skip 'attn|gate|up' --samples 1
+        "$PYTHON" -c "{program}" quantize "$MODEL" "$DISK/out" --group-size 32 --format {format} \\
+            --skip 'attn|gate|up' --samples 1
         echo "code $?, left:" "$(ls -A "$DISK")"
     """
     names = {"DISK": str(disk), "PYTHON": sys.executable, "MODEL": str(model), "JAX_PLATFORMS": "cpu"}

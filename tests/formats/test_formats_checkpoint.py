@@ -51,7 +51,7 @@ def test_a_folder_that_is_half_replaced(tmp_path):
     """Its new files alone are a model too, another than either."""
     folder = hf_folder(tmp_path, {"model.safetensors": {"w": random()}})
     (folder / ".awq_jax-01234567" / "old").mkdir(parents=True)
-    with pytest.raises(InputError, match=r"is half replaced, its old files lie in \.awq_jax-01234567: .* puts them back"):
+    with pytest.raises(InputError, match=r"its old files lie in \.awq_jax-01234567: .* puts them back"):
         open_checkpoint(folder)
     (folder / ".awq_jax-01234567" / "old").rmdir()
     assert open_checkpoint(folder).names == {"w"}
