@@ -27,6 +27,7 @@ class BridgedModel(Model):
     """A Model of which `family` is a Bridged and `config` its Sizes; params by torch's names."""
 
     family: Any
+    config: Any
 
     @cached_property
     def _logits(self) -> Callable[..., Array]:

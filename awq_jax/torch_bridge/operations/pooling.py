@@ -48,7 +48,7 @@ def avg_pool(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> Array:
-    over = windows(x, kernel_size, stride, padding, ceil_mode)
+    over: dict[str, Any] = windows(x, kernel_size, stride, padding, ceil_mode)
     total = lax.reduce_window(x, jnp.zeros((), x.dtype), lax.add, **over)
     if divisor_override:
         return total / divisor_override
