@@ -76,13 +76,12 @@ def said(chats: Sequence[Chat], tokenizer: Any, names: Sequence[str]) -> list[li
     if not tokenizer.chat_template:
         return [[(m["content"] + BETWEEN, m["role"] == SAYS) for m in chat.messages] for chat in chats]
     turns = [(c, k) for c, chat in enumerate(chats) for k, m in enumerate(chat.messages) if m["role"] == SAYS]
-    write = lambda ends, **options: render(
-        tokenizer,
-        [chats[c].messages[:end] for c, end in ends],
-        [chats[c].tools for c, _ in ends],
-        names=[names[c] for c, _ in ends],
-        **options,
-    )
+
+    def write(ends: Sequence[tuple[int, int]], **options: Any) -> list[str]:
+        begun = [chats[c].messages[:end] for c, end in ends]
+        tools, called = [chats[c].tools for c, _ in ends], [names[c] for c, _ in ends]
+        return render(tokenizer, begun, tools, names=called, **options)
+
     written = write([(c, len(chat.messages)) for c, chat in enumerate(chats)] + [(c, k + 1) for c, k in turns])
     wholes, throughs = written[: len(chats)], written[len(chats) :]
     asked = [(c, k) for c, k in turns if k]
