@@ -82,9 +82,9 @@ class Case:
 CASES = (
     Case("compressed-tensors", False, "transformers, compressed-tensors", COMPRESSED_TENSORS),
     Case("compressed-tensors", True, "transformers, compressed-tensors", COMPRESSED_TENSORS),
-    Case("awq", False, "transformers, gptqmodel", TRANSFORMERS, "bfloat16"),
-    Case("gptq", True, "transformers, gptqmodel", TRANSFORMERS, "bfloat16"),
-    Case("gptq_v2", False, "transformers, gptqmodel", TRANSFORMERS, "bfloat16"),
+    Case("awq", False, "transformers, gptqmodel", TRANSFORMERS, "float16"),
+    Case("gptq", True, "transformers, gptqmodel", TRANSFORMERS, "float16"),
+    Case("gptq_v2", False, "transformers, gptqmodel", TRANSFORMERS, "float16"),
     Case("mlx", False, "mlx-lm", MLX),
     Case("awq", False, "mlx-lm", MLX),
     Case("awq", False, "vllm", VLLM, logits=False),
