@@ -28,6 +28,15 @@ model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)
 with torch.no_grad():
     logits = model(torch.from_numpy(tokens).long()).logits.float().numpy()
 """
+COMPRESSED_TENSORS = """
+import torch
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+# Kept compressed, transformers 5.24 takes no zero points, not even llm-compressor's.
+dense = CompressedTensorsConfig(run_compressed=False)
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=dense).eval()
+with torch.no_grad():
+    logits = model(torch.from_numpy(tokens).long()).logits.float().numpy()
+"""
 MLX = """
 import mlx.core as mx
 from mlx_lm import load
@@ -71,11 +80,11 @@ class Case:
 
 
 CASES = (
-    Case("compressed-tensors", False, "transformers", TRANSFORMERS),
-    Case("compressed-tensors", True, "transformers", TRANSFORMERS),
-    Case("awq", False, "transformers, gptqmodel", TRANSFORMERS, "bfloat16"),
-    Case("gptq", True, "transformers, gptqmodel", TRANSFORMERS, "bfloat16"),
-    Case("gptq_v2", False, "transformers, gptqmodel", TRANSFORMERS, "bfloat16"),
+    Case("compressed-tensors", False, "transformers, compressed-tensors", COMPRESSED_TENSORS),
+    Case("compressed-tensors", True, "transformers, compressed-tensors", COMPRESSED_TENSORS),
+    Case("awq", False, "transformers, gptqmodel", TRANSFORMERS, "float16"),
+    Case("gptq", True, "transformers, gptqmodel", TRANSFORMERS, "float16"),
+    Case("gptq_v2", False, "transformers, gptqmodel", TRANSFORMERS, "float16"),
     Case("mlx", False, "mlx-lm", MLX),
     Case("awq", False, "mlx-lm", MLX),
     Case("awq", False, "vllm", VLLM, logits=False),
