@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools as ft
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -181,6 +181,16 @@ class Family:
                     outer = stored[path].names[0].removesuffix(".weight").rpartition(".")[0]
                     found[outer.rpartition(".")[0] if stored[path].stacked else f"{outer}.{name}"] = paths
         return found
+
+    def named_as(self, names: Collection[str]) -> Family:
+        """This family, or where a checkpoint with such names was saved without its head, as gpt2 was, one without what
+        stands before all others."""
+        first = self.layers.partition(".")[0] + "."
+        embedding = self.name_of("embed/embedding")
+        if embedding in names or embedding.removeprefix(first) not in names:
+            return self
+        bare = {path: name.removeprefix(first) for path, name in {**HF, **self.names}.items()}
+        return replace(self, names=bare, layers=self.layers.removeprefix(first))
 
     def name_of(self, path: str) -> str:
         """What the tensor of a param outside of the layers is called."""

@@ -1,7 +1,8 @@
-"""Fields of a config.json that nothing read: harmless, unknown to transformers too, or refused."""
+"""Fields of a config.json that nothing read: harmless, neither read by transformers nor telling, or refused."""
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Mapping
 from typing import Any
@@ -27,8 +28,13 @@ HARMLESS = frozenset(NAMES.split())
 """What has no part in the logits, or in those of inference."""
 
 
+TELLING = re.compile("attn|attention|rope|rotary|norm|sink|window|expert|cap|bias|scal")
+"""Names of what changes logits, whoever reads it."""
+
+
 def refuse_unread(hf: Watched) -> None:
-    """Passes if all that a config.json says was read, is harmless, or is what transformers does not read either.
+    """Passes if all that a config.json says was read, is harmless, or is neither what transformers reads nor by its
+    name something that is computed.
 
     Raises:
       ValueError: names the first field.
@@ -36,7 +42,8 @@ def refuse_unread(hf: Watched) -> None:
     unread = {key: value for key, value in hf.unread().items() if key not in HARMLESS}
     known = known_to_transformers(hf.get("model_type")) if unread else {}
     for key, value in unread.items():
-        if known is None or known.get(key, value) != value:
+        usual = None if known is None or TELLING.search(key) else value
+        if (known or {}).get(key, usual) != value:
             raise ValueError(f"the config has {key}={reprlib.repr(value)}, which this model does not compute.")
 
 

@@ -188,7 +188,7 @@ def architecture(checkpoint: Checkpoint) -> tuple[Family, Config]:
         those that the family has.
     """
     try:
-        family = models.for_config(checkpoint.config)
+        family = models.for_config(checkpoint.config).named_as(checkpoint.names)
         config = family.config(checkpoint.config)
     except ValueError as e:
         raise InputError(f"{checkpoint.path}: {e}") from e

@@ -283,6 +283,8 @@ def test_generation_refuses(arguments, message):
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}}, "partial_rotary"),
         ({"hidden_act": "xielu"}, "hidden_act='xielu'.*'silu'"),
         ({"hidden_size": None}, "says null for 'hidden_size'"),
+        ({"attention_sinks": 4}, "the config has attention_sinks=4, which this model does not compute"),
+        ({"rope_scaling": LLAMA3 | {"mrope_section": [1]}}, "rope parameters have mrope_section=.1., which"),
         ({"num_key_value_heads": 3}, "4 heads do not divide by 3"),
         ({"head_dim": 15}, "head_dim=15"),
         (
@@ -295,6 +297,30 @@ def test_generation_refuses(arguments, message):
 def test_a_config_that_this_model_does_not_compute_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         config_of(hf_config(**changes))
+
+
+def test_what_nobody_reads_is_no_matter():
+    noted = {
+        "transformers.js_config": {"dtype": "q4"},
+        "is_llama_config": True,
+        "use_cache": True,
+        "attention_sinks": None,
+    }
+    assert config_of(hf_config() | noted) == config_of(hf_config())
+
+
+def test_what_another_version_of_a_family_computes_is_refused():
+    hf = hf_config(architectures=["StableLmForCausalLM"], model_type="stablelm", qk_layernorm=True)
+    with pytest.raises(ValueError, match="the config has qk_layernorm=True, which this model does not compute"):
+        config_of(hf)
+
+
+def test_a_checkpoint_saved_without_its_head_has_other_names():
+    names = {name.removeprefix("model.") for name in LLAMA.stored_shapes(config_of(hf_config("tied head")))}
+    bare = LLAMA.named_as(names)
+    assert set(bare.stored_shapes(config_of(hf_config("tied head")))) == names
+    assert bare.numbers == r"layers\.(\d+)\."
+    assert LLAMA.named_as({"model.embed_tokens.weight"}) is LLAMA
 
 
 SIZES = [k for k in hf_config() if k.endswith("size") or k.startswith("num_")]

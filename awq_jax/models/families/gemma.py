@@ -2,7 +2,18 @@
 
 from typing import Any
 
-from awq_jax.models.families.common import Config, Found, act, biases, llama_like, refuse, slides, whole, windows
+from awq_jax.models.families.common import (
+    Config,
+    Found,
+    act,
+    biases,
+    ignored,
+    llama_like,
+    refuse,
+    slides,
+    whole,
+    windows,
+)
 from awq_jax.models.family import Family
 from awq_jax.models.fields import real
 from awq_jax.models.layer import Norm
@@ -35,6 +46,7 @@ def sandwich(hf: Found, cap: float | None, logit_cap: float | None, **same: Any)
 
 
 def gemma2(hf: Found) -> Config:
+    ignored(hf, "sliding_window_size")
     return sandwich(hf, 50.0, 30.0, each=windows(hf, lambda i: i % 2 == 0, 4096))
 
 

@@ -1,6 +1,6 @@
 """Llama (1 to 3, SmolLM2, TinyLlama, Yi), and those that differ from it in little."""
 
-from awq_jax.models.families.common import Config, Found, biases, llama_like, refuse, whole, windows
+from awq_jax.models.families.common import Config, Found, act, biases, ignored, llama_like, refuse, whole, windows
 from awq_jax.models.family import Family
 from awq_jax.models.fields import flag, listed, real
 from awq_jax.models.layer import Experts
@@ -28,6 +28,7 @@ def granite(hf: Found) -> Config:
 
 def smollm3(hf: Found) -> Config:
     every = whole(hf, "no_rope_layer_interval", 4)
+    ignored(hf, "max_window_layers")
     turns = listed(hf, "no_rope_layers", whole(hf, "num_hidden_layers"), (0, 1))
     turned = lambda i: turns[i] if turns else (i + 1) % every
     sliding = flag(hf, "use_sliding_window", False)
@@ -50,5 +51,7 @@ MIXTRAL = Family(
 )
 GRANITE = Family(("GraniteForCausalLM",), granite)
 SMOLLM3 = Family(("SmolLM3ForCausalLM",), smollm3)
-ARCEE = Family(("ArceeForCausalLM",), lambda hf: llama_like(hf, biases=biases(hf), gated=False, act="relu2", eps=1e-5))
+ARCEE = Family(
+    ("ArceeForCausalLM",), lambda hf: llama_like(hf, biases=biases(hf), gated=False, act=act(hf, "relu2"), eps=1e-5)
+)
 FAMILIES = (LLAMA, MISTRAL, MIXTRAL, GRANITE, SMOLLM3, ARCEE)
