@@ -34,11 +34,10 @@ def matrix(w: QuantizedTensor, place: Any) -> QuantizedTensor:
         raise InputError(f"{place.name} is no matrix of the weight that was quantized: leave it dense.")
     starts, (o,) = place.starts(shape), outputs
     picked = tuple(starts[k] for (k,) in lead)
-    of: Callable[[Any], Any] = lambda leaf: (
-        None if leaf is None else leaf[(*picked, slice(None), slice(starts[o], starts[o] + covered[o]))]
-    )
+    columns = (*picked, slice(None), slice(starts[o], starts[o] + covered[o]))
+    zeros = None if w.zeros is None else w.zeros[columns]
     scale = None if w.input_scale is None else w.input_scale[picked]
-    return QuantizedTensor(of(w.codes), of(w.scales), of(w.zeros), scale, w.spec, w.dtype, w.pad)
+    return QuantizedTensor(w.codes[columns], w.scales[columns], zeros, scale, w.spec, w.dtype, w.pad)
 
 
 def joined(

@@ -12,7 +12,7 @@ from awq_jax.formats.checkpoint import open_checkpoint
 from awq_jax.formats.codecs import WRITTEN
 from awq_jax.formats.quantized_writer import Writer
 from awq_jax.formats.written import written_whole
-from awq_jax.models import llama
+from awq_jax.models import for_config
 from awq_jax.weights.spec import QuantSpec
 from awq_jax.weights.tensor import round_to_nearest
 
@@ -29,12 +29,12 @@ def rounded_folder(
     if not (dense := folder / "dense").exists():
         tiny_folder(dense, **changes)
     checkpoint = open_checkpoint(dense)
+    family = for_config(checkpoint.config)
     with written_whole(folder / format) as out:
         writer = Writer(WRITTEN[format], out, checkpoint, spec)
-        for part, params in checkpoint.params(llama, llama.Config.from_hf(checkpoint.config)).items():
-            writer.write(
-                part, {n: rounded(n, w, spec, others or {}) for n, w in llama.to_names({part: params}).items()}
-            )
+        for part, params in checkpoint.params(family, family.config(checkpoint.config)).items():
+            named = family.to_names({part: params})
+            writer.write(part, {n: rounded(n, w, spec, others or {}) for n, w in named.items()})
         writer.finish()
     return folder / format
 
