@@ -34,13 +34,14 @@ def matrix(w: QuantizedTensor, place: Any) -> QuantizedTensor:
         raise InputError(f"{place.name} is no matrix of the weight that was quantized: leave it dense.")
     starts, (o,) = place.starts(shape), outputs
     picked = tuple(starts[k] for (k,) in lead)
-    of = lambda leaf: None if leaf is None else leaf[(*picked, slice(None), slice(starts[o], starts[o] + covered[o]))]
+    columns = slice(starts[o], starts[o] + covered[o])
+    of: Callable[[Any], Any] = lambda leaf: None if leaf is None else leaf[(*picked, slice(None), columns)]
     scale = None if w.input_scale is None else w.input_scale[picked]
     return QuantizedTensor(of(w.codes), of(w.scales), of(w.zeros), scale, w.spec, w.dtype, w.pad)
 
 
 def joined(
-    places: Sequence[Any], shape: Sequence[int], read: Callable[[str], QuantizedTensor], *, transposed: bool
+    places: Sequence[Any], shape: Sequence[int], read: Callable[[str], Any], *, transposed: bool
 ) -> QuantizedTensor:
     """A weight of which a file holds matrices (in, out), the inverse of `matrix`.
 

@@ -95,7 +95,7 @@ class Uncopied(TorchFunctionMode):
         return args[0] if func is torch.Tensor.contiguous else func(*args, **(kwargs or {}))
 
 
-def assembled(places: Sequence[Place], shape: Sequence[int], read: Callable[[str], np.ndarray]) -> np.ndarray:
+def assembled(places: Sequence[Place], shape: Sequence[int], read: Callable[[str], Any]) -> np.ndarray:
     """A param, from its parts in the file."""
     if len(places) == 1 and places[0].shape == tuple(shape):
         found = read(places[0].name)

@@ -53,7 +53,7 @@ class Pretrained:
         """Whether a param is a matrix (in, out), as GPT-2's are, in the place of torch's (out, in)."""
         return name in self._transposed
 
-    def hidden(self, shape: tuple[int, int]) -> Callable[[Mapping[str, Array], Array], Array]:
+    def hidden(self, shape: tuple[int, ...]) -> Callable[[Mapping[str, Array], Array], Array]:
         """`(params, tokens) -> hidden states` for tokens of this shape; other shapes are traced when they come."""
         inner = self.inner
         fn, own = from_torch(inner, jax.ShapeDtypeStruct(shape, jnp.int32))
@@ -67,7 +67,7 @@ class Pretrained:
 
         return hidden
 
-    def logits(self, shape: tuple[int, int]) -> Callable[[Mapping[str, Array], Array], Array]:
+    def logits(self, shape: tuple[int, ...]) -> Callable[[Mapping[str, Array], Array], Array]:
         """`(params, tokens) -> logits`; see `hidden`."""
         fn, _ = from_torch(self.model, jax.ShapeDtypeStruct(shape, jnp.int32))
         return lambda params, tokens: fn(params, tokens)["logits"]
@@ -105,8 +105,7 @@ def pretrained(folder: Path) -> Pretrained:
             raise InputError(
                 f"{folder}: {named} reads more than tokens: trace it with awq.from_torch, and quantize what that gives."
             )
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
+        vars(config).pop("quantization_config", None)
         config._attn_implementation = "eager"
         with without_weights(), no_init_weights():
             model = kind(config).eval()
