@@ -35,9 +35,10 @@ def matrix(w: QuantizedTensor, place: Any) -> QuantizedTensor:
     starts, (o,) = place.starts(shape), outputs
     picked = tuple(starts[k] for (k,) in lead)
     columns = slice(starts[o], starts[o] + covered[o])
-    of: Callable[[Any], Any] = lambda leaf: None if leaf is None else leaf[(*picked, slice(None), columns)]
+    of = lambda leaf: None if leaf is None else leaf[(*picked, slice(None), columns)]
     scale = None if w.input_scale is None else w.input_scale[picked]
-    return QuantizedTensor(of(w.codes), of(w.scales), of(w.zeros), scale, w.spec, w.dtype, w.pad)
+    leaves: dict[str, Any] = {"codes": of(w.codes), "scales": of(w.scales), "zeros": of(w.zeros), "input_scale": scale}
+    return QuantizedTensor(**leaves, spec=w.spec, dtype=w.dtype, pad=w.pad)
 
 
 def joined(
