@@ -92,7 +92,8 @@ class BridgedModel(Model):
 
 def opened_bridged(found: Bridged, told: Callable[[str], None]) -> tuple[BridgedModel, Callable[[], BridgedModel]]:
     """The model with jax.ShapeDtypeStructs for params, and what reads them."""
-    checkpoint, config = found.checkpoint, sizes(found)
+    checkpoint = found.checkpoint
+    config: Any = sizes(found)
     tokenizer = checkpoint.tokenizer()
     if beyond := without_rows(config, tokenizer):
         told(beyond)

@@ -34,10 +34,11 @@ def matrix(w: QuantizedTensor, place: Any) -> QuantizedTensor:
         raise InputError(f"{place.name} is no matrix of the weight that was quantized: leave it dense.")
     starts, (o,) = place.starts(shape), outputs
     picked = tuple(starts[k] for (k,) in lead)
-    columns = (*picked, slice(None), slice(starts[o], starts[o] + covered[o]))
-    zeros = None if w.zeros is None else w.zeros[columns]
+    columns = slice(starts[o], starts[o] + covered[o])
+    of = lambda leaf: None if leaf is None else leaf[(*picked, slice(None), columns)]
     scale = None if w.input_scale is None else w.input_scale[picked]
-    return QuantizedTensor(w.codes[columns], w.scales[columns], zeros, scale, w.spec, w.dtype, w.pad)
+    leaves: dict[str, Any] = {"codes": of(w.codes), "scales": of(w.scales), "zeros": of(w.zeros), "input_scale": scale}
+    return QuantizedTensor(**leaves, spec=w.spec, dtype=w.dtype, pad=w.pad)
 
 
 def joined(

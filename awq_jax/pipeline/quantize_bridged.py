@@ -67,7 +67,7 @@ def quantize_bridged(
         progress("calibration text", 1, 1)
         with clock("trace"):
             batches = chunks(tokens)
-            fn, params = found.model.hidden(np.shape(batches[0][0])), found.lazy_params()
+            fn, params = found.model.hidden(batches[0][0].shape), found.lazy_params()
             sites = sites_of(segments(fn, params, *batches[0]))
         recipe, gates = for_readers(recipe, sites, found, codecs_of(formats))
         if gates:

@@ -67,7 +67,7 @@ class Pretrained:
 
         return hidden
 
-    def logits(self, shape: tuple[int, int]) -> Callable[[Mapping[str, Array], Array], Array]:
+    def logits(self, shape: tuple[int, ...]) -> Callable[[Mapping[str, Array], Array], Array]:
         """`(params, tokens) -> logits`; see `hidden`."""
         fn, _ = from_torch(self.model, jax.ShapeDtypeStruct(shape, jnp.int32))
         return lambda params, tokens: fn(params, tokens)["logits"]
@@ -105,8 +105,7 @@ def pretrained(folder: Path) -> Pretrained:
             raise InputError(
                 f"{folder}: {named} reads more than tokens: trace it with awq.from_torch, and quantize what that gives."
             )
-        if hasattr(config, "quantization_config"):
-            delattr(config, "quantization_config")
+        vars(config).pop("quantization_config", None)
         config._attn_implementation = "eager"
         with without_weights(), no_init_weights():
             model = kind(config).eval()

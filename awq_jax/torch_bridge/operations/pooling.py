@@ -48,7 +48,7 @@ def avg_pool(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> Array:
-    over: dict[str, Any] = windows(x, kernel_size, stride, padding, ceil_mode)
+    over: Any = windows(x, kernel_size, stride, padding, ceil_mode)
     total = lax.reduce_window(x, jnp.zeros((), x.dtype), lax.add, **over)
     if divisor_override:
         return total / divisor_override
@@ -69,5 +69,5 @@ def max_pool(
 ) -> Array:
     if any(d != 1 for d in ([dilation] if isinstance(dilation, int) else dilation)):
         raise NotImplementedError("windows with gaps")
-    over = windows(x, kernel_size, stride, padding, ceil_mode)
+    over: Any = windows(x, kernel_size, stride, padding, ceil_mode)
     return lax.reduce_window(x, jnp.asarray(-jnp.inf, x.dtype), lax.max, **over)
