@@ -92,8 +92,8 @@ def broken_config(m):
 
 
 def another_architecture(m):
-    rewrite(m / "config.json", architectures=["GPT2LMHeadModel"])
-    return r"in: architectures=\['GPT2LMHeadModel'\]: no model here computes that. Supported: LlamaForCausalLM"
+    rewrite(m / "config.json", architectures=["BertForMaskedLM"])
+    return r"in: architectures=\['BertForMaskedLM'\]: no model here computes that. Supported: LlamaForCausalLM"
 
 
 def no_architecture(m):
@@ -102,8 +102,13 @@ def no_architecture(m):
 
 
 def window(m):
-    rewrite(m / "config.json", architectures=["MistralForCausalLM"], sliding_window=4096)
-    return "in: .*Mistral.*sliding_window=4096"
+    rewrite(m / "config.json", sliding_window=4096)
+    return "in: the config has sliding_window=4096, which this model does not compute"
+
+
+def other_spelling(m):
+    rewrite(m / "config.json", architectures=["GPT2LMHeadModel"])
+    return "in: the config lacks 'n_embd'; it has"
 
 
 def no_width(m):
@@ -112,13 +117,13 @@ def no_width(m):
 
 
 def rope(m):
-    rewrite(m / "config.json", rope_scaling={"rope_type": "yarn", "factor": 2.0})
-    return "in: rope type 'yarn': this model knows"
+    rewrite(m / "config.json", rope_scaling={"rope_type": "xpos", "factor": 2.0})
+    return "in: rope type 'xpos': this model knows"
 
 
 def activation(m):
-    rewrite(m / "config.json", hidden_act="gelu")
-    return "in: hidden_act='gelu': this model computes 'silu' only"
+    rewrite(m / "config.json", hidden_act="xielu")
+    return "in: hidden_act='xielu': this model computes 'silu', .* only"
 
 
 def other_sizes(m):
@@ -171,6 +176,7 @@ def gptq(m):
         another_architecture,
         no_architecture,
         window,
+        other_spelling,
         no_width,
         rope,
         activation,
