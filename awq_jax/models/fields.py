@@ -50,6 +50,26 @@ class Watched(Mapping[str, Any]):
                 raise ValueError(f"{where} {key}={reprlib.repr(value)}, which this model does not compute.")
 
 
+class Spelled(Mapping[str, Any]):
+    """A config.json with other names for what Llama's has.
+
+    Args:
+      names: Llama's name -> the file's.
+    """
+
+    def __init__(self, found: Mapping[str, Any], **names: str) -> None:
+        self.found, self.names = found, names
+
+    def __getitem__(self, key: str) -> Any:
+        return self.found[self.names.get(key, key)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.found)
+
+    def __len__(self) -> int:
+        return len(self.found)
+
+
 def whole(
     found: Mapping[str, Any], key: str, default: Any = NEEDED, where: str = "the config", *, most: int = LARGEST
 ) -> Any:
@@ -102,6 +122,7 @@ def _field(
     found: Mapping[str, Any], key: str, default: Any, where: str, expected: str, fits: Callable[[Any], bool]
 ) -> Any:
     value = found.get(key)
+    key = found.names.get(key, key) if isinstance(found, Spelled) else key
     if value is None and default is NEEDED:
         lack = "says null for" if key in found else "lacks"
         raise ValueError(f"{where} {lack} {key!r}; it has {sorted(set(found) - {key})}.")

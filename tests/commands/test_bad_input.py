@@ -101,19 +101,29 @@ def no_architecture(m):
     return r"in: architectures=\[\]: no model here computes that"
 
 
+def window(m):
+    rewrite(m / "config.json", sliding_window=4096)
+    return "in: the config has sliding_window=4096, which this model does not compute"
+
+
+def other_spelling(m):
+    rewrite(m / "config.json", architectures=["GPT2LMHeadModel"])
+    return "in: the config lacks 'n_embd'; it has"
+
+
 def no_width(m):
     rewrite(m / "config.json", hidden_size=None)
     return "in: the config lacks 'hidden_size'"
 
 
 def rope(m):
-    rewrite(m / "config.json", rope_scaling={"rope_type": "yarn", "factor": 2.0})
-    return "in: rope type 'yarn': this model knows"
+    rewrite(m / "config.json", rope_scaling={"rope_type": "xpos", "factor": 2.0})
+    return "in: rope type 'xpos': this model knows"
 
 
 def activation(m):
-    rewrite(m / "config.json", hidden_act="gelu")
-    return "in: hidden_act='gelu': this model computes 'silu' only"
+    rewrite(m / "config.json", hidden_act="xielu")
+    return "in: hidden_act='xielu': this model computes 'silu', .* only"
 
 
 def other_sizes(m):
@@ -165,6 +175,8 @@ def gptq(m):
         broken_config,
         another_architecture,
         no_architecture,
+        window,
+        other_spelling,
         no_width,
         rope,
         activation,

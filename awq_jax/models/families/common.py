@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,26 +15,6 @@ Found = Mapping[str, Any]
 QKV = frozenset("qkv")
 QKVO = frozenset("qkvo")
 MLP = frozenset({"gate", "up", "down"})
-
-
-class Spelled(Mapping[str, Any]):
-    """A config.json with other names for what Llama's has.
-
-    Args:
-      names: Llama's name -> the file's.
-    """
-
-    def __init__(self, found: Found, **names: str) -> None:
-        self.found, self.names = found, names
-
-    def __getitem__(self, key: str) -> Any:
-        return self.found[self.names.get(key, key)]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.found)
-
-    def __len__(self) -> int:
-        return len(self.found)
 
 
 def llama_like(

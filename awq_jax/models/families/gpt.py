@@ -6,7 +6,6 @@ from awq_jax.models.families.common import (
     QKVO,
     Config,
     Found,
-    Spelled,
     act,
     biases,
     ignored,
@@ -16,7 +15,7 @@ from awq_jax.models.families.common import (
     whole,
 )
 from awq_jax.models.family import Family
-from awq_jax.models.fields import flag
+from awq_jax.models.fields import Spelled, flag
 from awq_jax.models.rope import Rope
 
 UP_DOWN = frozenset({"up", "down"})

@@ -35,9 +35,9 @@ def stablelm(hf: Found) -> Config:
 def cohere(hf: Found, **more: Any) -> Config:
     refuse(hf, "use_qk_norm")
     outer, norm = {"logit_scale": real(hf, "logit_scale", 0.0625)}, layer_norm(hf, bias=False)
-    same: dict[str, Any] = {"norm": norm, "order": "parallel", "biases": biases(hf), "interleaved": True, "tied": True}
-    options: dict[str, Any] = {"theta": 5e5} | same | more
-    return llama_like(hf, outer=outer, **options)
+    same: dict[str, Any] = {"norm": norm, "order": "parallel", "interleaved": True, "tied": True, "theta": 5e5}
+    same |= more
+    return llama_like(hf, outer=outer, biases=biases(hf), **same)
 
 
 def cohere2(hf: Found) -> Config:
