@@ -73,9 +73,7 @@ def peak() -> Row:
     return Row("peak memory of the device since the step began", used / 1e9, "GB")
 
 
-def streamed(
-    module: Any, config: Any, params: Any, tokens: np.ndarray, recipe: Recipe, record: Record
-) -> Iterator[Row]:
+def streamed(config: Any, params: Any, tokens: np.ndarray, recipe: Recipe, record: Record) -> Iterator[Row]:
     start, packed = time.perf_counter(), {}
 
     def keep(part: str, params: Any) -> None:
@@ -94,7 +92,7 @@ def streamed(
     yield peak()
 
 
-def in_memory(module: Any, config: Any, lazy: Any, tokens: np.ndarray, recipe: Recipe) -> Iterator[Row]:
+def in_memory(config: Any, lazy: Any, tokens: np.ndarray, recipe: Recipe) -> Iterator[Row]:
     """`calibrate` and `quantize` of the whole function, its layers scanned."""
     layers = together([read(lazy[f"layers_{i}"]) for i in range(len(config.layers))])
     params = {"outer": read(outer(lazy)), "layers": layers}
@@ -102,7 +100,7 @@ def in_memory(module: Any, config: Any, lazy: Any, tokens: np.ndarray, recipe: R
     recipe = replace(recipe, rules=(Rule("outer/", skip=True),))
     batches = [(jnp.asarray(tokens[k : k + 4]),) for k in range(0, len(tokens), 4)]
     start = time.perf_counter()
-    calibration = awq.calibrate(logits(module, config), params, batches)
+    calibration = awq.calibrate(logits(config), params, batches)
     jax.block_until_ready(calibration.moments)
     middle = time.perf_counter()
     jax.block_until_ready(awq.quantize(params, calibration, recipe)[0])
@@ -195,7 +193,7 @@ def run(record: Record) -> None:
     hf = TWO_LAYERS | TOY if toy else json.loads(Path(__file__).with_name("llama_3_8b.json").read_text())
     number, length = (64, 32) if toy else (16384, 512)
     model = random_decoder(hf)
-    tokens = random_tokens(model[1].vocab, number, length)
+    tokens = random_tokens(model[0].vocab, number, length)
     recipe = PRESETS["rtn" if toy else "default"]
     narrow = replace(recipe, group_size=32 if toy else 64)
     with tempfile.TemporaryDirectory() as folder:
