@@ -149,10 +149,14 @@ def discard(folder: Path) -> None:
     if not take_back(folder):
         name_kept(folder)
         return
-    # A thread that is about to end with its process may still write here.
+    # A thread that is about to end with its process may still write here: under another name it finds nothing.
+    aside = folder.with_name(PREFIX + secrets.token_hex(4))
     for _ in range(20):
-        shutil.rmtree(folder, ignore_errors=True)
-        if not folder.exists():
+        with suppress(OSError):
+            folder.rename(aside)
+        for path in (aside, folder):
+            shutil.rmtree(path, ignore_errors=True)
+        if not folder.exists() and not aside.exists():
             return
         time.sleep(0.05)
 
