@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ Scores = dict[str, dict[str, Score]]
 
 
 def evaluate(
-    models: str | Path | Iterable[str | Path],
-    texts: str | Path | Iterable[str | Path],
+    models: str | Path | Sequence[str | Path],
+    texts: str | Path | Sequence[str | Path],
     against: str | Path | None = None,
     *,
     convention: str = "own",
@@ -65,11 +65,11 @@ def evaluate(
     given = {"windows": windows, "length": length, "stride": stride}
     how = replace(CONVENTIONS[convention], **{name: n for name, n in given.items() if n is not None})
     check(how)
-    names: list[str] = list(dict.fromkeys(map(str, as_list(models))))
+    names: list[str] = list(dict.fromkeys(map(str, as_list(models, "models"))))
     everyone: list[str] = list(dict.fromkeys(names + ([] if against is None else [str(against)])))
     found = {name: opened(name, jnp.float32, told) for name in everyone}
     first, reference = found[names[0]][0], None if against is None else found[str(against)][0]
-    read = {text: prepared(text, first, how, windows) for text in map(str, as_list(texts))}
+    read = {text: prepared(text, first, how, windows) for text in map(str, as_list(texts, "texts"))}
     for name, (model, _) in found.items():
         for text, of in read.items():
             if model is not first:
@@ -132,5 +132,9 @@ def score_on(of: Prepared, model: Any, reference: Any, progress: Callable[[str, 
     return score(model, of.windows, reference, moving, tokenizer=model.tokenizer, token_bytes=of.token_bytes)
 
 
-def as_list(given: str | Path | Iterable[str | Path]) -> list[str | Path]:
-    return [given] if isinstance(given, str | Path) else list(given)
+def as_list(given: str | Path | Sequence[str | Path], name: str) -> list[str | Path]:
+    """Paths, of which one may stand alone."""
+    found: list[Any] = list(given) if isinstance(given, list | tuple | set) else [given]
+    if odd := [one for one in found if not isinstance(one, str | Path)]:
+        raise InputError(f"{name} has a {type(odd[0]).__name__}: give the path of a folder or file, or several.")
+    return found

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from awq_jax.errors import InputError
+from awq_jax.pipeline.evaluate import evaluate
 from awq_jax.pipeline.same_tokens import check_same_tokens
 from awq_jax.pipeline.score import score, windows
 from awq_jax.pipeline.windows import CONVENTIONS, Convention, Passage, Window, cut
@@ -204,3 +205,8 @@ def test_models_that_read_a_text_otherwise_are_not_compared():
     after = words.decode(ids[:3])
     with pytest.raises(InputError, match=f"token 3, after '{after}', is token {ids[3] + 1} .* and token {ids[3]} "):
         check_same_tokens(of(9, words), of(9, Other()), text, "dense")
+
+
+def test_what_was_loaded_is_no_path():
+    with pytest.raises(InputError, match=r"^models has a SimpleNamespace: give the path"):
+        evaluate(SimpleNamespace(), "a.txt")  # pyright: ignore[reportArgumentType]
