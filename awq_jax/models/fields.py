@@ -124,8 +124,8 @@ def _field(
     value = found.get(key)
     key = found.names.get(key, key) if isinstance(found, Spelled) else key
     if value is None and default is NEEDED:
-        lack = "says null for" if key in found else "lacks"
-        raise ValueError(f"{where} {lack} {key!r}; it has {sorted(set(found) - {key})}.")
+        said = sorted(name for name, value in found.items() if value is not None)
+        raise ValueError(f"{where} lacks {key!r}; it has {said}.")
     if value is None:
         return default
     if not fits(value):

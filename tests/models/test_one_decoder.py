@@ -282,7 +282,7 @@ def test_generation_refuses(arguments, message):
         ({"rope_parameters": {"rope_type": "linear"}}, "linear rope parameters lacks 'factor'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}}, "partial_rotary"),
         ({"hidden_act": "xielu"}, "hidden_act='xielu'.*'silu'"),
-        ({"hidden_size": None}, "says null for 'hidden_size'"),
+        ({"hidden_size": None}, "lacks 'hidden_size'"),
         ({"attention_sinks": 4}, "the config has attention_sinks=4, which this model does not compute"),
         ({"rope_scaling": LLAMA3 | {"mrope_section": [1]}}, "rope parameters have mrope_section=.1., which"),
         ({"num_key_value_heads": 3}, "4 heads do not divide by 3"),
