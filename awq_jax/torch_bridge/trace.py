@@ -16,6 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from awq_jax.errors import InputError, one_line
+from awq_jax.text import unprinted
 from awq_jax.torch_bridge.operations.table import TABLE
 
 Call = Callable[[torch.nn.Module, Sequence[torch.Tensor]], list[Any]]
@@ -52,7 +53,7 @@ def exported(model: torch.nn.Module, mode: FakeTensorMode, call: Call, example: 
     with mode:
         fake = tuple(torch.empty(x.shape, dtype=x.dtype) for x in example)
     try:
-        with torch.no_grad(), unlogged():
+        with torch.no_grad(), unlogged(), unprinted():
             found = torch.export.export(Called(model, call), fake, strict=False)
             return found.run_decompositions(decompositions())
     except Exception as e:
