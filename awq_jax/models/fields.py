@@ -122,9 +122,9 @@ def _field(
     found: Mapping[str, Any], key: str, default: Any, where: str, expected: str, fits: Callable[[Any], bool]
 ) -> Any:
     value = found.get(key)
-    key = found.names.get(key, key) if isinstance(found, Spelled) else key
+    key, file = (found.names.get(key, key), found.found) if isinstance(found, Spelled) else (key, found)
     if value is None and default is NEEDED:
-        said = sorted(name for name, value in found.items() if value is not None)
+        said = sorted(name for name, value in file.items() if value is not None)
         raise ValueError(f"{where} lacks {key!r}; it has {said}.")
     if value is None:
         return default
