@@ -166,7 +166,7 @@ def large_gguf(folder: Path) -> Path:
 
 
 def report(folder: Path) -> Path:
-    from awq_jax.pipeline.quantize_checkpoint import REPORT
+    from awq_jax.pipeline.report import REPORT
     from awq_jax.transforms.quantize import SiteReport
     from awq_jax.weights.spec import QuantSpec
 

@@ -14,16 +14,15 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
-from awq_jax.errors import reading
-from awq_jax.files import inside, parse_json
 from awq_jax.formats import orbax
 from awq_jax.formats.checkpoint import Checkpoint, open_checkpoint
 from awq_jax.formats.servers import Target
 from awq_jax.memory import nbytes_of, size
 from awq_jax.pipeline.agreement import check_params
 from awq_jax.pipeline.bridged import fallback
+from awq_jax.pipeline.fused import Fused
 from awq_jax.pipeline.load import architecture
-from awq_jax.pipeline.quantize_checkpoint import REPORT
+from awq_jax.pipeline.report import read_report
 from awq_jax.pipeline.targets import kernels, target_of
 from awq_jax.weights.spec import QuantSpec
 
@@ -57,8 +56,8 @@ def inspect(path: str | Path, target: str | None = None) -> Group:
     """
     server = None if target is None else target_of(target)
     checkpoint = open_checkpoint(path)
-    found = own_params(checkpoint) if checkpoint.kind == "orbax" else params_of(checkpoint)
-    found = found if server is None else with_kernels(checkpoint, found, server)
+    found, fused = own_params(checkpoint) if checkpoint.kind == "orbax" else params_of(checkpoint)
+    found = found if server is None else with_kernels(checkpoint.kind, found, fused, server)
     errors = read_errors(checkpoint.path)
     # Short headings and names: with the sizes of a real model the table just fits a terminal.
     table = Table(title=escape(str(path)))
@@ -94,34 +93,32 @@ def inspect(path: str | Path, target: str | None = None) -> Group:
     return Group(table, totals)
 
 
-def params_of(checkpoint: Checkpoint) -> dict[str, Stored]:
-    """The params of a checkpoint by the names that they have here, or in the file where no model here computes it."""
+def params_of(checkpoint: Checkpoint) -> tuple[dict[str, Stored], Fused]:
+    """The params of a checkpoint by the names that they have here, or in the file where no model here computes it; and
+    those of which servers make one matrix, where that is known."""
     if fallback(checkpoint) is not None:
-        return {name: Stored(t.shape, t.stored_as, t.nbytes, t.spec) for name, t in checkpoint.tensors.items()}
+        return {name: Stored(t.shape, t.stored_as, t.nbytes, t.spec) for name, t in checkpoint.tensors.items()}, {}
     family, config = architecture(checkpoint)
 
     def found(shape: tuple[int, ...], names: Sequence[str]) -> Stored:
         tensors = [checkpoint.tensors[name] for name in names]
         return Stored(shape, tensors[0].stored_as, sum(t.nbytes for t in tensors), tensors[0].spec)
 
-    return {path: found(s.shape, s.names) for path, s in family.stored(config).items()}
+    return {path: found(s.shape, s.names) for path, s in family.stored(config).items()}, family.fused(config)
 
 
-def with_kernels(checkpoint: Checkpoint, found: Mapping[str, Stored], target: Target) -> dict[str, Stored]:
+def with_kernels(format: str, found: Mapping[str, Stored], fused: Fused, target: Target) -> dict[str, Stored]:
     """Params that say what they would run on."""
-    fused: list[Any] = []
-    if fallback(checkpoint) is None:
-        family, config = architecture(checkpoint)
-        fused = list(family.fused(config).values())
     weights = {name: (one.shape, one.spec) for name, one in found.items() if one.spec}
-    on = kernels(target, checkpoint.kind, weights, fused)
+    on = kernels(target, format, weights, list(fused.values()))
     return {name: replace(one, kernel=on.get(name, "dense")) for name, one in found.items()}
 
 
-def own_params(checkpoint: Checkpoint) -> dict[str, Stored]:
-    """The params of a folder in our own format."""
+def own_params(checkpoint: Checkpoint) -> tuple[dict[str, Stored], Fused]:
+    """As `params_of`, of a folder in our own format."""
     params = orbax.shapes(checkpoint.path)
-    check_params(checkpoint.path, params, architecture(checkpoint)[1])
+    family, config = architecture(checkpoint)
+    check_params(checkpoint.path, params, config)
 
     def stored(leaf: Any) -> Stored:
         parts = jax.tree.leaves(leaf)
@@ -130,13 +127,9 @@ def own_params(checkpoint: Checkpoint) -> dict[str, Stored]:
         stored_as = f"{spec.bits}-bit g{spec.group_size}" if spec else str(leaf.dtype)
         return Stored(tuple(leaf.shape), stored_as, nbytes, spec)
 
-    return {name: stored(leaf) for name, leaf in params.items()}
+    return {name: stored(leaf) for name, leaf in params.items()}, family.fused(config)
 
 
 def read_errors(folder: Path) -> dict[str, float]:
     """Each site's relative error from the report that `quantize_checkpoint` leaves, {} without one."""
-    file = inside(folder, REPORT)
-    if file is None:
-        return {}
-    with reading(f"{file} is no report of awq_jax", "delete it"):
-        return {str(site["name"]): float(site["error"]) for site in parse_json(file) if site["spec"] is not None}
+    return dict(read_report(folder, lambda site: (str(site["name"]), float(site["error"]))))

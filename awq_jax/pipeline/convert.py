@@ -24,7 +24,7 @@ from awq_jax.models.family import param_shapes
 from awq_jax.pipeline.decoder import Progress
 from awq_jax.pipeline.load import architecture
 from awq_jax.pipeline.outputs import OURS, formats_of, named_failure, places
-from awq_jax.pipeline.quantize_checkpoint import REPORT
+from awq_jax.pipeline.report import REPORT
 from awq_jax.pipeline.weights_of import Weights, weights_of
 from awq_jax.weights.spec import QuantSpec
 from awq_jax.weights.tensor import QuantizedTensor, dequantize, is_quantized, round_to_nearest
@@ -39,6 +39,10 @@ class Undeclared:
 
     config: Mapping[str, Any]
     companions: Sequence[Path]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Undeclared:
+        return cls({k: v for k, v in checkpoint.config.items() if k not in FIELDS}, checkpoint.companions)
 
 
 def convert(
@@ -200,10 +204,9 @@ class Taken:
 def write_theirs(checkpoint: Checkpoint, weights: Weights, taken: Taken, folder: Path, progress: Progress) -> None:
     """A folder of safetensors in the format of a codec; computed in the dtype that the source says."""
     assert taken.codec is not None
-    config = {key: value for key, value in checkpoint.config.items() if key not in FIELDS}
     specs = {name: spec for name, spec in taken.plan.items() if spec is not None}
     most, _ = usual(specs, QuantSpec())
-    writer = Writer(taken.codec, folder, Undeclared(config, checkpoint.companions), most, half=False)
+    writer = Writer(taken.codec, folder, Undeclared.of(checkpoint), most, half=False)
     for done, (part, tensors) in enumerate(weights.parts(), 1):
         writer.write(part, {name: taken(name, w) for name, w in tensors.items()})
         progress("part", done, weights.count)
@@ -224,8 +227,7 @@ def write_ours(checkpoint: Checkpoint, weights: Weights, taken: Taken, folder: P
     paths: dict[str, list[str]] = {}
     for path in param_shapes(config):
         paths.setdefault(path.split("/")[0], []).append(path)
-    about = {key: value for key, value in checkpoint.config.items() if key not in FIELDS}
-    writer = orbax.Writer(folder, Undeclared(about, checkpoint.companions))
+    writer = orbax.Writer(folder, Undeclared.of(checkpoint))
     for done, (part, names) in enumerate(paths.items(), 1):
         found = {path: family.param(read, config, path) for path in names}
         params = {path: w if is_quantized(w) else np.ascontiguousarray(w) for path, w in found.items()}

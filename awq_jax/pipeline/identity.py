@@ -6,10 +6,8 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from awq_jax.errors import reading
-from awq_jax.files import inside, parse_json
 from awq_jax.formats.manifest import MANIFEST, files_of
-from awq_jax.pipeline.quantize_checkpoint import REPORT
+from awq_jax.pipeline.report import REPORT, read_report
 
 BESIDE = {MANIFEST, REPORT, "README.md", ".gitattributes", ".gitignore"}
 """Files that change no answer."""
@@ -28,12 +26,7 @@ def digest_of(path: Path) -> str:
 def sites_of(path: Path) -> list[list[Any]]:
     """`[name, bits, error, error of rounding to nearest]` of each site, from the report of its quantization if it has
     one."""
-    file = inside(path, REPORT) if path.is_dir() else None
-    if file is None:
-        return []
-    with reading(f"{file} is no report of awq_jax", "delete it"):
-        return [
-            [str(site["name"]), int(site["spec"]["bits"]), float(site["error"]), float(site["nearest_error"])]
-            for site in parse_json(file)
-            if site["spec"] is not None
-        ]
+    return read_report(
+        path,
+        lambda site: [str(site["name"]), int(site["spec"]["bits"]), float(site["error"]), float(site["nearest_error"])],
+    )

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from awq_jax.clock import Clock
 from awq_jax.errors import InputError
-from awq_jax.formats import orbax
-from awq_jax.formats.card import CARD, card
 from awq_jax.formats.codecs import WRITTEN
 from awq_jax.formats.quantized_writer import Writer
 from awq_jax.formats.written import resolved, size_of, written_whole
-from awq_jax.memory import size
-from awq_jax.models.inputs import check_length, check_tokens, without_rows
+from awq_jax.models.inputs import check_length
 from awq_jax.pipeline.bridged import Bridged, for_readers, sites_of, sizes
-from awq_jax.pipeline.calibration_text import Read, calibration_tokens
 from awq_jax.pipeline.decoder import Progress, called, chunks
 from awq_jax.pipeline.outputs import OURS, codecs_of, fitted, named_failure, places
-from awq_jax.pipeline.quantize_checkpoint import REPORT, Converted, computed_in
+from awq_jax.pipeline.quantize_checkpoint import Converted, computed_in, text_for
+from awq_jax.pipeline.report import in_16_bits, write_report
 from awq_jax.tracing.segments import segments
 from awq_jax.transforms.finite import require_finite_weights
 from awq_jax.transforms.recipe import Recipe, some
@@ -51,20 +43,9 @@ def quantize_bridged(
     told(f"Computed by transformers' {found.model.name}, traced.")
     check_length(config, seq_len, f"seq_len={seq_len}")
     with written_whole(out, overwrite=overwrite, inputs=inputs) as scratch:
-        tokenizer, _ = checkpoint.tokenizer(), checkpoint.companions  # Raises where one of them is unsound.
-        if beyond := without_rows(config, tokenizer):
-            told(beyond)
-        clock.rest("load")
-        progress("loading", 1, 1)
-        progress("calibration text", 0, 1)
-        sources: list[Read] = []
-        options: Any = {"samples": recipe.samples, "seq_len": seq_len, "own": _no_own_text, "told": sources.append}
-        tokens = calibration_tokens(calib or None, tokenizer, **options)
-        check_tokens(config, tokens, "the calibration text")
-        for source in sources:
-            told(str(source))
-        clock.rest("text")
-        progress("calibration text", 1, 1)
+        tokens, sources = text_for(
+            checkpoint, config, calib, recipe.samples, seq_len, _no_own_text, clock=clock, progress=progress, told=told
+        )
         with clock("trace"):
             batches = chunks(tokens)
             fn, params = found.model.hidden(batches[0][0].shape), found.lazy_params()
@@ -95,21 +76,11 @@ def quantize_bridged(
         dtype, notes = computed_in(done.largest)
         for writer in writers:
             named_failure(out, writer.finish)(dtype)
-        half = sum(2 * math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
-        for name, place in folders.items():
-            (place / REPORT).write_text(json.dumps([asdict(site) for site in done.reports], indent=1))
-            figures = {
-                "size before": f"{size(checkpoint.nbytes)} ({size(half)} in 16 bits)",
-                "size now": size(size_of(place)),
-                "calibrated on": f"{len(tokens)} sequences of {np.shape(tokens)[1]} tokens",
-            }
-            text = card(checkpoint.path, name, orbax.shown(recipe), figures, done.reports)
-            (place / CARD).write_text(text, "utf-8")
+        write_report(folders, checkpoint, recipe, done.reports, tokens, {})
     after = size_of(resolved(out))
     clock.rest("write")
-    return Converted(
-        Path(out), checkpoint.nbytes, half, after, done.reports, clock.seconds, recipe, tuple(sources), notes
-    )
+    half = in_16_bits(checkpoint)
+    return Converted(Path(out), checkpoint.nbytes, half, after, done.reports, clock.seconds, recipe, sources, notes)
 
 
 def refuse(formats: Sequence[str], average_bits: float | None, distill: int) -> None:

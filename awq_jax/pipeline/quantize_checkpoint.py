@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 
 from awq_jax.clock import Clock
 from awq_jax.errors import InputError
-from awq_jax.formats import orbax
-from awq_jax.formats.card import CARD, card
-from awq_jax.formats.checkpoint import open_checkpoint
+from awq_jax.formats.checkpoint import Checkpoint, open_checkpoint
 from awq_jax.formats.written import check_destination, resolved, size_of, written_whole
-from awq_jax.memory import check_memory, size
+from awq_jax.memory import check_memory
 from awq_jax.models.decoder import head
 from awq_jax.models.family import is_router, matrix_shapes, param_shapes
 from awq_jax.models.inputs import check_length, check_tokens, without_rows
@@ -53,6 +50,7 @@ from awq_jax.pipeline.outputs import (
     places,
     writer,
 )
+from awq_jax.pipeline.report import in_16_bits, write_report
 from awq_jax.transforms import mixed_bits
 from awq_jax.transforms.distill import kl_of_logits
 from awq_jax.transforms.mixed_bits import Offer, allocate, with_bits
@@ -63,7 +61,6 @@ from awq_jax.transforms.survey import survey
 from awq_jax.weights.spec import Rule
 from awq_jax.weights.tensor import LARGEST_HALF
 
-REPORT = "quantization_report.json"
 BEFORE = "error before distillation"
 SURVEYED = 512
 """Tokens on which the divergence of every group of sites is measured."""
@@ -194,34 +191,25 @@ def quantize_checkpoint(
             config, jax.tree.map(dense, checkpoint.shapes(family, config)), recipe.samples, seq_len
         )
         check_memory(f"distill={distill} with seq_len={seq_len}", needed, "leave it out, or give shorter sequences")
-    half = sum(2 * math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
     with written_whole(out, overwrite=overwrite, inputs=inputs) as scratch:
-        tokenizer, _ = checkpoint.tokenizer(), checkpoint.companions  # Raises where one of them is unsound.
-        if beyond := without_rows(config, tokenizer):
-            told(beyond)
-        clock.rest("load")
-        progress("loading", 1, 1)
-        progress("calibration text", 0, 1)
         own = lambda samples, seq_len: load(model).sample(samples, seq_len)
-        sources: list[Read] = []
-        options: Any = {"samples": recipe.samples, "seq_len": seq_len, "own": own, "told": sources.append}
-        tokens = calibration_tokens(calib or None, tokenizer, **options)
-        check_tokens(config, tokens, "the calibration text")
-        for source in sources:
-            told(str(source))
-        clock.rest("text")
-        progress("calibration text", 1, 1)
+        tokens, sources = text_for(
+            checkpoint, config, calib, recipe.samples, seq_len, own, clock=clock, progress=progress, told=told
+        )
         params = lazy_params(checkpoint, family, config, wide=recipe.folds)
         if average_bits is not None:
             offered = offers(config, params, tokens, recipe, progress)
             recipe = with_bits(recipe, allocate(offered, average_bits))
             clock.rest("survey")
         folders = places(formats, scratch)
-        writers = [writer(name, place, checkpoint, family, recipe, fused) for name, place in folders.items()]
+        writers = [
+            [named_failure(out, f) for f in writer(name, place, checkpoint, family, recipe, fused)]
+            for name, place in folders.items()
+        ]
 
         def write(part: str, params: Any) -> None:
             for each, _ in writers:
-                named_failure(out, each)(part, params)
+                each(part, params)
 
         parts: dict[str, Any] = {}
         take = parts.__setitem__ if distill else write
@@ -243,24 +231,50 @@ def quantize_checkpoint(
                     write(part, tuned)
         dtype, notes = computed_in(done.largest)
         for _, finish in writers:
-            named_failure(out, finish)(dtype)
+            finish(dtype)
         done = replace(done, reports=(*done.reports, *with_skipped))
-        for name, place in folders.items():
-            (place / REPORT).write_text(json.dumps([asdict(site) for site in done.reports], indent=1))
-            sizes = {
-                "size before": f"{size(checkpoint.nbytes)} ({size(half)} in 16 bits)",
-                "size now": size(size_of(place)),
-                "calibrated on": f"{len(tokens)} sequences of {np.shape(tokens)[1]} tokens",
-            }
-            if distill:
-                sizes["distilled"] = f"{distill} passes over them; the errors are those before"
-            text = card(checkpoint.path, name, orbax.shown(recipe), sizes, done.reports)
-            (place / CARD).write_text(text, "utf-8")
+        more = {"distilled": f"{distill} passes over them; the errors are those before"} if distill else {}
+        write_report(folders, checkpoint, recipe, done.reports, tokens, more)
     after = size_of(resolved(out))
     clock.rest("write")
     notes = (*widening(with_skipped), *(notes if recipe.folds else ()))
-    read_all = tuple(sources)
-    return Converted(Path(out), checkpoint.nbytes, half, after, done.reports, clock.seconds, recipe, read_all, notes)
+    half = in_16_bits(checkpoint)
+    return Converted(Path(out), checkpoint.nbytes, half, after, done.reports, clock.seconds, recipe, sources, notes)
+
+
+def text_for(
+    checkpoint: Checkpoint,
+    config: Any,
+    calib: Sequence[str],
+    samples: int,
+    seq_len: int,
+    own: Callable[[int, int], Int[np.ndarray, "n t"]],
+    *,
+    clock: Clock,
+    progress: Progress,
+    told: Callable[[str], None],
+) -> tuple[Int[np.ndarray, "n t"], tuple[Read, ...]]:
+    """The calibration tokens of a model, and what was read of their sources, which is told.
+
+    Args:
+      config: has `vocab`, `positions` and `dtype`.
+      calib, samples, seq_len, own: see `calibration_tokens`.
+    """
+    tokenizer, _ = checkpoint.tokenizer(), checkpoint.companions  # Raises where one of them is unsound.
+    if beyond := without_rows(config, tokenizer):
+        told(beyond)
+    clock.rest("load")
+    progress("loading", 1, 1)
+    progress("calibration text", 0, 1)
+    sources: list[Read] = []
+    options: Any = {"samples": samples, "seq_len": seq_len, "own": own, "told": sources.append}
+    tokens = calibration_tokens(calib or None, tokenizer, **options)
+    check_tokens(config, tokens, "the calibration text")
+    for source in sources:
+        told(str(source))
+    clock.rest("text")
+    progress("calibration text", 1, 1)
+    return tokens, tuple(sources)
 
 
 def routers_skipped(recipe: Recipe, config: Config) -> Recipe:

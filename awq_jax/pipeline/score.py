@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from awq_jax.errors import InputError
 from awq_jax.pipeline.by_token import ByToken, by_token
 from awq_jax.pipeline.not_finite import origin
-from awq_jax.pipeline.windows import Window
+from awq_jax.pipeline.windows import Convention, Window, check
 from awq_jax.text import decode, encode
 
 ROUNDED = 64
@@ -72,8 +72,7 @@ def windows(text: str, tokenizer: Any, n: int, length: int, source: str = "the t
     Raises:
       InputError: not even one window, or windows in which nothing is predicted.
     """
-    if n < 1 or length < 2:
-        raise InputError(f"windows={n} length={length}: give 1 or more windows of 2 tokens or more.")
+    check(Convention(n, length))
     tokens = encode(tokenizer, text[: n * length * 10], source=source)
     if len(tokens) < length:
         raise too_short(source, len(tokens), length)

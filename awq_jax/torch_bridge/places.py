@@ -97,10 +97,9 @@ class Uncopied(TorchFunctionMode):
 
 def assembled(places: Sequence[Place], shape: Sequence[int], read: Callable[[str], Any]) -> np.ndarray:
     """A param, from its parts in the file."""
-    if len(places) == 1 and places[0].shape == tuple(shape):
-        found = read(places[0].name)
-        if places[0].strides == np.empty(shape, np.int8).strides:
-            return found
+    first = places[0]
+    if len(places) == 1 and (first.shape, first.strides) == (tuple(shape), np.empty(shape, np.int8).strides):
+        return read(first.name)
     parts = ((place, np.asarray(read(place.name))) for place in places)
     whole: np.ndarray | None = None
     for place, part in parts:
