@@ -129,6 +129,17 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return [regular(file, LARGEST) for file in found if file is not None]
 
 
+def advice(folder: Path) -> str:
+    """What to do about a tokenizer that transformers cannot read."""
+    config = folder / "tokenizer_config.json"
+    if not (config.exists() and read_json(config).get("auto_map")):
+        return "copy a tokenizer.json of the model into it"
+    return (
+        'its tokenizer_config.json names code of its own ("auto_map"), which is never run: where you trust the code, '
+        "save what it makes as a tokenizer.json, and remove auto_map and tokenizer_class"
+    )
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a folder, with its chat template if there is one; code in the folder is not run.
 
@@ -148,7 +159,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         # Without the fields of the model, which are no matter of its tokenizer.
         if (config := inside(folder, "config.json")) is not None:
             write_json(scratch / config.name, {k: v for k, v in read_json(config).items() if k in OF_TOKENIZERS})
-        with reading(f"{folder}: transformers cannot read the tokenizer", "copy a tokenizer.json of the model into it"):
+        with reading(f"{folder}: transformers cannot read the tokenizer", advice(scratch)):
             tokenizer = AutoTokenizer.from_pretrained(scratch, trust_remote_code=False, local_files_only=True)
             check_growth(tokenizer)
             return tokenizer

@@ -131,7 +131,7 @@ def save_params(folder: str | Path, params: Any, *, overwrite: bool = False) -> 
     """Writes params of any function, whole or not at all; `load_params` reads them without being told their structure.
 
     Args:
-      params: any pytree of arrays and QuantizedTensors that is more than one leaf.
+      params: any pytree of arrays and QuantizedTensors that is more than one leaf; None in it is no param.
       overwrite: replace a folder that this function wrote.
 
     Raises:
@@ -140,7 +140,9 @@ def save_params(folder: str | Path, params: Any, *, overwrite: bool = False) -> 
       ValueError: a leaf that is neither array nor QuantizedTensor, two of one path, one alone, or one that is the path
         of others; names its path.
     """
-    if "" in (leaves := named_leaves(params)):
+    if not (leaves := named_leaves(params)):
+        raise ValueError(f"params are {params!r}, without an array in it: nothing to save.")
+    if "" in leaves:
         raise ValueError("params are one leaf: give it a name, {'kernel': params} say.")
     above = {name[:k] for name in leaves for k, letter in enumerate(name) if letter == "/"}
     if both := sorted(above & leaves.keys()):

@@ -267,8 +267,9 @@ def found_in(rows: Iterable[Row], source: str) -> tuple[list[tuple[str, str | Ch
             continue
         except (ValueError, TypeError) as e:
             raise InputError(f"{name}: expected {KNOWN}: {e}") from e
+        left_out["rejected answers left out"] += bool(isinstance(row, dict) and row.get("rejected"))
         kept.append((name, found))
-    return kept, tuple(f"{n:,} {what}" for what, n in left_out.items())
+    return kept, tuple(f"{n:,} {what}" for what, n in left_out.items() if n)
 
 
 def through_template(chats: list[Chat], tokenizer: Any, names: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:

@@ -134,7 +134,8 @@ def check_names(file: Path, names: list[str], separator: str, is_row: Callable[[
 
 def json_values(file: Path, text: str) -> Iterator[Row]:
     """JSON values that follow each other, on lines of their own or not."""
-    decoder, at, line = json.JSONDecoder(), 0, 1
+    # NaN and Infinity, which Python writes and JSON does not know, are nothing.
+    decoder, at, line = json.JSONDecoder(parse_constant=lambda _: None), 0, 1
     skip = lambda at: BLANK.match(text, at).end()  # type: ignore[union-attr]
     while (start := skip(at)) < len(text):
         line += text.count("\n", at, start)

@@ -225,7 +225,7 @@ def test_code_in_a_tokenizer_folder_is_not_run(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}})
     )
-    with pytest.raises(InputError, match="cannot read the tokenizer"):
+    with pytest.raises(InputError, match=r'names code of its own \("auto_map"\), which is never'):
         open_checkpoint(tmp_path).tokenizer()
 
 

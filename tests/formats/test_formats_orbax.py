@@ -117,6 +117,9 @@ def test_params_of_any_function(tmp_path):
         orbax.save_params(tmp_path / "other", kernel)
     with pytest.raises(ValueError, match="'a' is a param, and the path of others"):
         orbax.save_params(tmp_path / "other", {"a": kernel, "a/b": kernel})
+    for nothing in ({}, None, {"a": None}):
+        with pytest.raises(ValueError, match="without an array in it"):
+            orbax.save_params(tmp_path / "other", nothing)
     assert not (tmp_path / "other").exists()
 
 

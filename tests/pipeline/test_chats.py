@@ -95,6 +95,11 @@ def test_tools_and_their_calls_are_objects_whether_or_not_the_row_has_them_as_st
     assert as_chat({"messages": [ASK], "tools": "[]"}) == as_chat({"messages": [ASK], "tools": None}) == Chat((ASK,))
 
 
+def test_rejected_answers_are_left_out_and_told():
+    rows = [{"chosen": [ASK, TELL], "rejected": [ASK]}, {"prompt": "Who?", "chosen": "Me.", "rejected": "You."}, "text"]
+    assert "2 rejected answers left out" in as_texts([("", row) for row in rows], tokenizer(), "a.json").notes
+
+
 @pytest.mark.parametrize(
     ("row", "what"),
     [

@@ -50,6 +50,7 @@ def test_json_is_known_by_what_it_is(tmp_path, name, content):
         ({"chat": CHAT}, [CHAT]),
         (["a", "b"], ["a", "b"]),
         ({"text": ["a", "b"]}, ["a", "b"]),
+        ([{"text": "a", "score": float("nan")}], [{"text": "a", "score": None}]),
         ([{"role": "prompter", "text": "a"}], [{"role": "prompter", "text": "a"}]),
     ],
 )
