@@ -101,7 +101,9 @@ class Quantize:
         console().print(sites_table(done.sites), summary(done.before, done.half, done.after, done.seconds))
         for note in done.notes:
             say(note)
-        where = shlex.quote(str(done.path))
+        # Of several formats each has a folder of its own.
+        readable = next((place for name in format.split(",") if (place := Path(done.path) / name).is_dir()), done.path)
+        where = shlex.quote(str(readable))
         say(f"Wrote {done.path}. Try: awq-jax generate {where} 'Why is the sky blue?'")
 
     def recipe(self) -> Any:

@@ -23,7 +23,7 @@ from awq_jax.formats.written import check_destination, written_whole
 from awq_jax.models.family import param_shapes
 from awq_jax.pipeline.decoder import Progress
 from awq_jax.pipeline.load import architecture
-from awq_jax.pipeline.outputs import OURS, formats_of, named_failure, places
+from awq_jax.pipeline.outputs import OURS, formats_of, named_failure, places, refuse_in_out
 from awq_jax.pipeline.report import REPORT
 from awq_jax.pipeline.weights_of import Weights, weights_of
 from awq_jax.weights.spec import QuantSpec
@@ -87,6 +87,8 @@ def convert(
     checkpoint = open_checkpoint(model)
     if checkpoint.kind in ("huggingface", "gguf"):
         raise InputError(f"{model} is not quantized in a format that is converted: use quantize.")
+    if checkpoint.kind == "orbax":
+        refuse_in_out(model, architecture(checkpoint)[0], formats)
     weights = weights_of(checkpoint)
     plans = {name: planned(WRITTEN.get(name), weights, asked, requantize) for name in formats}
     with written_whole(out, overwrite=overwrite, inputs=[model]) as scratch:

@@ -47,6 +47,15 @@ def codecs_of(formats: Sequence[str]) -> list[Codec]:
     return [WRITTEN[name] for name in formats if name in WRITTEN]
 
 
+def refuse_in_out(model: str | Path, family: Family, formats: Sequence[str]) -> None:
+    """Refuse formats whose readers would take a family's [in, out] matrices for [out, in] ones."""
+    if codecs_of(formats) and family.in_out:
+        raise InputError(
+            f"{model}: readers of {codecs_of(formats)[0].title} files replace linear layers only, and those of "
+            f"{family.architectures[0]} are stored the other way round (Conv1D): write format='orbax'."
+        )
+
+
 def places(formats: Sequence[str], folder: Path) -> dict[str, Path]:
     """The folder of each format: `folder` itself for one, for several one of the format's name in it."""
     found = {name: folder if len(formats) == 1 else folder / name for name in formats}

@@ -42,12 +42,12 @@ from awq_jax.pipeline.load import architecture, load
 from awq_jax.pipeline.outputs import (
     check_average,
     check_fits,
-    codecs_of,
     fitted,
     for_formats,
     formats_of,
     named_failure,
     places,
+    refuse_in_out,
     writer,
 )
 from awq_jax.pipeline.report import in_16_bits, write_report
@@ -176,11 +176,7 @@ def quantize_checkpoint(
     if recipe.group_size is None:
         recipe, why = fitted(recipe, matrix_shapes(config), formats)
         told(why)
-    if codecs_of(formats) and family.in_out:
-        raise InputError(
-            f"{model}: readers of {codecs_of(formats)[0].title} files replace linear layers only, and those of "
-            f"{family.architectures[0]} are stored the other way round (Conv1D): write format='orbax'."
-        )
+    refuse_in_out(model, family, formats)
     check_fits(formats, matrix_shapes(config), recipe, fused)
     check_length(config, seq_len, f"seq_len={seq_len}")
     if distill:

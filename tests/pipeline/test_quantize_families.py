@@ -76,6 +76,10 @@ def test_a_folder_of_a_family_is_quantized_and_read_back(tmp_path, kind):
     assert 0 < error < 0.5
     text = small.generate("Words", max_new_tokens=3, chat=False)
     assert isinstance(text, str)
+    if kind == "gpt2":
+        with pytest.raises(InputError, match="stored the other way round"):
+            awq.convert(tmp_path / "out", tmp_path / "no", "mlx", requantize=True)
+        assert not (tmp_path / "no").exists()
 
 
 def test_experts_are_written_under_their_own_names(tmp_path):
