@@ -74,6 +74,7 @@ class Quantize:
     """Replace what an earlier run wrote at OUT, and nothing else."""
 
     def run(self) -> None:
+        from awq_jax.pipeline.outputs import formats_of, places
         from awq_jax.pipeline.quantize_checkpoint import quantize_checkpoint
 
         format, recipe = self.format, self.recipe()
@@ -101,9 +102,8 @@ class Quantize:
         console().print(sites_table(done.sites), summary(done.before, done.half, done.after, done.seconds))
         for note in done.notes:
             say(note)
-        # Of several formats each has a folder of its own.
-        readable = next((place for name in format.split(",") if (place := Path(done.path) / name).is_dir()), done.path)
-        where = shlex.quote(str(readable))
+        first, *_ = places(formats_of(format), done.path).values()
+        where = shlex.quote(str(first))
         say(f"Wrote {done.path}. Try: awq-jax generate {where} 'Why is the sky blue?'")
 
     def recipe(self) -> Any:

@@ -267,9 +267,10 @@ def found_in(rows: Iterable[Row], source: str) -> tuple[list[tuple[str, str | Ch
             continue
         except (ValueError, TypeError) as e:
             raise InputError(f"{name}: expected {KNOWN}: {e}") from e
-        left_out["rejected answers left out"] += bool(isinstance(row, dict) and row.get("rejected"))
+        if isinstance(row, dict) and row.get("rejected"):
+            left_out["rejected answers left out"] += 1
         kept.append((name, found))
-    return kept, tuple(f"{n:,} {what}" for what, n in left_out.items() if n)
+    return kept, tuple(f"{n:,} {what}" for what, n in left_out.items())
 
 
 def through_template(chats: list[Chat], tokenizer: Any, names: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:

@@ -89,15 +89,16 @@ def test_quantize_shows_sites_sizes_and_seconds(small):
     assert last == f"Wrote {out}. Try: awq-jax generate {out} 'Why is the sky blue?'"
 
 
-def test_the_command_that_quantize_suggests_is_one(dense, root):
-    out = root / "a folder [with] spaces"
-    done = run("quantize", dense, out, *FAST, "--skip", "mlp")
+@pytest.mark.parametrize(("formats", "inside"), [("awq", ""), ("awq,mlx", "awq")])
+def test_the_command_that_quantize_suggests_is_one(dense, root, formats, inside):
+    out = root / f"a [{formats}]"
+    done = run("quantize", dense, out, *FAST, "--skip", "mlp", "--format", formats)
     assert done.code == 0
     _, program, command, *args = shlex.split(done.out.splitlines()[-1].replace(f"Wrote {out}. ", ""))
     assert (program, command) == ("awq-jax", "generate")
-    assert args == [str(out), "Why is the sky blue?"]
+    assert args == [str(out / inside), "Why is the sky blue?"]
     assert run(command, *args, "--max-new-tokens", 2).code == 0
-    assert str(out) in run("inspect", out).out
+    assert str(out / inside) in run("inspect", out / inside).out
 
 
 def test_quantize_to_orbax_with_more_options(dense, root):
