@@ -44,11 +44,11 @@ class Quantize:
     """Width of the codes, 2 to 8 (awq holds 4). 3.5, say, gives every site a width of its own, 3.5 in the mean."""
     group_size: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: chosen)")] = None
     """Input channels that share a step; without it the largest of 128, 64, 32 that divides all widths."""
-    format: Annotated[str, some_of(FORMATS)] = "awq"
+    format: Annotated[str | None, some_of(FORMATS), arg(help_behavior_hint="(default: awq)")] = None
     """awq: AutoAWQ safetensors for vLLM, SGLang, transformers. compressed-tensors: the same, any bits, TPUs too. gptq,
     gptq_v2, mlx: what these say. orbax: ours, a scale for each site. Several, awq,mlx, give a folder each in OUT."""
     target: Annotated[str | None, one_word_of(TARGETS)] = None
-    """What is to run the model: chooses format, symmetry and groups that its fast kernels read, in place of --format,
+    """What is to run the model, instead of --format: chooses format, symmetry and groups that its fast kernels read,
     and says why."""
     preset: Annotated[Preset, one_of(Preset)] = "default"
     """How the numbers are chosen; fast takes a quarter of the text, smaller statistics and a coarser search;
@@ -77,11 +77,12 @@ class Quantize:
         from awq_jax.pipeline.outputs import formats_of, places
         from awq_jax.pipeline.quantize_checkpoint import quantize_checkpoint
 
-        format, recipe = self.format, self.recipe()
+        format, recipe = self.format or "awq", self.recipe()
+        average_bits = None if self.bits == int(self.bits) else self.bits
         if self.target is not None:
             from awq_jax.pipeline.targets import for_target
 
-            format, recipe, why = for_target(self.target, recipe)
+            format, recipe, why = for_target(self.target, recipe, format=self.format, average_bits=average_bits)
             say(why)
         with progress_bar() as progress:
             done = quantize_checkpoint(
@@ -93,7 +94,7 @@ class Quantize:
                 samples=self.samples,
                 seq_len=self.seq_len,
                 feed=self.feed,
-                average_bits=None if self.bits == int(self.bits) else self.bits,
+                average_bits=average_bits,
                 distill=self.distill,
                 overwrite=self.overwrite,
                 progress=progress,
