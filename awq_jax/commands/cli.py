@@ -175,9 +175,12 @@ class Generate:
     """Continue the prompt as it is instead of answering it as a chat."""
 
     def run(self) -> None:
-        from awq_jax.models.generate import Speed
-        from awq_jax.pipeline.load import opened
+        from awq_jax.models.generate import Speed, check_drawn
+        from awq_jax.pipeline.load import key_of, opened
 
+        check_drawn(self.max_new_tokens, self.temperature, self.top_p)
+        key_of(self.seed)
+        check_prompt(self.prompt)
         names = ("max_new_tokens", "temperature", "top_p", "seed")
         options: dict[str, Any] = {name: getattr(self, name) for name in names}
         speed = Speed()
@@ -226,6 +229,7 @@ class Demo:
     def run(self) -> None:
         from awq_jax.commands.demo import demo
 
+        check_prompt(self.prompt)
         with progress_bar() as progress:
             result = demo(self.model, self.prompt, progress)
         console().print(*result)
@@ -249,9 +253,11 @@ class Tune:
         from awq_jax.pipeline.load import opened
         from awq_jax.transforms.tune import check_gpu, tune
 
-        check_gpu()
         if min(self.rows, default=0) < 1:
             raise ValueError(f"rows={min(self.rows, default=0)}: give numbers of 1 or more.")
+        if not self.minutes > 0:
+            raise ValueError(f"minutes={self.minutes:g}: give a number above 0.")
+        check_gpu()
         model, _ = opened(self.model)
 
         def steps(params: Any) -> list[Any]:
@@ -272,6 +278,12 @@ class Doctor:
 
         for finding in examine():
             say(f"{finding.what}: {finding.found}" + (f" ({finding.advice})" if finding.advice else ""))
+
+
+def check_prompt(prompt: str) -> None:
+    """Refuse what no model can answer or continue."""
+    if not prompt:
+        raise ValueError("The prompt is empty: give a text.")
 
 
 COMMANDS: dict[str, Any] = {

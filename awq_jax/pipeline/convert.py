@@ -80,15 +80,16 @@ def convert(
     Example:
       >>> awq.convert("model-awq", "model-ct", "compressed-tensors")
     """
-    formats = formats_of(to)
+    formats = formats_of(to, "to")
     given = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
     asked = {name: value for name, value in given.items() if value is not None}
+    replace(QuantSpec(), **asked)  # Raises where a number is out of range.
     check_destination(out, overwrite=overwrite, inputs=[model])
     checkpoint = open_checkpoint(model)
     if checkpoint.kind in ("huggingface", "gguf"):
         raise InputError(f"{model} is not quantized in a format that is converted: use quantize.")
     if checkpoint.kind == "orbax":
-        refuse_in_out(model, architecture(checkpoint)[0], formats)
+        refuse_in_out(model, architecture(checkpoint)[0], formats, "to")
     weights = weights_of(checkpoint)
     plans = {name: planned(WRITTEN.get(name), weights, asked, requantize) for name in formats}
     with written_whole(out, overwrite=overwrite, inputs=[model]) as scratch:

@@ -23,7 +23,7 @@ from awq_jax.models.family import is_router, matrix_shapes, param_shapes
 from awq_jax.models.inputs import check_length, check_tokens, without_rows
 from awq_jax.models.layer import Config
 from awq_jax.pipeline.bridged import fallback
-from awq_jax.pipeline.calibration_text import Read, calibration_tokens
+from awq_jax.pipeline.calibration_text import Read, calibration_tokens, check_sources
 from awq_jax.pipeline.decoder import (
     Progress,
     as_function,
@@ -145,6 +145,7 @@ def quantize_checkpoint(
     if distill < 0:
         raise InputError(f"distill={distill}: give a number of passes, 0 for none.")
     calib = [str(source) for source in ([calib] if isinstance(calib, str | Path) else calib or ())]
+    check_sources(calib, recipe.samples, seq_len)
     inputs = (model, *calib)
     check_destination(out, overwrite=overwrite, inputs=inputs)
     checkpoint = open_checkpoint(model)
