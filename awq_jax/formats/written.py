@@ -16,7 +16,7 @@ from awq_jax.errors import InputError
 from awq_jax.formats.exchange import exchange
 from awq_jax.formats.manifest import MANIFEST, files_of, is_as_written, read_manifest, write_manifest
 from awq_jax.formats.moves import NEW, move_in
-from awq_jax.formats.scratch import NAMES, SETTLING, is_mine, lock_of, release, remove_stale, scratch_folder
+from awq_jax.formats.scratch import NAMES, OUTPUTS, SETTLING, is_mine, lock_of, release, remove_stale, scratch_folder
 
 NOTHING = "Nothing was written."
 SYSTEM = ("/proc", "/sys", "/dev")
@@ -49,11 +49,15 @@ def written_whole(folder: str | Path, *, overwrite: bool = False, inputs: Iterab
     with scratch_folder(home) as scratch:
         new = scratch / NEW / out.relative_to(home)
         new.mkdir(parents=True)
+        OUTPUTS.pop(out, None)
+        OUTPUTS[out] = False
         yield new
         for file in write_manifest(new):
             flush(new / file)
         with SETTLING:
+            del OUTPUTS[out]
             put(new, out, scratch, overwrite)
+            OUTPUTS[out] = True
         flush(home)
 
 

@@ -162,7 +162,7 @@ def test_rows_that_lie_apart_are_read_dense_and_kept_where_there_is_room(root, s
 def test_a_dense_model_is_not_converted(awq_folder, root):
     with pytest.raises(InputError, match="dense is not quantized in a format"):
         convert(root / "dense", root / "no", "awq")
-    with pytest.raises(InputError, match=r"format='awg': choose one of awq, .*did you mean awq"):
+    with pytest.raises(InputError, match=r"to='awg': choose one of awq, .*did you mean awq"):
         convert(awq_folder, root / "no", "awg")
 
 
