@@ -14,6 +14,7 @@ from flax.traverse_util import unflatten_dict
 from awq_jax.errors import InputError
 from awq_jax.files import inside
 from awq_jax.formats import orbax
+from awq_jax.formats.chat_syntax import broken_templates
 from awq_jax.formats.checkpoint import Checkpoint, open_checkpoint
 from awq_jax.formats.codecs import WRITTEN, Codec, Codes, codes_of, tensor_of
 from awq_jax.formats.codecs.codec import group_for, lacks, no_room, usual
@@ -92,6 +93,8 @@ def convert(
         refuse_in_out(model, architecture(checkpoint)[0], formats, "to")
     weights = weights_of(checkpoint)
     plans = {name: planned(WRITTEN.get(name), weights, asked, requantize) for name in formats}
+    for broken in broken_templates(checkpoint.tokenizer_files):
+        told(broken)
     with written_whole(out, overwrite=overwrite, inputs=[model]) as scratch:
         for name, place in places(formats, scratch).items():
             taken = Taken(WRITTEN.get(name), plans[name], requantize)

@@ -15,6 +15,7 @@ from jaxtyping import Int
 
 from awq_jax.clock import Clock
 from awq_jax.errors import InputError
+from awq_jax.formats.chat_syntax import broken_templates
 from awq_jax.formats.checkpoint import Checkpoint, open_checkpoint
 from awq_jax.formats.written import check_destination, resolved, size_of, written_whole
 from awq_jax.memory import check_memory
@@ -260,6 +261,8 @@ def text_for(
     tokenizer, _ = checkpoint.tokenizer(), checkpoint.companions  # Raises where one of them is unsound.
     if beyond := without_rows(config, tokenizer):
         told(beyond)
+    for broken in broken_templates(checkpoint.tokenizer_files):
+        told(broken)
     clock.rest("load")
     progress("loading", 1, 1)
     progress("calibration text", 0, 1)

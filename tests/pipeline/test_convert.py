@@ -178,3 +178,12 @@ def test_steps_and_dense_tensors_keep_their_dtype(awq_folder, root):
     save_file(tensors, wide / "model.safetensors")
     back = convert(convert(wide, root / "wide-ct", "compressed-tensors"), root / "wide-back", "awq")
     assert_same_files(wide, back)
+
+
+def test_a_broken_chat_template_is_told_and_copied(awq_folder, root):
+    source, told = root / "broken_template", []
+    shutil.copytree(awq_folder, source)
+    (source / "chat_template.jinja").write_text("{% if %}")
+    convert(source, root / "broken_template_mlx", "mlx", told=told.append)
+    assert told[0].startswith("The chat template in chat_template.jinja is broken (line 1: Expected an expression")
+    assert (root / "broken_template_mlx" / "chat_template.jinja").read_text() == "{% if %}"
