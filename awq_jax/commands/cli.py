@@ -19,7 +19,7 @@ from awq_jax.cache import keep_compiled_programs
 from awq_jax.commands.compare import Compare
 from awq_jax.commands.ending import failed, silence_libraries
 from awq_jax.commands.eval import Eval
-from awq_jax.commands.flags import as_flags, one_of, one_word_of, some_of
+from awq_jax.commands.flags import as_flags, one_of, one_or_more, one_word_of, some_of
 from awq_jax.commands.progress import progress_bar
 from awq_jax.commands.tables import console, say, sites_table, summary, tunings_table
 from awq_jax.formats.servers import TARGETS
@@ -53,14 +53,14 @@ class Quantize:
     preset: Annotated[Preset, one_of(Preset)] = "default"
     """How the numbers are chosen; fast takes a quarter of the text, smaller statistics and a coarser search;
     the last three do as others do."""
-    calib: tuple[str, ...] = ()
+    calib: Annotated[tuple[str, ...], one_or_more()] = ()
     """Text files, files of chats or texts (.json, .jsonl, .csv, .parquet), ids of datasets, `self` for what the model
     writes; the packaged text without it. Several share the samples."""
     samples: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: 32; fast 8)")] = None
     """Calibration sequences; the preset says how many."""
     seq_len: int = 512
     """Tokens a calibration sequence."""
-    skip: tuple[str, ...] = ()
+    skip: Annotated[tuple[str, ...], one_or_more()] = ()
     """Regular expressions of param paths that stay dense, such as mlp/down; in awq files all of q, k, v or none, and
     of gate, up."""
     symmetric: bool = False
