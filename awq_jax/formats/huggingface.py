@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -75,7 +76,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The content of a folder's config.json."""
     if file := inside(folder, "config.json"):
         return read_json(file)
-    if ggufs := sorted(folder.glob("*.gguf")):
+    if ggufs := sorted(folder / name for name in os.listdir(folder) if name.endswith(".gguf")):
         hint = f"give the file {ggufs[0]} itself"
     elif below := sorted(str(file.parent) for file in folder.glob("*/config.json")):
         hint = f"its models lie below, give {' or '.join(below[:4])}"

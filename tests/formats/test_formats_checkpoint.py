@@ -1,6 +1,7 @@
 """Hugging Face folders: what is read, and what is said of those that cannot be."""
 
 import json
+import os
 import tracemalloc
 from types import SimpleNamespace
 
@@ -146,6 +147,15 @@ def test_a_folder_of_models_names_those_below(tmp_path):
         hf_folder(tmp_path / name, {"model.safetensors": {"w": random()}})
     with pytest.raises(InputError, match=r"no config\.json: its models lie below, give .*/awq or .*/mlx\.$"):
         open_checkpoint(tmp_path)
+
+
+def test_a_folder_that_cannot_be_looked_into(tmp_path):
+    closed = tmp_path / "closed"
+    closed.mkdir(0)
+    if os.access(closed, os.R_OK):
+        pytest.skip("this user may read all")
+    with pytest.raises(PermissionError):
+        open_checkpoint(closed)
 
 
 def test_what_is_no_model_at_all(tmp_path):

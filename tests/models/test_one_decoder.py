@@ -342,13 +342,17 @@ def test_a_field_of_another_type_or_out_of_range_is_named(key):
             config_of(hf_config(rope_scaling=LLAMA3 | {field: "8"}))
 
 
-def test_null_is_as_if_left_out():
+def test_null_is_as_if_left_out_but_for_numbers():
     sizes = {k: v for k, v in hf_config().items() if k in SIZES and k != "num_key_value_heads"}
-    null = dict.fromkeys((hf_config() | ODD).keys() - sizes.keys())
+    numbers = sizes.keys() | {"rms_norm_eps", "rope_theta"}
+    null = dict.fromkeys((hf_config() | ODD).keys() - numbers)
     assert config_of(sizes | null) == config_of(sizes)
+    for key in numbers:
+        with pytest.raises(ValueError, match=f"has {key}=null: expected a"):
+            config_of(hf_config() | {key: None})
     for key in sizes:
         with pytest.raises(ValueError, match=f"lacks '{key}'"):
-            config_of(hf_config() | {key: None})
+            config_of({k: v for k, v in hf_config().items() if k != key})
 
 
 def test_theta_is_found_wherever_it_stands():
