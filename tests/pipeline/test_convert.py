@@ -166,6 +166,24 @@ def test_a_dense_model_is_not_converted(awq_folder, root):
         convert(awq_folder, root / "no", "awg")
 
 
+def test_steps_of_float32_are_not_narrowed_unless_asked_for(awq_folder, root):
+    wide = root / "float32"
+    shutil.copytree(awq_folder, wide)
+    tensors = stored(awq_folder)
+    exact = {name: w.astype(np.float32) for name, w in tensors.items() if name.endswith(".scales")}
+    save_file(tensors | exact, wide / "model.safetensors")
+    assert_same_files(awq_folder, convert(wide, root / "held", "awq"))
+    save_file(tensors | {name: w * np.float32(1.0001) for name, w in exact.items()}, wide / "model.safetensors")
+    ours = convert(wide, root / "float32-ours", "orbax")
+    for source in (wide, ours):
+        with pytest.raises(InputError, match="has steps in float32 that .*requantize=True"):
+            convert(source, root / "no", "mlx,awq")
+        told = []
+        near = convert(source, root / f"{source.name}-near", "awq", requantize=True, told=told.append)
+        assert told == ["awq: 14 quantized weights, 14 rounded anew."]
+        assert_same_files(awq_folder, near)
+
+
 def test_steps_and_dense_tensors_keep_their_dtype(awq_folder, root):
     """GPTQModel writes AutoAWQ files in bfloat16."""
     import ml_dtypes
