@@ -176,10 +176,12 @@ class Taken:
         """Codes, or an array [out, in] for a weight that is to be dense.
 
         Raises:
-          InputError: the format does not hold the weight as it is.
+          InputError: the format does not hold the weight as it is; steps that are no numbers.
         """
         if not isinstance(w, Codes | QuantizedTensor):
             return w
+        if not np.isfinite(np.asarray(w.scale if isinstance(w, Codes) else w.scales, np.float32)).all():
+            raise InputError(f"{name} has steps that are NaN or infinite: quantize the model or download it again.")
         wanted = self.plan[name]
         why = self._why(w, wanted)
         if (why is None or why == WIDE) and isinstance(w, QuantizedTensor):

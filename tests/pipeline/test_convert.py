@@ -176,12 +176,25 @@ def test_steps_of_float32_are_not_narrowed_unless_asked_for(awq_folder, root):
     save_file(tensors | {name: w * np.float32(1.0001) for name, w in exact.items()}, wide / "model.safetensors")
     ours = convert(wide, root / "float32-ours", "orbax")
     for source in (wide, ours):
-        with pytest.raises(InputError, match="has steps in float32 that .*requantize=True"):
+        with pytest.raises(InputError, match=r"has steps in float32 that .*requantize=True"):
             convert(source, root / "no", "mlx,awq")
         told = []
         near = convert(source, root / f"{source.name}-near", "awq", requantize=True, told=told.append)
         assert told == ["awq: 14 quantized weights, 14 rounded anew."]
         assert_same_files(awq_folder, near)
+
+
+@pytest.mark.parametrize("step", [np.nan, np.inf])
+def test_steps_that_are_no_numbers_are_refused_by_name(awq_folder, root, step):
+    broken = root / f"broken-{step}"
+    shutil.copytree(awq_folder, broken)
+    tensors = stored(awq_folder)
+    tensors[f"{DOWN}.scales"][0, 0] = step
+    save_file(tensors, broken / "model.safetensors")
+    for format in ("mlx", "orbax"):
+        with pytest.raises(InputError, match=rf"^{DOWN}.weight has steps that are NaN or infinite"):
+            convert(broken, root / "no", format)
+    assert not (root / "no").exists()
 
 
 def test_steps_and_dense_tensors_keep_their_dtype(awq_folder, root):
