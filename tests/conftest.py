@@ -21,11 +21,11 @@ settings.load_profile("awq_jax")
 def pytest_configure(config: pytest.Config) -> None:
     """What XLA compiled is shared by the workers and kept for the next run: `pytest --cache-clear` forgets it.
 
-    Small models run for a shorter time than LLVM would take to make them faster.
+    Small models, those of public packages too, run for a shorter time than LLVM would take to make them faster.
     """
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("programs")))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    if "not model" in config.option.markexpr:
+    if "not model" in config.option.markexpr or all("tests/public" in path for path in config.args):
         os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0" + OLD_EMITTERS
 
 
