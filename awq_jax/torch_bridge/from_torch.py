@@ -48,6 +48,15 @@ def from_torch(model: torch.nn.Module, *example: Any, **kwargs: Any) -> tuple[Ca
       >>> qparams, report = awq.quantize(params, awq.calibrate(fn, params, batches))
       >>> logits = jax.jit(awq.quantized(fn))(qparams, tokens)["logits"]
     """
+    fn, params, trace = untraced(model, *example, **kwargs)
+    trace()
+    return fn, params
+
+
+def untraced(
+    model: torch.nn.Module, *example: Any, **kwargs: Any
+) -> tuple[Callable[..., Any], dict[str, Any], Callable[[], Any]]:
+    """`from_torch` without any tracing yet: `fn`, params, and what traces for the example."""
     torch = required()
     from awq_jax.torch_bridge import trace, values
 
@@ -62,7 +71,9 @@ def from_torch(model: torch.nn.Module, *example: Any, **kwargs: Any) -> tuple[Ca
     def traced(shapes: Shapes) -> tuple[Program, Any]:
         if shapes not in programs:
             given = [torch.empty(s, dtype=x.dtype, device="meta") for s, x in zip(shapes, like, strict=True)]
-            programs[shapes] = _program(bare, mode, names, around, given)
+            # What the first of jit's traces makes, all later ones find.
+            with jax.ensure_compile_time_eval():
+                programs[shapes] = _program(bare, mode, names, around, given)
         return programs[shapes]
 
     def fn(params: Mapping[str, Any], *inputs: Any, **kwargs: Any) -> Any:
@@ -77,8 +88,7 @@ def from_torch(model: torch.nn.Module, *example: Any, **kwargs: Any) -> tuple[Ca
         program, tree = traced(tuple(x.shape for x in arrays))
         return jax.tree.unflatten(tree, program.run(params, arrays))
 
-    traced(tuple(tuple(x.shape) for x in like))
-    return fn, params
+    return fn, params, lambda: traced(tuple(tuple(x.shape) for x in like))
 
 
 def required() -> Any:
