@@ -71,9 +71,7 @@ def untraced(
     def traced(shapes: Shapes) -> tuple[Program, Any]:
         if shapes not in programs:
             given = [torch.empty(s, dtype=x.dtype, device="meta") for s, x in zip(shapes, like, strict=True)]
-            # What the first of jit's traces makes, all later ones find.
-            with jax.ensure_compile_time_eval():
-                programs[shapes] = _program(bare, mode, names, around, given)
+            programs[shapes] = _program(bare, mode, names, around, given)
         return programs[shapes]
 
     def fn(params: Mapping[str, Any], *inputs: Any, **kwargs: Any) -> Any:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from awq_jax.errors import InputError, reading
+from awq_jax.text import unprinted
 from awq_jax.torch_bridge.from_torch import required, stored, untraced
 
 OUTPUTS = ("last_hidden_state", "logits")
@@ -102,7 +103,8 @@ def pretrained(folder: Path) -> Pretrained:
 
     from awq_jax.torch_bridge.meta import without_weights
 
-    with reading(f"{folder}: transformers makes no model of config.json", "give a config of a model that it knows"):
+    what, remedy = f"{folder}: transformers makes no model of config.json", "give a config of a model that it knows"
+    with reading(what, remedy), unprinted():
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         named = next(iter(config.architectures or ()), None)
         kind = getattr(transformers, str(named), None)

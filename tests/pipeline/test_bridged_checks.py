@@ -4,6 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
+from checkpoints import tiny_folder
 from hf_families import folder
 from safetensors.numpy import load_file, save_file
 
@@ -144,6 +145,12 @@ def test_what_our_decoder_does_not_compute_and_transformers_does_is_bridged(tmp_
         "the config has do_layer_norm_before=False, which this model does not compute. Computed by transformers' "
         "OPTForCausalLM, traced"
     )
+
+
+def test_what_neither_computes_is_refused_in_the_words_of_both(tmp_path):
+    source = tiny_folder(tmp_path / "m", hidden_act="nothing")
+    with pytest.raises(InputError, match=r"hidden_act='nothing': .* only, and transformers' code is no way out: .*Key"):
+        fallback(open_checkpoint(source))
 
 
 def test_what_transformers_does_not_look_at_either_is_no_matter_of_the_bridge():

@@ -67,13 +67,6 @@ def test_other_shapes_are_traced_when_they_come(block):
     close(fn(params, x.numpy())["out"], module.eval()(x)["out"])
 
 
-def test_what_is_traced_within_a_jit_serves_the_next(block):
-    module, _, fn, params = block
-    x = torch.randn(4, 32)
-    for _ in range(2):
-        close(jax.jit(lambda p, y: fn(p, y))(params, x.numpy())["out"], module.eval()(x)["out"])
-
-
 def test_params_follow_what_is_given(block):
     """They are arguments, nothing of them is kept inside, buffers of the state_dict neither."""
     _, x, fn, params = block
