@@ -20,7 +20,7 @@ from awq_jax.pipeline.bridged import Bridged, gates_skipped, matrices, no_own_te
 from awq_jax.pipeline.calibration_text import check_numbers
 from awq_jax.pipeline.decoder import Progress, called, chunks, rows_at_once
 from awq_jax.pipeline.fused import fused_by_name, left_whole, skip_whole, widening
-from awq_jax.pipeline.outputs import OURS, check_fits, fitted, named_failure, places
+from awq_jax.pipeline.outputs import OURS, check_fits, fitted, in_out_refused, named_failure, places
 from awq_jax.pipeline.quantize_checkpoint import Converted, computed_in, text_for
 from awq_jax.pipeline.report import in_16_bits, write_report
 from awq_jax.tracing.segments import segments
@@ -65,6 +65,9 @@ def quantize_bridged(
         recipe, why = fitted(recipe, shapes, formats)
         told(why)
     check_fits(formats, shapes, recipe, fused)
+    if any(map(found.model.is_transposed, shapes)):
+        remedy = "quantize what awq.from_torch gives, whose params no server has to read"
+        raise in_out_refused(checkpoint.path, found.model.name, formats, remedy)
     with written_whole(out, overwrite=overwrite, inputs=inputs) as scratch:
         tokens, sources = text_for(
             checkpoint, config, calib, recipe.samples, seq_len, None, clock=clock, progress=progress, told=told

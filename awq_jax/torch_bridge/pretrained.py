@@ -82,7 +82,14 @@ class Pretrained:
     def logits(self) -> Callable[[Mapping[str, Array], Array], Array]:
         """`(params, tokens) -> logits`; see `hidden`."""
         fn, _, _ = untraced(self.model, TOKENS)
-        return lambda params, tokens: fn(params, tokens)["logits"]
+
+        def logits(params: Mapping[str, Array], tokens: Array) -> Array:
+            out = fn(params, tokens)
+            if "logits" not in out:
+                raise InputError(f"{self.name} gives {', '.join(out)} and no logits: give a model with a head.")
+            return out["logits"]
+
+        return logits
 
     def read_by_nothing(self, tensors: Iterable[str], read: Iterable[str]) -> list[str]:
         """Of a checkpoint's tensors those that no param comes from and that are not known to be left over."""

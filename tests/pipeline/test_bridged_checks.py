@@ -1,10 +1,11 @@
 """What a model of transformers' code is held against before any work, and where it takes the place of our decoder."""
 
+import json
 import shutil
 
 import numpy as np
 import pytest
-from checkpoints import tiny_folder
+from checkpoints import config, tiny_folder
 from hf_families import folder
 from safetensors.numpy import load_file, save_file
 
@@ -15,7 +16,7 @@ from awq_jax.formats.checkpoint import open_checkpoint
 from awq_jax.pipeline import quantize_bridged as module
 from awq_jax.pipeline.bridged import bridged, fallback
 from awq_jax.pipeline.fused import fused_by_name
-from awq_jax.torch_bridge.pretrained import reads
+from awq_jax.torch_bridge.pretrained import Pretrained, reads
 
 QKV = [f"transformer.h.0.attn.attention.{part}_proj.weight" for part in "qkv"]
 
@@ -93,6 +94,12 @@ def test_what_servers_join_is_skipped_together(planned):
     assert recipe.spec_of(QKV[0].replace("q_proj", "out_proj"))
 
 
+def test_matrices_that_lie_the_other_way_round_are_refused(planned, monkeypatch):
+    monkeypatch.setattr(Pretrained, "is_transposed", lambda self, name: "c_fc" in name)
+    with pytest.raises(InputError, match=r"those of GPTNeoForCausalLM are stored the other way round \(Conv1D\)"):
+        planned(awq.Recipe(samples=1))
+
+
 def test_wholes_are_known_by_the_names_of_their_parts():
     files = {f"m.0.attn.{part}_proj.weight": [f"0.attn.{part}_proj.weight"] for part in "qkvo"}
     files |= {
@@ -148,7 +155,8 @@ def test_what_our_decoder_does_not_compute_and_transformers_does_is_bridged(tmp_
 
 
 def test_what_neither_computes_is_refused_in_the_words_of_both(tmp_path):
-    source = tiny_folder(tmp_path / "m", hidden_act="nothing")
+    source = tiny_folder(tmp_path / "m")
+    (source / "config.json").write_text(json.dumps(config(hidden_act="nothing")))
     with pytest.raises(InputError, match=r"hidden_act='nothing': .* only, and transformers' code is no way out: .*Key"):
         fallback(open_checkpoint(source))
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -104,3 +105,13 @@ def test_what_predicts_no_next_token_is_neither_compared_nor_scored(tmp_path):
     ):
         with pytest.raises(InputError, match=r"BertForMaskedLM writes no text: it predicts no next token"):
             command()
+
+
+def test_a_model_without_a_head_says_so(both):
+    found = both[0].family.model
+    headless = replace(found, model=found.inner, params={})
+    params = {name.removeprefix("transformer."): w for name, w in found.params.items()}
+    with pytest.raises(
+        InputError, match=r"GPTNeoModel gives last_hidden_state and no logits: give a model with a head"
+    ):
+        jax.eval_shape(headless.logits, params, jax.ShapeDtypeStruct((1, 4), jnp.int32))
