@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from awq_jax.models.fields import Watched, each_real, flag, mapping, real, share, whole
+from awq_jax.models.fields import NotComputed, Watched, each_real, flag, mapping, real, share, whole
 from awq_jax.models.rope import Rope
 
 Found = Mapping[str, Any]
@@ -64,7 +64,7 @@ def one_rope(
     hf.get("original_max_position_embeddings")  # No matter to most kinds.
     kind = found.get("rope_type") or found.get("type") or "default"
     if not isinstance(kind, str) or kind not in KINDS:
-        raise ValueError(f"rope type {kind!r}: this model knows {', '.join(map(repr, KINDS))}.")
+        raise NotComputed("rope_type", f"rope type {kind!r}: this model knows {', '.join(map(repr, KINDS))}.")
     part = found if found.get("partial_rotary_factor") is not None else hf
     if rotated is None:
         if (other := part.get("partial_rotary_factor")) not in (None, 1, 1.0):

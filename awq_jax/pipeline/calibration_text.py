@@ -75,8 +75,7 @@ def calibration_tokens(
       InputError: a source that cannot be read, or that has too little text; a number that is not positive.
     """
     named = [sources] if isinstance(sources, str) else list(sources or [None])
-    if samples < len(named) or seq_len < 1:
-        raise InputError(f"samples={samples} seq_len={seq_len}: give 1 or more of each, and a sample a source.")
+    check_numbers(len(named), samples, seq_len)
     each, more = divmod(samples, len(named))
     shares: dict[str | None, int] = {}
     for k, source in enumerate(named):
@@ -92,6 +91,12 @@ def calibration_tokens(
     for read in reads:
         told(read)
     return tokens
+
+
+def check_numbers(sources: int, samples: int, seq_len: int) -> None:
+    """Refuse less than a sample a source, and sequences without a token."""
+    if samples < max(1, sources) or seq_len < 1:
+        raise InputError(f"samples={samples} seq_len={seq_len}: give 1 or more of each, and a sample a source.")
 
 
 def _of_source(

@@ -48,6 +48,15 @@ def from_torch(model: torch.nn.Module, *example: Any, **kwargs: Any) -> tuple[Ca
       >>> qparams, report = awq.quantize(params, awq.calibrate(fn, params, batches))
       >>> logits = jax.jit(awq.quantized(fn))(qparams, tokens)["logits"]
     """
+    fn, params, trace = untraced(model, *example, **kwargs)
+    trace()
+    return fn, params
+
+
+def untraced(
+    model: torch.nn.Module, *example: Any, **kwargs: Any
+) -> tuple[Callable[..., Any], dict[str, Any], Callable[[], Any]]:
+    """`from_torch` without any tracing yet: `fn`, params, and what traces for the example."""
     torch = required()
     from awq_jax.torch_bridge import trace, values
 
@@ -77,8 +86,7 @@ def from_torch(model: torch.nn.Module, *example: Any, **kwargs: Any) -> tuple[Ca
         program, tree = traced(tuple(x.shape for x in arrays))
         return jax.tree.unflatten(tree, program.run(params, arrays))
 
-    traced(tuple(tuple(x.shape) for x in like))
-    return fn, params
+    return fn, params, lambda: traced(tuple(tuple(x.shape) for x in like))
 
 
 def required() -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,7 @@ import awq_jax as awq
 from awq_jax import QuantSpec, convert
 from awq_jax.errors import InputError
 from awq_jax.formats.checkpoint import open_checkpoint
+from awq_jax.pipeline.weights_of import stored_weights
 from awq_jax.weights.tensor import is_quantized
 
 SYMMETRIC = QuantSpec(4, 32, symmetric=True)
@@ -149,7 +151,9 @@ def test_rows_that_lie_apart_are_read_dense_and_kept_where_there_is_room(root, s
     tensors = stored(source) | {f"{DOWN}.{part}": rows}
     save_file(tensors, source / "model.safetensors")
     found = open_checkpoint(source)
+    unread = replace(found.tensors[f"{DOWN}.weight"], codes=lambda: pytest.fail("unpacked to plan"))
     codes = found.tensors[f"{DOWN}.weight"].codes()
+    assert stored_weights({DOWN: unread}).specs == {DOWN: (codes.q.shape, codes.spec)}
     expected = (codes.q - np.float32(8)) * codes.scale.astype(np.float32)[rows]
     np.testing.assert_array_equal(found.read(f"{DOWN}.weight"), expected.T.astype(np.float16))
     assert np.isfinite(awq.load(source).logits(jnp.arange(4)[None])).all()
