@@ -86,7 +86,7 @@ def step(node: Any, last: tuple[str, ...]) -> Step:
     gives = shape_of(value) if isinstance(value, torch.Tensor) else None
     operation = entry(node)
     common = dtype_of(common_dtype(node)) if operation is not None and operation.promotes else None
-    called = "getitem" if operation is None else key(node.target).removesuffix(".")
+    called = "getitem" if operation is None else key(node.target).removesuffix(".default")
     return Step(node.name, called, operation, args, kwargs, common, gives, where(node), last)
 
 
@@ -94,7 +94,7 @@ def entry(node: Any) -> Operation | None:
     """The table's entry, None for the item of a list."""
     if node.target is operator.getitem:
         return None
-    return find(*key(node.target).rsplit(".", 1))
+    return find(key(node.target))
 
 
 def refuse_unknown(calls: Sequence[Any]) -> None:
@@ -104,7 +104,7 @@ def refuse_unknown(calls: Sequence[Any]) -> None:
             if node.target is not operator.getitem:
                 unknown.setdefault(str(node.target), where(node))
         elif entry(node) is None:
-            unknown.setdefault(key(node.target).removesuffix("."), where(node))
+            unknown.setdefault(key(node.target).removesuffix(".default"), where(node))
     if unknown:
         told = "; ".join(f"{name} (in {place})" for name, place in list(unknown.items())[:4])
         raise InputError(

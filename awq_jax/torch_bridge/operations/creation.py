@@ -35,7 +35,7 @@ def new_full(x: Array, size: Sequence[int], fill_value: Any, dtype: Any = None) 
 
 
 @operation("zeros", "empty", "empty_permuted", "empty_strided")
-def zeros(size: Sequence[int], order: Any = None, dtype: Any = None) -> Array:
+def zeros(size: Sequence[int], _: Any = None, /, dtype: Any = None) -> Array:
     return jnp.zeros(tuple(size), dtype)
 
 
@@ -55,7 +55,7 @@ def ones_like(x: Array, dtype: Any = None) -> Array:
 
 
 @operation("new_zeros", "new_empty", "new_empty_strided")
-def new_zeros(x: Array, size: Sequence[int], strides: Any = None, dtype: Any = None) -> Array:
+def new_zeros(x: Array, size: Sequence[int], _: Any = None, /, dtype: Any = None) -> Array:
     return jnp.zeros(tuple(size), dtype or x.dtype)
 
 
@@ -65,7 +65,7 @@ def new_ones(x: Array, size: Sequence[int], dtype: Any = None) -> Array:
 
 
 @operation("scalar_tensor")
-def scalar_tensor(value: Any, dtype: Any = None) -> Array:
+def scalar_tensor(value: Any, /, dtype: Any = None) -> Array:
     return jnp.asarray(value, dtype)
 
 
@@ -80,7 +80,7 @@ def arange_from(start: float, end: float, step: float = 1, dtype: Any = None) ->
 
 
 @operation("linspace")
-def linspace(start: float, end: float, steps: int, dtype: Any = None) -> Array:
+def linspace(start: Any, end: Any, steps: int, dtype: Any = None) -> Array:
     return jnp.linspace(start, end, steps, dtype=dtype)
 
 

@@ -89,22 +89,22 @@ for name, function in (UNARY | BINARY).items():
 
 
 @operation("add", promotes=True)
-def add(a: Any, b: Any, alpha: float = 1) -> Array:
+def add(a: Any, b: Any, /, alpha: float = 1) -> Array:
     return a + (b if alpha == 1 else alpha * b)
 
 
 @operation("sub", promotes=True)
-def sub(a: Any, b: Any, alpha: float = 1) -> Array:
+def sub(a: Any, b: Any, /, alpha: float = 1) -> Array:
     return a - (b if alpha == 1 else alpha * b)
 
 
 @operation("rsub", promotes=True)
-def rsub(a: Any, b: Any, alpha: float = 1) -> Array:
+def rsub(a: Any, b: Any, /, alpha: float = 1) -> Array:
     return sub(b, a, alpha)
 
 
 @operation("div", promotes=True)
-def div(a: Any, b: Any, rounding_mode: str | None = None) -> Array:
+def div(a: Any, b: Any, /, rounding_mode: str | None = None) -> Array:
     if rounding_mode == "floor":
         return jnp.floor_divide(a, b)
     if rounding_mode is None:
@@ -117,7 +117,7 @@ def div(a: Any, b: Any, rounding_mode: str | None = None) -> Array:
 
 
 @operation("pow", promotes=True)
-def power(a: Any, b: Any) -> Array:
+def power(a: Any, b: Any, /) -> Array:
     # x ** 2 is no logarithm and no exponential; and folds see how it scales.
     whole = isinstance(b, int | float) and float(b).is_integer() and abs(b) < 8
     return lax.integer_pow(a, int(b)) if whole else jnp.power(a, b)
@@ -175,7 +175,7 @@ def hardtanh(x: Array, min_val: float = -1, max_val: float = 1) -> Array:
 
 
 @operation("where")
-def where(condition: Array, a: Any, b: Any) -> Array:
+def where(condition: Array, a: Any, b: Any, /) -> Array:
     return jnp.where(condition, a, b)
 
 
@@ -184,7 +184,7 @@ def masked_fill(x: Array, mask: Array, value: Any) -> Array:
     return jnp.where(mask, jnp.asarray(value, x.dtype), x)
 
 
-@operation("_to_copy", "to", "prims::convert_element_type")
+@operation("_to_copy", "prims::convert_element_type")
 def to_copy(x: Array, dtype: Any = None) -> Array:
     return x if dtype is None else x.astype(dtype)
 

@@ -76,8 +76,8 @@ def grid(places: Array, dim: int) -> tuple[Array, ...]:
     return tuple(found)
 
 
-@operation("scatter")
-def scatter(x: Array, dim: int, places: Array, source: Any) -> Array:
+@operation("scatter.value", "scatter.src")
+def scatter(x: Array, dim: int, places: Array, source: Any, /) -> Array:
     return x.at[grid(places, dim)].set(_as_large(source, places, x))
 
 
