@@ -116,9 +116,13 @@ def refuse_unknown(calls: Sequence[Any]) -> None:
 def common_dtype(node: Any) -> torch.dtype:
     """The dtype in which an elementwise operation computes: that of what it gives, or of what a comparison compares."""
     given = node.meta["val"].dtype
+    values = [arg.meta["val"] if isinstance(arg, torch.fx.Node) else arg for arg in node.args[:2]]
+    if given == torch.float16 and any(isinstance(x, int | float) and 65504 < abs(x) < float("inf") for x in values):
+        return torch.float32  # as torch: a number that halves do not have is not infinite, times zero it is zero
+    if not given.is_complex and isinstance(values[0], torch.Tensor) and values[0].is_complex():
+        return values[0].dtype  # its size
     if given != torch.bool:
         return given
-    values = [arg.meta["val"] if isinstance(arg, torch.fx.Node) else arg for arg in node.args[:2]]
     # A dimension or none matters, not its size.
     stand_in = lambda x: torch.empty([1] * min(x.ndim, 1), dtype=x.dtype) if isinstance(x, torch.Tensor) else x
     return torch.result_type(*(stand_in(x) for x in values)) if len(values) > 1 else values[0].dtype

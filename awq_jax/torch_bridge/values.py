@@ -43,10 +43,7 @@ def array(name: str, tensor: torch.Tensor) -> Array:
       InputError: its dtype is unknown, or its integers do not fit.
     """
     dtype, found = dtype_of(tensor.dtype), tensor.detach().cpu().resolve_conj().contiguous()
-    if found.dtype == torch.bfloat16:
-        values = found.view(torch.int16).numpy().view(jnp.bfloat16)
-    else:
-        values = found.numpy()
+    values = found.view(torch.int16).numpy().view(jnp.bfloat16) if found.dtype == torch.bfloat16 else found.numpy()
     if np.issubdtype(dtype, np.integer) and values.size:
         limits = np.iinfo(dtype)
         if values.min() < limits.min or values.max() > limits.max:

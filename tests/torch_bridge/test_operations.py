@@ -39,7 +39,11 @@ CASES = {
     "variance": lambda x, y, n, b, h: x.var(-1) + x.var(-1, unbiased=False) + torch.var(x, False),
     "norm": lambda x, y, n, b, h: x.norm(dim=-1) + x.norm(p=1, dim=-1),
     "narrow integers and halves are summed as wide ones": lambda x, y, n, b, h: torch.stack(
-        [f(z, 0).sum() for z in ((n * 99).to(torch.int8), n.abs().to(torch.uint8)) for f in (torch.cumsum, torch.cumprod)]
+        [
+            f(z, 0).sum()
+            for z in ((n * 99).to(torch.int8), n.abs().to(torch.uint8))
+            for f in (torch.cumsum, torch.cumprod)
+        ]
         + [torch.full((300,), 1.0).bfloat16().cumsum(0)[-1], torch.full((9, 2), 99).to(torch.int8).prod(1).sum()]
     ),
     "largest and where": lambda x, y, n, b, h: x.max(-1).values + x.max(-1).indices,

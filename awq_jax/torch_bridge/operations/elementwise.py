@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from awq_jax.torch_bridge.operations.reductions import wide
 from awq_jax.torch_bridge.operations.table import operation
 
 UNARY: dict[str, Callable[..., Any]] = {
@@ -27,7 +28,7 @@ UNARY: dict[str, Callable[..., Any]] = {
     "erf": lax.erf,
     "erfc": lax.erfc,
     "exp": jnp.exp,
-    "exp2": jnp.exp2,
+    "exp2": lambda x: jnp.exp2(wide(x)),
     "expm1": jnp.expm1,
     "floor": jnp.floor,
     "isfinite": jnp.isfinite,
@@ -43,7 +44,7 @@ UNARY: dict[str, Callable[..., Any]] = {
     "relu": lambda x: jnp.maximum(x, 0),
     "rsqrt": lax.rsqrt,
     "sigmoid": jax.nn.sigmoid,
-    "sign": jnp.sign,
+    "sign": lambda x: x if x.dtype == jnp.bool_ else jnp.where(jnp.isnan(x), 0, jnp.sign(x)),
     "silu": jax.nn.silu,
     "sin": jnp.sin,
     "sinh": jnp.sinh,
@@ -125,17 +126,19 @@ def power(a: Any, b: Any, /) -> Array:
 
 @operation("addcmul", promotes=True)
 def addcmul(x: Array, a: Array, b: Array, value: float = 1) -> Array:
-    return x + value * a * b
+    return wide(x) + value * wide(a) * wide(b)
 
 
 @operation("addcdiv", promotes=True)
 def addcdiv(x: Array, a: Array, b: Array, value: float = 1) -> Array:
-    return x + value * a / b
+    return wide(x) + value * wide(a) / wide(b)
 
 
 @operation("lerp", promotes=True)
 def lerp(a: Array, b: Array, weight: Any) -> Array:
-    return a + weight * (b - a)
+    a, b, weight = wide(a), wide(b), wide(weight) if isinstance(weight, jax.Array) else weight
+    # From the nearer end, as torch.
+    return jnp.where(abs(weight) < 0.5, a + weight * (b - a), b - (b - a) * (1 - weight))
 
 
 @operation("round", promotes=True)

@@ -18,7 +18,8 @@ def embedding(weight: Array, indices: Array, *_: Any) -> Array:
 
 
 def key(indices: Sequence[Array | None]) -> tuple[Any, ...]:
-    if any(i is not None and i.dtype == jnp.bool_ for i in indices):
+    # torch takes uint8 for a mask too.
+    if any(i is not None and i.dtype in (jnp.bool_, jnp.uint8) for i in indices):
         raise NotImplementedError("a mask as an index, which gives as many elements as the values say")
     return tuple(slice(None) if i is None else i for i in indices)
 

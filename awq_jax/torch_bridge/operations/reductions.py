@@ -22,8 +22,8 @@ def wide(x: Array) -> Array:
 
 def summable(x: Array, dtype: Any) -> Array:
     """As torch sums it: of `dtype` if one is named, integers and truth values else as the widest; halves as singles."""
-    dtype = dtype or (x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else int)
-    return wide(x.astype(dtype))
+    dtype = dtype or (x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else jax.dtypes.canonicalize_dtype(int))
+    return x.astype(jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.inexact) else dtype)
 
 
 @operation("sum")
@@ -33,7 +33,7 @@ def total(x: Array, dim: Dims = None, keepdim: bool = False, dtype: Any = None) 
 
 @operation("mean")
 def mean(x: Array, dim: Dims = None, keepdim: bool = False, dtype: Any = None) -> Array:
-    return jnp.mean(x if dtype is None else x.astype(dtype), axes(dim), keepdims=keepdim)
+    return jnp.mean(summable(x, dtype), axes(dim), keepdims=keepdim)
 
 
 @operation("prod")
@@ -112,7 +112,7 @@ def cumprod(x: Array, dim: int, dtype: Any = None) -> Array:
 
 @operation("linalg_vector_norm")
 def vector_norm(x: Array, ord: float = 2, dim: Dims = None, keepdim: bool = False, dtype: Any = None) -> Array:
-    x = x if dtype is None else x.astype(dtype)
+    x = wide(x if dtype is None else x.astype(dtype))
     if ord == 1:
         return jnp.sum(jnp.abs(x), axes(dim), keepdims=keepdim)
     if ord == 2:

@@ -11,9 +11,9 @@ from awq_jax.torch_bridge.operations.table import operation
 
 @operation("topk")
 def topk(x: Array, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> list[Array]:
-    last = jnp.moveaxis(x, dim, -1)
-    values, places = lax.top_k(last if largest else -last, k)
-    return [jnp.moveaxis(values if largest else -values, -1, dim), jnp.moveaxis(places, -1, dim)]
+    if not largest:
+        return [lax.slice_in_dim(part, 0, k, axis=dim) for part in sort(x, dim)]
+    return [jnp.moveaxis(part, -1, dim) for part in lax.top_k(jnp.moveaxis(x, dim, -1), k)]
 
 
 @operation("sort")
