@@ -102,15 +102,20 @@ EDGES = {
         aten.linalg_vector_norm.default,
         torch.tensor([3e2, 4e2]).half(),
     ),
-    "a quotient by way of one": lambda: (aten.addcdiv.default, *torch.tensor([[0.0], [6e4], [60.0]]).half()),
-    "a mean by way of one": lambda: (aten.mean.dim, torch.tensor([6e4, 5e4]).half(), [0]),
-    "a mean of integers by way of one": lambda: (aten.mean.dim, torch.tensor([60_000, 50_000]), [0], False, torch.half),
+    "a mean of integers that no half can hold": lambda: (
+        aten.mean.dim,
+        torch.tensor([100_000, -90_000]),
+        [0],
+        False,
+        torch.half,
+    ),
     "from one end all the way to the other": lambda: (aten.lerp.Scalar, *torch.tensor([[6e4], [-1.5]]).half(), 1.0),
     "powers of two in half precision": lambda: (aten.exp2.default, torch.tensor([100.0]).bfloat16()),
     "sizes of complex numbers": lambda: (aten.abs.default, torch.tensor([3 + 4j])),
     "angles of real numbers": lambda: (aten.angle.default, torch.tensor([-1.0, -0.0, 0.0, 2.0])),
     "the sign of what is no number": lambda: (aten.sign.default, torch.tensor([NAN, -2.0])),
-    "the smallest beside what is no number": lambda: (aten.topk.default, torch.tensor([NAN, 2.0, 1.0]), 2, 0, False),
+    "integers between": lambda: (aten.linspace.default, -2.5, 0, 50, torch.int32),
+    "integers counted from one float to another": lambda: (aten.arange.start_step, 0.1, -7.9, -4.0, torch.int64),
 }
 
 
