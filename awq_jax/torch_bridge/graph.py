@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
+from torch.utils._pytree import tree_leaves
 
 from awq_jax.errors import InputError
 from awq_jax.torch_bridge.operations.table import Operation, find
@@ -83,10 +84,14 @@ def last_reads(calls: Sequence[Any], outputs: set[str]) -> dict[str, tuple[str, 
 def step(node: Any, last: tuple[str, ...]) -> Step:
     args, kwargs = plain(node.args), {name: plain(arg) for name, arg in node.kwargs.items() if name not in NOWHERE}
     value = node.meta.get("val")
+    called = "getitem" if node.target is operator.getitem else key(node.target).removesuffix(".default")
+    if any(not isinstance(n, int) for x in tree_leaves(value) for n in getattr(x, "shape", ())):
+        raise InputError(
+            f"{where(node)}: torch's {called} gives as many elements as values say: no shape in JAX depends on values."
+        )
     gives = shape_of(value) if isinstance(value, torch.Tensor) else None
     operation = entry(node)
     common = dtype_of(common_dtype(node)) if operation is not None and operation.promotes else None
-    called = "getitem" if operation is None else key(node.target).removesuffix(".default")
     return Step(node.name, called, operation, args, kwargs, common, gives, where(node), last)
 
 

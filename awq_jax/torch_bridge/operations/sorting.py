@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
@@ -48,11 +50,6 @@ def histc(x: Array, bins: int = 100, min: float = 0, max: float = 0) -> Array:
     at = jnp.minimum(jnp.floor((x - low) * bins / (high - low)), bins - 1)
     at = jnp.where((x >= low) & (x <= high), at, -1)
     return jnp.sum(at[:, None] == jnp.arange(bins), 0).astype(x.dtype)
-
-
-@operation("bincount")
-def bincount(x: Array, weights: Array | None = None, minlength: int = 0) -> Array:
-    return jnp.bincount(x, weights, length=minlength)
 
 
 @operation("searchsorted")
