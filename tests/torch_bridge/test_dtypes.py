@@ -114,6 +114,8 @@ EDGES = {
     "sizes of complex numbers": lambda: (aten.abs.default, torch.tensor([3 + 4j])),
     "angles of real numbers": lambda: (aten.angle.default, torch.tensor([-1.0, -0.0, 0.0, 2.0])),
     "the sign of what is no number": lambda: (aten.sign.default, torch.tensor([NAN, -2.0])),
+    "negative powers of integers": lambda: (aten.pow.Scalar, 2, torch.tensor([-3, 0, 5])),
+    "powers of an integer's signs": lambda: (aten.pow.Tensor_Tensor, *torch.tensor([[1, -1, -1, 2], [-3, -3, -2, -1]])),
     "integers between": lambda: (aten.linspace.default, -2.5, 0, 50, torch.int32),
     "integers counted from one float to another": lambda: (aten.arange.start_step, 0.1, -7.9, -4.0, torch.int64),
 }

@@ -121,7 +121,13 @@ def div(a: Any, b: Any, /, rounding_mode: str | None = None) -> Array:
 def power(a: Any, b: Any, /) -> Array:
     # x ** 2 is no logarithm and no exponential; and folds see how it scales.
     whole = isinstance(b, int | float) and float(b).is_integer() and abs(b) < 8
-    return lax.integer_pow(a, int(b)) if whole else jnp.power(a, b)
+    if whole:
+        return lax.integer_pow(a, int(b))
+    if jnp.issubdtype(jnp.result_type(a, b), jnp.inexact):
+        return jnp.power(a, b)
+    # As torch: negative powers of integers are cut, to zero but for 1 and -1.
+    cut = jnp.where(jnp.abs(a) == 1, jnp.power(a, jnp.bitwise_and(b, 1)), 0)
+    return jnp.where(jnp.less(b, 0), cut, jnp.power(a, jnp.maximum(b, 0)))
 
 
 @operation("addcmul", promotes=True)

@@ -48,7 +48,7 @@ def histc(x: Array, bins: int = 100, min: float = 0, max: float = 0) -> Array:
         low, high = jnp.min(x), jnp.max(x)
         low, high = jnp.where(low == high, low - 1, low), jnp.where(low == high, high + 1, high)
     at = jnp.minimum(jnp.floor((x - low) * bins / (high - low)), bins - 1)
-    at = jnp.where((x >= low) & (x <= high), at, -1)
+    at = jnp.where((x >= low) & (x <= high), at, -1).astype(jnp.int32)
     return jnp.sum(at[:, None] == jnp.arange(bins), 0).astype(x.dtype)
 
 
