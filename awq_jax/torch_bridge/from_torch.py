@@ -25,6 +25,9 @@ def from_torch(model: torch.nn.Module, *example: Any, **kwargs: Any) -> tuple[Ca
     The module is traced as for inference (`model.eval()`) by torch.export, without its weights. It is not changed, and
     `fn` does not hold on to it. Inputs of other shapes than the example's are traced when they come, once for each.
 
+    torch's integers of 64 bits, in which it also sums narrower ones, have 32 here unless jax_enable_x64 is set:
+    constants beyond them are refused, what is computed beyond them wraps around.
+
     Args:
       model: any module that torch.export can trace, such as those of transformers, with params in memory or on the meta
         device. Buffers that are not in its state_dict must be in memory.

@@ -173,6 +173,11 @@ def test_an_unknown_operation_is_named_with_its_module():
         awq.from_torch(Outer(lambda x: torch.fft.rfft(x).real), torch.zeros(4))
 
 
+def test_shapes_that_depend_on_values_are_named_with_their_module():
+    with pytest.raises(InputError, match=r"part: torch's index.Tensor gives as many elements as values say"):
+        awq.from_torch(Outer(lambda x: x[x > 0]), torch.zeros(4))
+
+
 def test_a_branch_on_values_is_named_with_its_module():
     with pytest.raises(InputError, match=r"part \(test_from_torch.py:\d+\): torch.export cannot trace this"):
         awq.from_torch(Outer(lambda x: x if x.sum() > 0 else -x), torch.zeros(3))
