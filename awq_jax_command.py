@@ -73,7 +73,7 @@ def watch(heard: int) -> None:
         pass
     ENDING.acquire()
     try:
-        for step in (let_out, say_stopped, end_children, discard_scratch):
+        for step in (let_out, hold_tongues, end_children, discard_scratch, say_stopped):
             # The terminal may be gone, or the reader of the error stream: what is to be removed goes all the same.
             with suppress(Exception):
                 step()
@@ -94,15 +94,23 @@ def let_out() -> None:
     flush.join(2)
 
 
-def say_stopped() -> None:
-    """The last line on the error stream: what the other threads still say goes nowhere."""
+def hold_tongues() -> None:
+    """What the other threads still say goes nowhere."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(nowhere, stream)
+
+
+def say_stopped() -> None:
+    """The last line on the error stream, with what is at the destination if there was one."""
+    line = "awq-jax: stopped"
+    with suppress(Exception):
+        if told := sys.modules["awq_jax.formats.scratch"].outcome():
+            line += f"; {told}"
     for errors in ERRORS:
         # A progress bar stands in the line, and hides the cursor.
         if takes_a_line(errors):
-            os.write(errors, (b"\r\x1b[K\x1b[?25h" if os.isatty(errors) else b"") + b"awq-jax: stopped.\n")
+            os.write(errors, (b"\r\x1b[K\x1b[?25h" if os.isatty(errors) else b"") + os.fsencode(f"{line}.\n"))
 
 
 def takes_a_line(stream: int) -> bool:

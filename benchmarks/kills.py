@@ -41,6 +41,8 @@ LISTENS = "import signal\nfor number in (1, 2, 15): signal.signal(number, signal
 COMMAND = "from awq_jax_command import main; main()"
 LONGEST = 600
 """Seconds that a run may take on a busy machine."""
+STOPPED = re.compile(r"awq-jax: stopped(?:; .* is (complete|as it was))?\.\n\Z")
+"""The last line of a run that was stopped, and what it says of its destination."""
 VARIANTS = {"asymmetric": [], "symmetric": ["--symmetric"]}
 
 
@@ -173,8 +175,10 @@ def kills(
             stale = left
         else:
             # A slow run tells how far it is, a line now and then.
-            ended = code == 128 + number and (errors is None or errors.endswith("awq-jax: stopped.\n"))
+            told = STOPPED.search(errors or "")
+            ended = code == 128 + number and (errors is None or told is not None)
             assert ended or (code == 0 and after != before), where
+            assert not (told and told[1]) or (told[1] == "complete") == (after != before), where
             assert "Traceback" not in (errors or ""), where
             # A run that was killed before it began to write has not looked yet for what the one before left.
             assert left <= stale, where

@@ -19,7 +19,7 @@ from awq_jax.cache import keep_compiled_programs
 from awq_jax.commands.compare import Compare
 from awq_jax.commands.ending import failed, silence_libraries
 from awq_jax.commands.eval import Eval
-from awq_jax.commands.flags import as_flags, one_of, one_word_of, some_of
+from awq_jax.commands.flags import as_flags, one_of, one_or_more, one_word_of, some_of
 from awq_jax.commands.progress import progress_bar
 from awq_jax.commands.tables import console, say, sites_table, summary, tunings_table
 from awq_jax.formats.servers import TARGETS
@@ -44,23 +44,23 @@ class Quantize:
     """Width of the codes, 2 to 8 (awq holds 4). 3.5, say, gives every site a width of its own, 3.5 in the mean."""
     group_size: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: chosen)")] = None
     """Input channels that share a step; without it the largest of 128, 64, 32 that divides all widths."""
-    format: Annotated[str, some_of(FORMATS)] = "awq"
+    format: Annotated[str | None, some_of(FORMATS), arg(help_behavior_hint="(default: awq)")] = None
     """awq: AutoAWQ safetensors for vLLM, SGLang, transformers. compressed-tensors: the same, any bits, TPUs too. gptq,
     gptq_v2, mlx: what these say. orbax: ours, a scale for each site. Several, awq,mlx, give a folder each in OUT."""
     target: Annotated[str | None, one_word_of(TARGETS)] = None
-    """What is to run the model: chooses format, symmetry and groups that its fast kernels read, in place of --format,
+    """What is to run the model, instead of --format: chooses format, symmetry and groups that its fast kernels read,
     and says why."""
     preset: Annotated[Preset, one_of(Preset)] = "default"
     """How the numbers are chosen; fast takes a quarter of the text, smaller statistics and a coarser search;
     the last three do as others do."""
-    calib: tuple[str, ...] = ()
+    calib: Annotated[tuple[str, ...], one_or_more()] = ()
     """Text files, files of chats or texts (.json, .jsonl, .csv, .parquet), ids of datasets, `self` for what the model
     writes; the packaged text without it. Several share the samples."""
     samples: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: 32; fast 8)")] = None
     """Calibration sequences; the preset says how many."""
     seq_len: int = 512
     """Tokens a calibration sequence."""
-    skip: tuple[str, ...] = ()
+    skip: Annotated[tuple[str, ...], one_or_more()] = ()
     """Regular expressions of param paths that stay dense, such as mlp/down; in awq files all of q, k, v or none, and
     of gate, up."""
     symmetric: bool = False
@@ -77,11 +77,12 @@ class Quantize:
         from awq_jax.pipeline.outputs import formats_of, places
         from awq_jax.pipeline.quantize_checkpoint import quantize_checkpoint
 
-        format, recipe = self.format, self.recipe()
+        format, recipe = self.format or "awq", self.recipe()
+        average_bits = None if self.bits == int(self.bits) else self.bits
         if self.target is not None:
             from awq_jax.pipeline.targets import for_target
 
-            format, recipe, why = for_target(self.target, recipe)
+            format, recipe, why = for_target(self.target, recipe, format=self.format, average_bits=average_bits)
             say(why)
         with progress_bar() as progress:
             done = quantize_checkpoint(
@@ -93,7 +94,7 @@ class Quantize:
                 samples=self.samples,
                 seq_len=self.seq_len,
                 feed=self.feed,
-                average_bits=None if self.bits == int(self.bits) else self.bits,
+                average_bits=average_bits,
                 distill=self.distill,
                 overwrite=self.overwrite,
                 progress=progress,
@@ -174,9 +175,12 @@ class Generate:
     """Continue the prompt as it is instead of answering it as a chat."""
 
     def run(self) -> None:
-        from awq_jax.models.generate import Speed
-        from awq_jax.pipeline.load import opened
+        from awq_jax.models.generate import Speed, check_drawn
+        from awq_jax.pipeline.load import key_of, opened
 
+        check_drawn(self.max_new_tokens, self.temperature, self.top_p)
+        key_of(self.seed)
+        check_prompt(self.prompt)
         names = ("max_new_tokens", "temperature", "top_p", "seed")
         options: dict[str, Any] = {name: getattr(self, name) for name in names}
         speed = Speed()
@@ -225,6 +229,7 @@ class Demo:
     def run(self) -> None:
         from awq_jax.commands.demo import demo
 
+        check_prompt(self.prompt)
         with progress_bar() as progress:
             result = demo(self.model, self.prompt, progress)
         console().print(*result)
@@ -248,9 +253,11 @@ class Tune:
         from awq_jax.pipeline.load import opened
         from awq_jax.transforms.tune import check_gpu, tune
 
-        check_gpu()
         if min(self.rows, default=0) < 1:
             raise ValueError(f"rows={min(self.rows, default=0)}: give numbers of 1 or more.")
+        if not self.minutes > 0:
+            raise ValueError(f"minutes={self.minutes:g}: give a number above 0.")
+        check_gpu()
         model, _ = opened(self.model)
 
         def steps(params: Any) -> list[Any]:
@@ -271,6 +278,12 @@ class Doctor:
 
         for finding in examine():
             say(f"{finding.what}: {finding.found}" + (f" ({finding.advice})" if finding.advice else ""))
+
+
+def check_prompt(prompt: str) -> None:
+    """Refuse what no model can answer or continue."""
+    if not prompt:
+        raise ValueError("The prompt is empty: give a text.")
 
 
 COMMANDS: dict[str, Any] = {
@@ -300,7 +313,11 @@ def parsed(words: list[str]) -> Any:
         sys.exit(2)
     description = "Activation-aware 4-bit weight quantization (AWQ) in JAX; --version tells which one this is."
     return tyro.cli(
-        Command, prog="awq-jax", description=description, args=words, config=(tyro.conf.FlagCreatePairsOff,)
+        Command,
+        prog="awq-jax",
+        description=description,
+        args=words,
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone),
     )
 
 

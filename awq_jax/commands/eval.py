@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from awq_jax.commands.figures import figures_table, worst_table
-from awq_jax.commands.flags import one_of
+from awq_jax.commands.flags import one_of, one_or_more
 from awq_jax.commands.progress import progress_bar
 from awq_jax.commands.tables import console, say
 
@@ -30,7 +30,7 @@ class Eval:
     ID[:CONFIG[:SPLIT]], or wikitext-2; best ones that calibration never saw."""
     against: Annotated[str | None, arg(aliases=("--dense",))] = None
     """The model to compare with."""
-    also: tuple[str, ...] = ()
+    also: Annotated[tuple[str, ...], one_or_more()] = ()
     """More checkpoints, each a row of the table."""
     convention: Annotated[Convention, one_of(Convention)] = "own"
     """How texts become windows: wikitext2 as the papers on quantization do (windows of 2048 tokens, all of the text),

@@ -58,6 +58,23 @@ def some_of(known: Sequence[str]) -> PrimitiveConstructorSpec[str]:
     return words_of(known, lambda said: said.split(","))
 
 
+def one_or_more() -> PrimitiveConstructorSpec[tuple[str, ...]]:
+    """How a flag is read that may be left out, but not left empty: as `--calib $FILE` is where there is no FILE."""
+
+    def read(words: list[str]) -> tuple[str, ...]:
+        if not all(words or [""]):
+            raise ValueError("give one or more, none of them empty, or leave the flag out.")
+        return tuple(words)
+
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[STR [STR ...]]",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=list,
+    )
+
+
 def words_of(known: Sequence[str], split: Callable[[str], list[str]]) -> PrimitiveConstructorSpec[str]:
     """How a flag is read of which all words are known."""
 

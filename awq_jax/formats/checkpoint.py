@@ -203,6 +203,10 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
       >>> checkpoint.read("model.norm.weight").shape
       (576,)
     """
+    if not str(model):
+        raise InputError(
+            "The name of the model is empty: give a folder, a .gguf file, or a name on the Hugging Face hub."
+        )
     with reading(f"{model} cannot be read", "download it again"):
         path = Path(model).expanduser()
         if path.is_dir():
@@ -243,7 +247,7 @@ def open_folder(folder: Path) -> Checkpoint:
 
 
 def open_file(file: Path) -> Checkpoint:
-    if file.suffix == ".safetensors":
+    if file.suffix == ".safetensors" or (file.suffix == ".json" and (file.parent / "config.json").exists()):
         raise InputError(f"{file} is one file of a model: give its folder, {file.parent}.")
     found = open_gguf(file)
     nbytes = sum(t.nbytes for t in found.tensors.values())

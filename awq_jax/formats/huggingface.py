@@ -75,8 +75,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The content of a folder's config.json."""
     if file := inside(folder, "config.json"):
         return read_json(file)
-    ggufs = sorted(folder.glob("*.gguf"))
-    hint = f"give the file {ggufs[0]} itself" if ggufs else "give the folder of a Hugging Face model, or a .gguf file"
+    if ggufs := sorted(folder.glob("*.gguf")):
+        hint = f"give the file {ggufs[0]} itself"
+    elif below := sorted(str(file.parent) for file in folder.glob("*/config.json")):
+        hint = f"its models lie below, give {' or '.join(below[:4])}"
+    else:
+        hint = "give the folder of a Hugging Face model, or a .gguf file"
     raise InputError(f"{folder} has no config.json: {hint}.")
 
 

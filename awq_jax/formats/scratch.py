@@ -31,6 +31,8 @@ NAMES = PREFIX + "[0-9a-f]" * 8
 LOCK = ".lock"
 LIVE: set[Path] = set()
 """The scratch folders of this process."""
+OUTPUTS: dict[Path, bool] = {}
+"""Destinations of this process: whether what was to come there is there; none while it is brought there."""
 SETTLING = threading.RLock()
 """Held while a scratch folder is made or its files are moved; who ends the process at a signal takes it first."""
 
@@ -159,6 +161,14 @@ def discard(folder: Path) -> None:
         if not folder.exists() and not aside.exists():
             return
         time.sleep(0.05)
+
+
+def outcome() -> str:
+    """For who ends the process: what is at the last destination, "" where that is not known or goes with the process."""
+    out, done = next(reversed(OUTPUTS.items()), (None, False))
+    if out is None or any(out.is_relative_to(folder) for folder in LIVE):
+        return ""
+    return f"{out} {'is complete' if done else 'is as it was' if out.exists() else 'was not written'}"
 
 
 def discard_all() -> None:

@@ -16,9 +16,12 @@ from awq_jax.errors import InputError
 from awq_jax.formats.exchange import exchange
 from awq_jax.formats.manifest import MANIFEST, files_of, is_as_written, read_manifest, write_manifest
 from awq_jax.formats.moves import NEW, move_in
-from awq_jax.formats.scratch import NAMES, SETTLING, is_mine, lock_of, release, remove_stale, scratch_folder
+from awq_jax.formats.scratch import NAMES, OUTPUTS, SETTLING, is_mine, lock_of, release, remove_stale, scratch_folder
 
 NOTHING = "Nothing was written."
+SYSTEM = ("/proc", "/sys", "/dev")
+"""Folders in which the system shows itself: what is written there, where it can be, is gone with the next start."""
+SHARED_MEMORY = "/dev/shm"
 
 
 @contextmanager
@@ -37,7 +40,8 @@ def written_whole(folder: str | Path, *, overwrite: bool = False, inputs: Iterab
     Raises:
       FileExistsError: the destination is a file, holds a file that no earlier call wrote, or any and `overwrite` is
         not set. Raised before the block runs, and again at its end if the destination was filled meanwhile.
-      InputError: the destination is or contains an input, the working directory or the home folder.
+      InputError: the destination is or contains an input, the working directory or the home folder, or belongs to the
+        system.
       PermissionError: it cannot be written.
     """
     out = resolved(folder)
@@ -45,11 +49,15 @@ def written_whole(folder: str | Path, *, overwrite: bool = False, inputs: Iterab
     with scratch_folder(home) as scratch:
         new = scratch / NEW / out.relative_to(home)
         new.mkdir(parents=True)
+        OUTPUTS.pop(out, None)
+        OUTPUTS[out] = False
         yield new
         for file in write_manifest(new):
             flush(new / file)
         with SETTLING:
+            del OUTPUTS[out]
             put(new, out, scratch, overwrite)
+            OUTPUTS[out] = True
         flush(home)
 
 
@@ -68,6 +76,8 @@ def resolved(folder: str | Path) -> Path:
 def check_destination(out: str | Path, *, overwrite: bool = False, inputs: Iterable[str | Path] = ()) -> Path:
     """The folder for scratch folders of a destination that `written_whole` would fill; raises what it raises."""
     out = resolved(out)
+    if (at := next(filter(out.is_relative_to, SYSTEM), None)) and not out.is_relative_to(SHARED_MEMORY):
+        raise InputError(f"{out} lies in {at}, where the system keeps no files: choose another folder. {NOTHING}")
     above = next((path for path in out.parents if path.exists()), out)
     if not above.is_dir() or (out.exists() and not out.is_dir()):
         raise FileExistsError(f"{out if above.is_dir() else above} is a file: choose another folder. {NOTHING}")

@@ -1,4 +1,7 @@
-"""Fields of a config.json, each of the type and in the range that a model can be made of; null is as if left out.
+"""Fields of a config.json, each of the type and in the range that a model can be made of.
+
+null is as if left out where that means none or false; where it means a number, transformers takes no null for it, or
+for something else, and it is refused.
 
 A config is read strictly: a field that a model's maker set and that nothing here reads is refused by name.
 """
@@ -133,8 +136,10 @@ def mapping(found: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 def _field(
     found: Mapping[str, Any], key: str, default: Any, where: str, expected: str, fits: Callable[[Any], bool]
 ) -> Any:
-    value = found.get(key)
+    there, value = key in found, found.get(key)
     key, file = (found.names.get(key, key), found.found) if isinstance(found, Spelled) else (key, found)
+    if there and value is None and default is not None and default is not False:
+        raise ValueError(f"{where} has {key}=null: expected {expected}.")
     if value is None and default is NEEDED:
         said = sorted(name for name, value in file.items() if value is not None)
         raise ValueError(f"{where} lacks {key!r}; it has {said}.")

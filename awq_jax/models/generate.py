@@ -205,14 +205,7 @@ def sampling(
     config: Config, t: int, max_new_tokens: int, temperature: float, key: Array | None, top_p: float
 ) -> Sampling | None:
     """How tokens are drawn, None for the likeliest one; refuses what is out of range."""
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens}: give 1 or more.")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature={temperature}: give 0 (greedy) or more.")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p}: give a probability above 0 and at most 1 (all tokens).")
-    if top_p < 1 and temperature == 0:
-        raise ValueError(f"top_p={top_p} chooses nothing at temperature 0: give a temperature above it.")
+    check_drawn(max_new_tokens, temperature, top_p)
     if temperature > 0 and key is None:
         raise ValueError(f"temperature={temperature} samples and needs a key: pass key=jax.random.key(seed).")
     # The last token is not read again.
@@ -220,6 +213,18 @@ def sampling(
     fits = (config.positions or 0) - t + 1
     check_length(config, t + max_new_tokens - 1, what, f"give max_new_tokens={fits} or fewer, or a shorter prompt")
     return Sampling(key, temperature, top_p if top_p < 1 else None) if key is not None and temperature > 0 else None
+
+
+def check_drawn(max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0) -> None:
+    """Refuse numbers with which no model draws tokens."""
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens={max_new_tokens}: give 1 or more.")
+    if not 0 <= temperature < math.inf:
+        raise InputError(f"temperature={temperature}: give 0 (greedy) or more.")
+    if not 0 < top_p <= 1:
+        raise InputError(f"top_p={top_p}: give a probability above 0 and at most 1 (all tokens).")
+    if top_p < 1 and temperature == 0:
+        raise InputError(f"top_p={top_p} chooses nothing at temperature 0: give a temperature above it.")
 
 
 def no_numbers(config: Config, where: str) -> InputError:

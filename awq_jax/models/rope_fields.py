@@ -34,7 +34,7 @@ def rope_of(
     if nested := [key for rope in (older, newer) for key, value in rope.items() if isinstance(value, Mapping)]:
         raise ValueError(f"rope parameters for {nested}: this model has one rope for all layers.")
     found = older or newer
-    named = next((rope for rope in (found, hf, newer) if rope.get("rope_theta") is not None), {})
+    named = next((rope for rope in (found, hf, newer) if rope.get("rope_theta") is not None), hf)
     return one_rope(hf, found, real(named, "rope_theta", theta), head_dim, rotated, interleaved)
 
 
@@ -100,16 +100,19 @@ def yarn(rope: Rope, found: Found, hf: Found) -> Rope:
     """YaRN (arXiv 2309.00071): those that turn often are kept, the others divided, and logits are sharper."""
     where = "the yarn rope parameters"
     length = original(found, hf)
-    factor = real(found, "factor", 0.0, where) or whole(hf, "max_position_embeddings") / length
+    factor = real(found, "factor", None, where) or whole(hf, "max_position_embeddings") / length
     place = lambda turns: rope.rotated * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
-    low, high = place(real(found, "beta_fast", 32.0, where)), place(real(found, "beta_slow", 1.0, where))
+    low, high = (
+        place(real(found, "beta_fast", None, where) or 32.0),
+        place(real(found, "beta_slow", None, where) or 1.0),
+    )
     if flag(found, "truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rope.rotated - 1)
     ramp = (np.arange(rope.rotated // 2, dtype=np.float32) - low) / ((high - low) or 0.001)
-    scales = [real(found, name, 0.0, where) for name in ("mscale", "mscale_all_dim")]
+    scales = [real(found, name, None, where) for name in ("mscale", "mscale_all_dim")]
     sharp = sharper(factor, scales[0]) / sharper(factor, scales[1]) if all(scales) else sharper(factor)
-    magnitude = real(found, "attention_factor", sharp, where)
+    magnitude = real(found, "attention_factor", None, where) or sharp
     return replace(blended(rope, 1 - np.clip(ramp, 0, 1), factor), magnitude=magnitude)
 
 
@@ -128,9 +131,9 @@ def longrope(rope: Rope, found: Found, hf: Found) -> Rope:
     """LongRoPE (arXiv 2402.13753): other factors for texts beyond the original length."""
     where, length = "the longrope rope parameters", original(found, hf)
     short, long = (each_real(found, f"{which}_factor", rope.rotated // 2, where) for which in ("short", "long"))
-    factor = real(found, "factor", 0.0, where) or whole(hf, "max_position_embeddings") / length
+    factor = real(found, "factor", None, where) or whole(hf, "max_position_embeddings") / length
     sharp = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(length))
-    magnitude = real(found, "attention_factor", sharp, where)
+    magnitude = real(found, "attention_factor", None, where) or sharp
     return replace(rope, divide=short, beyond=long, trained=length, magnitude=magnitude)
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Int
 from awq_jax.errors import InputError, one_line, reading
 from awq_jax.near import did_you_mean, names_in
 from awq_jax.pipeline.chats import Texts, as_texts, is_row
-from awq_jax.pipeline.documents import SUFFIXES, read_rows
+from awq_jax.pipeline.documents import SUFFIXES, check_file, read_rows
 from awq_jax.text import encode
 
 SHORTEST = 256
@@ -75,7 +75,7 @@ def calibration_tokens(
       InputError: a source that cannot be read, or that has too little text; a number that is not positive.
     """
     named = [sources] if isinstance(sources, str) else list(sources or [None])
-    check_numbers(len(named), samples, seq_len)
+    check_sources([source for source in named if source is not None], samples, seq_len)
     each, more = divmod(samples, len(named))
     shares: dict[str | None, int] = {}
     for k, source in enumerate(named):
@@ -93,10 +93,19 @@ def calibration_tokens(
     return tokens
 
 
-def check_numbers(sources: int, samples: int, seq_len: int) -> None:
-    """Refuse less than a sample a source, and sequences without a token."""
-    if samples < max(1, sources) or seq_len < 1:
+def check_sources(sources: Sequence[str], samples: int, seq_len: int) -> None:
+    """Refuse numbers that are not positive and files that are not there, before anything is read."""
+    if samples < max(1, len(sources)) or seq_len < 1:
         raise InputError(f"samples={samples} seq_len={seq_len}: give 1 or more of each, and a sample a source.")
+    for source in sources:
+        if source != "self" and (file := file_of(source)):
+            check_file(file)
+
+
+def file_of(source: str) -> Path | None:
+    """The file that a source names, there or not; None where it may be a dataset of the hub."""
+    path = Path(source).expanduser()
+    return path if path.exists() or path.suffix.lower() in SUFFIXES or source.count("/") > 1 else None
 
 
 def _of_source(
@@ -117,9 +126,8 @@ def _of_source(
 def read_texts(source: str, tokenizer: Any, samples: int) -> Texts:
     """The texts of a file or of a dataset of the hub."""
     with reading(f"{source} cannot be read as calibration text", "repair or replace it"):
-        path = Path(source).expanduser()
-        if path.exists() or path.suffix.lower() in SUFFIXES or source.count("/") > 1:
-            return as_texts(read_rows(path, is_row), tokenizer, source)
+        if file := file_of(source):
+            return as_texts(read_rows(file, is_row), tokenizer, source)
         rows = enumerate(islice(hub_rows(source), samples * 8), 1)
         return as_texts(((f"row {k}", row) for k, row in rows), tokenizer, source)
 

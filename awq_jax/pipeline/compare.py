@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from awq_jax.errors import InputError
 from awq_jax.formats.checkpoint import open_checkpoint
 from awq_jax.memory import check_memory, to_be_read
-from awq_jax.models.generate import made_dense
+from awq_jax.models.generate import check_drawn, made_dense
 from awq_jax.pipeline.answers import answer, distance, tokens_of
 from awq_jax.pipeline.identity import digest_of, sites_of
-from awq_jax.pipeline.load import Model, opened
+from awq_jax.pipeline.load import Model, key_of, opened
 from awq_jax.pipeline.prompts import read_prompts
 from awq_jax.pipeline.same_tokens import check_same_tokens
 from awq_jax.records.comparison import Comparison, Setting, compared
@@ -107,10 +107,10 @@ def compare(
 
 def settings_of(max_new_tokens: int, temperature: float, seed: int) -> tuple[Setting, ...]:
     """The greedy way, and the sampled one if there is a temperature."""
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens={max_new_tokens}: give 1 or more.")
-    if not 0 <= temperature < 100:
-        raise InputError(f"temperature={temperature}: give 0 (greedy alone) or more.")
+    check_drawn(max_new_tokens, temperature)
+    if temperature >= 100:
+        raise InputError(f"temperature={temperature}: give less than 100, or 0 for the greedy answer alone.")
+    key_of(seed)
     greedy = Setting("greedy", {"max_new_tokens": max_new_tokens})
     sampled = Setting("sampled", {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed})
     return (greedy, sampled) if temperature else (greedy,)
@@ -163,6 +163,10 @@ def fill_answers(results: Store, one: Party, settings: Sequence[Setting], told: 
         if missing := sum(results.get(key) is None for key in keys):
             told(f"{one.known.name} was never asked {missing} of {len(keys)} times, and is not there to be asked.")
         return
+    if one.described and any(results.get(key) is None for key in keys):
+        # Refuses what it can while the weights are not read.
+        longest = max(one.tokens.values(), key=len)
+        one.described.stream(longest, max_new_tokens=settings[0].values["max_new_tokens"])
     results.fill(keys, make, progress)
 
 

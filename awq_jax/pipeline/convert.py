@@ -15,6 +15,7 @@ from jaxtyping import Float
 from awq_jax.errors import InputError
 from awq_jax.files import inside
 from awq_jax.formats import orbax
+from awq_jax.formats.chat_syntax import broken_templates
 from awq_jax.formats.checkpoint import Checkpoint, open_checkpoint
 from awq_jax.formats.codecs import WRITTEN, Codec, Codes, codes_of, tensor_of
 from awq_jax.formats.codecs.codec import group_for, lacks, no_room, usual
@@ -83,17 +84,20 @@ def convert(
     Example:
       >>> awq.convert("model-awq", "model-ct", "compressed-tensors")
     """
-    formats = formats_of(to)
+    formats = formats_of(to, "to")
     given = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
     asked = {name: value for name, value in given.items() if value is not None}
+    replace(QuantSpec(), **asked)  # Raises where a number is out of range.
     check_destination(out, overwrite=overwrite, inputs=[model])
     checkpoint = open_checkpoint(model)
     if checkpoint.kind in ("huggingface", "gguf"):
         raise InputError(f"{model} is not quantized in a format that is converted: use quantize.")
     if checkpoint.kind == "orbax":
-        refuse_in_out(model, architecture(checkpoint)[0], formats)
+        refuse_in_out(model, architecture(checkpoint)[0], formats, "to")
     weights = weights_of(checkpoint)
     plans = {name: planned(WRITTEN.get(name), weights, asked, requantize) for name in formats}
+    for broken in broken_templates(checkpoint.tokenizer_files):
+        told(broken)
     with written_whole(out, overwrite=overwrite, inputs=[model]) as scratch:
         for name, place in places(formats, scratch).items():
             taken = Taken(WRITTEN.get(name), plans[name], requantize)

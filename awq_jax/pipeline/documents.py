@@ -43,6 +43,17 @@ TOLD = {
 """First bytes of what is not read -> what to do."""
 
 
+def check_file(file: Path) -> None:
+    """Refuse what cannot hold a row, before anything is read: a folder, a pipe, an empty file, one that is not there."""
+    if file.is_dir():
+        raise InputError(f"{file} is a folder: give {FORMATS}.")
+    if not file.exists():
+        near = did_you_mean(file.name, names_in(file.parent))
+        raise InputError(f"{file}: there is no such file{near}: give {FORMATS}.")
+    if not regular(file).stat().st_size:
+        raise InputError(f"{file} is empty: give {FORMATS}, with text in it.")
+
+
 def read_rows(file: Path, is_row: Callable[[Any], bool]) -> list[Row]:
     """The rows of a file, one or more; plain text is one row.
 
@@ -52,12 +63,8 @@ def read_rows(file: Path, is_row: Callable[[Any], bool]) -> list[Row]:
     Raises:
       InputError: a file that cannot be read, that is empty, or whose JSON or table is damaged.
     """
-    if file.is_dir():
-        raise InputError(f"{file} is a folder: give {FORMATS}.")
-    if not file.exists():
-        near = did_you_mean(file.name, names_in(file.parent))
-        raise InputError(f"{file}: there is no such file{near}: give {FORMATS}.")
-    raw = regular(file).read_bytes()
+    check_file(file)
+    raw = file.read_bytes()
     is_parquet = raw[:4] == b"PAR1"
     if file.suffix.lower() == ".parquet" and not is_parquet:
         raise InputError(f"{file} is no Parquet file: repair or replace it, or give it the ending of what it is.")

@@ -13,8 +13,9 @@ from awq_jax.errors import InputError
 from awq_jax.memory import check_memory, to_be_read
 from awq_jax.models.inputs import check_tokens
 from awq_jax.near import did_you_mean
+from awq_jax.pipeline.documents import check_file
 from awq_jax.pipeline.load import Model, opened
-from awq_jax.pipeline.passages import passages
+from awq_jax.pipeline.passages import file_of, passages
 from awq_jax.pipeline.same_tokens import check_same_tokens
 from awq_jax.pipeline.score import Score, score, too_short
 from awq_jax.pipeline.windows import CONVENTIONS, Convention, Window, check, cut
@@ -65,13 +66,16 @@ def evaluate(
     given = {"windows": windows, "length": length, "stride": stride}
     how = replace(CONVENTIONS[convention], **{name: n for name, n in given.items() if n is not None})
     check(how)
+    sources = list(map(str, as_list(texts, "texts")))
+    for file in filter(None, map(file_of, sources)):
+        check_file(file)
     names: list[str] = list(dict.fromkeys(map(str, as_list(models, "models"))))
     everyone: list[str] = list(dict.fromkeys(names + ([] if against is None else [str(against)])))
     found = {name: opened(name, jnp.float32, told) for name in everyone}
     for model, _ in found.values():
         model.check_writes()
     first, reference = found[names[0]][0], None if against is None else found[str(against)][0]
-    read = {text: prepared(text, first, how, windows) for text in map(str, as_list(texts, "texts"))}
+    read = {text: prepared(text, first, how, windows) for text in sources}
     for name, (model, _) in found.items():
         for text, of in read.items():
             if model is not first:
@@ -139,4 +143,6 @@ def as_list(given: str | Path | Sequence[str | Path], name: str) -> list[str | P
     found: list[Any] = list(given) if isinstance(given, list | tuple | set) else [given]
     if odd := [one for one in found if not isinstance(one, str | Path)]:
         raise InputError(f"{name} has a {type(odd[0]).__name__}: give the path of a folder or file, or several.")
+    if not found:
+        raise InputError(f"There are no {name}: give the path of a folder or file, or several.")
     return found

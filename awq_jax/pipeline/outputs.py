@@ -27,8 +27,11 @@ OURS = "orbax"
 FORMATS = (*WRITTEN, OURS)
 
 
-def formats_of(said: str | Sequence[str]) -> tuple[str, ...]:
+def formats_of(said: str | Sequence[str], argument: str = "format") -> tuple[str, ...]:
     """The formats that are asked for, "awq,mlx" or ["awq", "mlx"].
+
+    Args:
+      argument: where they are asked for.
 
     Raises:
       InputError: none, one that there is not, or one twice.
@@ -36,9 +39,9 @@ def formats_of(said: str | Sequence[str]) -> tuple[str, ...]:
     names = [said] if isinstance(said, str) else list(said)
     found = tuple(part.strip() for name in names for part in str(name).split(","))
     if odd := [name for name in found if name not in FORMATS]:
-        raise InputError(f"format={odd[0]!r}: choose one of {', '.join(FORMATS)}{did_you_mean(odd[0], FORMATS)}.")
+        raise InputError(f"{argument}={odd[0]!r}: choose one of {', '.join(FORMATS)}{did_you_mean(odd[0], FORMATS)}.")
     if not found or len({*found}) < len(found):
-        raise InputError(f"format={','.join(found)!r}: name one format or several, each once.")
+        raise InputError(f"{argument}={','.join(found)!r}: name one format or several, each once.")
     return found
 
 
@@ -47,10 +50,10 @@ def codecs_of(formats: Sequence[str]) -> list[Codec]:
     return [WRITTEN[name] for name in formats if name in WRITTEN]
 
 
-def refuse_in_out(model: str | Path, family: Family, formats: Sequence[str]) -> None:
-    """Refuse formats whose readers would take a family's [in, out] matrices for [out, in] ones."""
+def refuse_in_out(model: str | Path, family: Family, formats: Sequence[str], argument: str = "format") -> None:
+    """Refuse formats, of an argument, whose readers would take a family's [in, out] matrices for [out, in] ones."""
     if codecs_of(formats) and family.in_out:
-        raise in_out_refused(model, family.architectures[0], formats, "write format='orbax'")
+        raise in_out_refused(model, family.architectures[0], formats, f"write {argument}='orbax'")
 
 
 def in_out_refused(model: str | Path, architecture: str, formats: Sequence[str], remedy: str) -> InputError:

@@ -45,12 +45,18 @@ def passages(source: str, tokenizer: Any, convention: Convention) -> tuple[list[
     return [passage(pieces, tokenizer, convention) for pieces in written], notes
 
 
+def file_of(source: str) -> Path | None:
+    """The file that a source names, there or not; None where it is a dataset of the hub."""
+    path = Path(source).expanduser()
+    there = path.exists() or path.suffix.lower() in SUFFIXES
+    return path if there or (source not in NAMED and source.count("/") != 1) else None
+
+
 def rows_of(source: str, convention: Convention) -> Iterator[Row]:
     """The rows of a file, or as many of a dataset as its windows may need."""
     with reading(f"{source} cannot be read as text", "repair or replace it"):
-        path = Path(source).expanduser()
-        if path.exists() or path.suffix.lower() in SUFFIXES or (source not in NAMED and source.count("/") != 1):
-            yield from read_rows(path, is_row)
+        if file := file_of(source):
+            yield from read_rows(file, is_row)
             return
         most = None if convention.windows is None else convention.windows * convention.length
         for k, row in enumerate(islice(hub_rows(*NAMED.get(source, source).split(":")), most), 1):

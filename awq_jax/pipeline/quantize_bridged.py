@@ -17,7 +17,6 @@ from awq_jax.formats.quantized_writer import Writer
 from awq_jax.formats.written import resolved, size_of, written_whole
 from awq_jax.models.inputs import check_length
 from awq_jax.pipeline.bridged import Bridged, gates_skipped, matrices, no_own_text, sites_of, sizes
-from awq_jax.pipeline.calibration_text import check_numbers
 from awq_jax.pipeline.decoder import Progress, called, chunks, rows_at_once
 from awq_jax.pipeline.fused import fused_by_name, left_whole, skip_whole, widening
 from awq_jax.pipeline.outputs import OURS, check_fits, fitted, in_out_refused, named_failure, places
@@ -48,7 +47,6 @@ def quantize_bridged(
     checkpoint, config = found.checkpoint, sizes(found)
     told(f"{found}.")
     check_length(config, seq_len, f"seq_len={seq_len}")
-    check_numbers(len(calib), recipe.samples, seq_len)
     fn, params = found.model.hidden, found.lazy_params()
     with clock("trace"):
         rows = min(recipe.samples, rows_at_once(seq_len))

@@ -15,6 +15,7 @@ from jaxtyping import Int
 
 from awq_jax.clock import Clock
 from awq_jax.errors import InputError
+from awq_jax.formats.chat_syntax import broken_templates
 from awq_jax.formats.checkpoint import Checkpoint, open_checkpoint
 from awq_jax.formats.written import check_destination, resolved, size_of, written_whole
 from awq_jax.memory import check_memory
@@ -23,7 +24,7 @@ from awq_jax.models.family import is_router, matrix_shapes, param_shapes
 from awq_jax.models.inputs import check_length, check_tokens, without_rows
 from awq_jax.models.layer import Config
 from awq_jax.pipeline.bridged import fallback
-from awq_jax.pipeline.calibration_text import Read, calibration_tokens
+from awq_jax.pipeline.calibration_text import Read, calibration_tokens, check_sources
 from awq_jax.pipeline.decoder import (
     Progress,
     as_function,
@@ -145,6 +146,7 @@ def quantize_checkpoint(
     if distill < 0:
         raise InputError(f"distill={distill}: give a number of passes, 0 for none.")
     calib = [str(source) for source in ([calib] if isinstance(calib, str | Path) else calib or ())]
+    check_sources(calib, recipe.samples, seq_len)
     inputs = (model, *calib)
     check_destination(out, overwrite=overwrite, inputs=inputs)
     checkpoint = open_checkpoint(model)
@@ -259,6 +261,8 @@ def text_for(
     tokenizer, _ = checkpoint.tokenizer(), checkpoint.companions  # Raises where one of them is unsound.
     if beyond := without_rows(config, tokenizer):
         told(beyond)
+    for broken in broken_templates(checkpoint.tokenizer_files):
+        told(broken)
     clock.rest("load")
     progress("loading", 1, 1)
     progress("calibration text", 0, 1)

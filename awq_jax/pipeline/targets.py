@@ -23,16 +23,22 @@ def target_of(name: str) -> Target:
     return TARGETS[name]
 
 
-def for_target(name: str, recipe: Recipe) -> tuple[str, Recipe, str]:
+def for_target(
+    name: str, recipe: Recipe, *, format: str | None = None, average_bits: float | None = None
+) -> tuple[str, Recipe, str]:
     """(format, recipe with its symmetry and, where there is one only, its group size, a line that says why).
 
+    Args:
+      format: what is asked for beside the target.
+      average_bits: the same of the mean of several widths.
+
     Raises:
-      InputError: the target does not read so many bits, or groups of such a size.
+      InputError: the target does not read so many bits, or groups of such a size, or reads another format.
     """
     target = target_of(name)
-    if recipe.bits not in target.formats:
+    if (bits := average_bits or recipe.bits) not in target.formats:
         known = ", ".join(map(str, target.formats))
-        raise InputError(f"bits={recipe.bits}: target={name!r} reads {known} bits fast. {target.why}.")
+        raise InputError(f"bits={bits}: target={name!r} reads {known} bits fast. {target.why}.")
     if recipe.group_size is not None and recipe.group_size not in target.groups:
         known = ", ".join(map(str, target.groups))
         raise InputError(f"group_size={recipe.group_size}: target={name!r} reads groups of {known} fast. {target.why}.")
@@ -40,9 +46,13 @@ def for_target(name: str, recipe: Recipe) -> tuple[str, Recipe, str]:
     if len(target.groups) == 1:
         group = target.groups[0]
     recipe = replace(recipe, symmetric=recipe.symmetric or bool(symmetric), group_size=group)
-    format = target.formats[recipe.bits]
+    best = target.formats[recipe.bits]
+    if format not in (None, best):
+        raise InputError(
+            f"format={format!r}: target={name!r} takes format={best!r}: leave one of them out. {target.why}."
+        )
     zeros = ", symmetric" if recipe.symmetric else ""
-    return format, recipe, f"For {name}: format {format}, {recipe.bits} bits{zeros}. {target.why}."
+    return best, recipe, f"For {name}: format {best}, {recipe.bits} bits{zeros}. {target.why}."
 
 
 def kernels(

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -527,7 +528,7 @@ def test_eval(whole, tmp_path, content, more, says, no_work):
     [
         (("hi", "--max-new-tokens", "0"), "--max-new-tokens 0: give 1 or more"),
         (("hi", "--temperature", "-1"), "--temperature -1.0: give 0"),
-        (("", "--raw"), "the prompt gives no token: give"),
+        (("", "--raw"), "The prompt is empty: give"),
         (("word " * 900,), "the prompt: .* tokens, .* 512 positions"),
         (("hi", "--seed", str(2**63)), f"--seed {2**63}: give a number of 64 bits"),
         (("hi", "--top-p", "2"), "--top-p 2.0: give a probability"),
@@ -536,6 +537,48 @@ def test_eval(whole, tmp_path, content, more, says, no_work):
 )
 def test_generate(whole, more, says, no_work):
     assert_says(refused("generate", whole, *more), says)
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("generate m/m/m hi --temperature -1", "--temperature -1.0: give"),
+        ("generate m/m/m hi --temperature nan", "--temperature nan: give"),
+        ("generate m/m/m hi --top-p 0", "--top-p 0.0: give"),
+        ("generate m/m/m hi --top-p 0.5", "--top-p 0.5 chooses nothing at temperature 0"),
+        ("generate m/m/m hi --max-new-tokens -1", "--max-new-tokens -1: give"),
+        ("generate m/m/m hi --seed 99999999999999999999", "--seed 99999999999999999999: give"),
+        ("generate m/m/m ''", "The prompt is empty"),
+        ("demo m/m/m --prompt ''", "The prompt is empty"),
+        ("eval m/m/m", "There are no texts: give"),
+        ("eval m/m/m empty.txt", "empty.txt is empty"),
+        ("eval m/m/m no.txt", "no.txt: there is no such file"),
+        ("eval m/m/m p.jsonl --windows 0", "--windows 0 --length 1024: give"),
+        ("eval m/m/m p.jsonl --stride 0", "--stride 0: give"),
+        ("compare m/m/m n/n/n --prompts empty.txt", "empty.txt is empty"),
+        ("compare m/m/m n/n/n --prompts p.jsonl --max-new-tokens 0", "--max-new-tokens 0: give"),
+        ("compare m/m/m n/n/n --prompts p.jsonl --temperature 1e9", "--temperature 1000000000.0: give less than 100"),
+        ("compare m/m/m n/n/n --prompts p.jsonl --seed 99999999999999999999", "--seed 99999999999999999999: give"),
+        ("compare m/m/m n/n/n --prompts p.jsonl --gate kl=x", "--gate: 'kl=x' gives no number"),
+        ("quantize m/m/m out --samples 0", "--samples 0: give"),
+        ("quantize m/m/m out --seq-len 0", "--samples 32 --seq-len 0: give"),
+        ("quantize m/m/m out --calib empty.txt", "empty.txt is empty"),
+        ("quantize m/m/m out --calib self no.txt", "no.txt: there is no such file"),
+        ("quantize m/m/m out --distill -1", "--distill -1: give"),
+        ("convert m/m/m out --to mlx --bits 9", "--bits 9: give"),
+        ("convert m/m/m out --to mlx --group-size 0", "--group-size 0: use"),
+        ("convert m/m/m out --to mlx,mlx", "--to mlx,mlx: name"),
+        ("tune m/m/m --rows 0", "--rows 0: give"),
+        ("tune m/m/m --minutes -1", "--minutes -1: give"),
+    ],
+)
+def test_arguments_are_checked_before_the_model_is_opened(tmp_path, monkeypatch, command, says):
+    """The model is not even there."""
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "Why?"}')
+    monkeypatch.chdir(tmp_path)
+    assert refused(*shlex.split(command)).startswith(f"awq-jax: {says}")
+    assert {file.name for file in tmp_path.iterdir()} == {"empty.txt", "p.jsonl"}
 
 
 @pytest.fixture(scope="module")

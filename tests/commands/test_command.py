@@ -12,6 +12,7 @@ import pytest
 
 import awq_jax_command
 from awq_jax import text
+from awq_jax.formats.written import written_whole
 
 ROOT = Path(awq_jax_command.__file__).parent
 STAND_IN = r"""
@@ -42,6 +43,16 @@ def run():
                 (folder / str(k)).write_text("")
         time.sleep(600)
 
+def write():
+    from awq_jax.formats.written import written_whole
+    with written_whole(home / "out", overwrite=True) as folder:
+        (folder / "file").write_text("new")
+        if what != "complete":
+            print("ready", flush=True)
+            time.sleep(600)
+    print("ready", flush=True)
+    time.sleep(600)
+
 class Importing:
     def find_spec(self, name, path, target=None):
         if name == "awq_jax.commands.cli":
@@ -51,7 +62,8 @@ class Importing:
 if what == "imports":
     sys.meta_path.insert(0, Importing())
 else:
-    sys.modules["awq_jax.commands.cli"] = types.SimpleNamespace(main=run)
+    writes = what in ("complete", "cut short", "replacing")
+    sys.modules["awq_jax.commands.cli"] = types.SimpleNamespace(main=write if writes else run)
 import awq_jax_command
 awq_jax_command.main()
 """
@@ -92,6 +104,21 @@ def test_a_signal_ends_it_at_once_and_leaves_nothing(tmp_path, name, code, what)
         end = time.monotonic() + 30
         while not is_dead(Path(f"/proc/{line}/stat")):
             assert time.monotonic() < end
+
+
+@pytest.mark.parametrize(
+    ("what", "says"), [("complete", "is complete"), ("cut short", "was not written"), ("replacing", "is as it was")]
+)
+def test_it_says_what_is_at_the_destination(tmp_path, what, says):
+    if what == "replacing":
+        with written_whole(tmp_path / "out") as folder:
+            (folder / "file").write_text("old")
+    process, _ = started(tmp_path, what)
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (143, f"awq-jax: stopped; {tmp_path / 'out'} {says}.\n")
+    found = {file.name: file.read_text() for file in (tmp_path / "out").glob("file")}
+    assert found == {"complete": {"file": "new"}, "cut short": {}, "replacing": {"file": "old"}}[what]
 
 
 def test_a_process_may_call_it_often_and_ends():

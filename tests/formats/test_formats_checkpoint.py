@@ -135,8 +135,25 @@ def test_folders_that_hold_no_model(tmp_path):
 
 def test_a_single_shard_is_not_a_model(tmp_path):
     hf_folder(tmp_path, {"model.safetensors": {"w": random()}})
-    with pytest.raises(InputError, match="one file of a model: give its folder"):
-        open_checkpoint(tmp_path / "model.safetensors")
+    for name in ("model.safetensors", "config.json"):
+        with pytest.raises(InputError, match="one file of a model: give its folder"):
+            open_checkpoint(tmp_path / name)
+
+
+def test_a_folder_of_models_names_those_below(tmp_path):
+    """As `quantize --format awq,mlx` leaves."""
+    for name in ("mlx", "awq"):
+        hf_folder(tmp_path / name, {"model.safetensors": {"w": random()}})
+    with pytest.raises(InputError, match=r"no config\.json: its models lie below, give .*/awq or .*/mlx\.$"):
+        open_checkpoint(tmp_path)
+
+
+def test_what_is_no_model_at_all(tmp_path):
+    (tmp_path / "a.txt").write_text("Once upon a time there was a text")
+    with pytest.raises(InputError, match=r"starts with b'Once'.*no GGUF file, give one, or the folder of a"):
+        open_checkpoint(tmp_path / "a.txt")
+    with pytest.raises(InputError, match="name of the model is empty: give"):
+        open_checkpoint("")
 
 
 def test_shards_and_index_that_do_not_fit(tmp_path):

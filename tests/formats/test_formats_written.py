@@ -356,10 +356,20 @@ class TestAround:
                     tmp_path / "work" / out if out[0] == "." else tmp_path / out, inputs=["~/../models/dense"]
                 )
 
+    @pytest.mark.parametrize("out", ["/proc/out", "/proc/self/out", "/sys/kernel/out", "/dev/out", "/dev/null"])
+    def test_folders_of_the_system(self, out):
+        with pytest.raises(InputError, match=r" lies in /(proc|sys|dev), .*: choose another folder"):
+            check_destination(out)
+
     @pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc, whose modes promise what it refuses")
-    def test_a_file_system_that_refuses(self):
+    def test_a_file_system_that_refuses(self, monkeypatch):
+        monkeypatch.setattr(written, "SYSTEM", ())
         with pytest.raises(PermissionError, match=r"/proc cannot be written .*: choose another folder"):
             check_destination("/proc/out")
+
+    @pytest.mark.skipif(not Path("/dev/shm").exists(), reason="no shared memory")
+    def test_shared_memory(self):
+        check_destination("/dev/shm/awq_jax_out")
 
     def test_a_link_to_itself(self, tmp_path):
         (tmp_path / "loop").symlink_to(tmp_path / "loop")

@@ -65,13 +65,20 @@ def test_a_target_chooses_and_says_why(target, recipe, format, symmetric, group)
 
 
 @pytest.mark.parametrize(
-    ("target", "recipe", "says"),
+    ("target", "recipe", "more", "says"),
     [
-        ("vllm", Recipe(bits=3), "bits=3: target='vllm' reads 4, 8 bits fast. vLLM runs"),
-        ("vllm-tpu", Recipe(group_size=64), "group_size=64: target='vllm-tpu' reads groups of 32 fast"),
-        ("vlm", Recipe(), "target='vlm': choose one of vllm, .* .did you mean vllm"),
+        ("vllm", Recipe(bits=3), {}, "bits=3: target='vllm' reads 4, 8 bits fast. vLLM runs"),
+        ("vllm-tpu", Recipe(group_size=64), {}, "group_size=64: target='vllm-tpu' reads groups of 32 fast"),
+        ("vllm-tpu", Recipe(), {"average_bits": 3.5}, "bits=3.5: target='vllm-tpu' reads 4 bits fast"),
+        ("vllm-tpu", Recipe(), {"format": "mlx"}, "format='mlx': target='vllm-tpu' takes format='compressed-tensors'"),
+        ("vllm", Recipe(), {"format": "awq,gptq"}, "format='awq,gptq': target='vllm' takes format='awq': leave one"),
+        ("vlm", Recipe(), {}, "target='vlm': choose one of vllm, .* .did you mean vllm"),
     ],
 )
-def test_what_a_target_does_not_read_is_told_before_any_work(target, recipe, says):
+def test_what_a_target_does_not_read_is_told_before_any_work(target, recipe, more, says):
     with pytest.raises(InputError, match=says):
-        for_target(target, recipe)
+        for_target(target, recipe, **more)
+
+
+def test_a_format_that_is_the_targets_is_no_contradiction():
+    assert for_target("vllm", Recipe(), format="awq")[0] == "awq"

@@ -166,7 +166,7 @@ def test_rows_that_lie_apart_are_read_dense_and_kept_where_there_is_room(root, s
 def test_a_dense_model_is_not_converted(awq_folder, root):
     with pytest.raises(InputError, match="dense is not quantized in a format"):
         convert(root / "dense", root / "no", "awq")
-    with pytest.raises(InputError, match=r"format='awg': choose one of awq, .*did you mean awq"):
+    with pytest.raises(InputError, match=r"to='awg': choose one of awq, .*did you mean awq"):
         convert(awq_folder, root / "no", "awg")
 
 
@@ -213,3 +213,12 @@ def test_steps_and_dense_tensors_keep_their_dtype(awq_folder, root):
     save_file(tensors, wide / "model.safetensors")
     back = convert(convert(wide, root / "wide-ct", "compressed-tensors"), root / "wide-back", "awq")
     assert_same_files(wide, back)
+
+
+def test_a_broken_chat_template_is_told_and_copied(awq_folder, root):
+    source, told = root / "broken_template", []
+    shutil.copytree(awq_folder, source)
+    (source / "chat_template.jinja").write_text("{% if %}")
+    convert(source, root / "broken_template_mlx", "mlx", told=told.append)
+    assert told[0].startswith("The chat template in chat_template.jinja is broken (line 1: Expected an expression")
+    assert (root / "broken_template_mlx" / "chat_template.jinja").read_text() == "{% if %}"

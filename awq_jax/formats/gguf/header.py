@@ -52,7 +52,10 @@ def read_header(file: Path) -> Header:
         raise InputError(f"{file} has {file.stat().st_size} bytes: that is no GGUF file, {AGAIN}.")
     with file.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
         if data[:4] != b"GGUF":
-            raise InputError(f"{file} starts with {data[:4]!r}, not with b'GGUF': that is no GGUF file.")
+            raise InputError(
+                f"{file} starts with {data[:4]!r}, not with b'GGUF': that is no GGUF file, give one, or the folder of a "
+                "Hugging Face model."
+            )
         cursor = Cursor(data, 4)
         version = cursor.scalar("I")
         if version not in (2, 3):

@@ -39,7 +39,7 @@ def llama_like(
       same: what differs in all layers from a Llama, and what the file is not asked for.
     """
     width, heads = whole(hf, "hidden_size"), whole(hf, "num_attention_heads")
-    dim = whole(hf, "head_dim", usual_head_dim)
+    dim = whole(hf, "head_dim", None) if "head_dim" in hf else usual_head_dim
     if dim is None and width % heads:
         raise ValueError(f"hidden_size={width} does not divide by num_attention_heads={heads}.")
     dim = dim or width // heads

@@ -26,7 +26,7 @@ def deepseek(
     still, turned = whole(hf, "qk_nope_head_dim", 128), whole(hf, "qk_rope_head_dim", 64)
     ignored(hf, "head_dim", "qk_head_dim")  # What follows from these two.
     scaling = mapping(hf, "rope_scaling") or mapping(hf, "rope_parameters")
-    stretched = sharper(real(scaling, "factor", 1.0), real(scaling, "mscale_all_dim", 0.0))
+    stretched = sharper(*(real(scaling, *field) or 0.0 for field in (("factor", 1.0), ("mscale_all_dim", None))))
     width = whole(hf, "moe_intermediate_size", width)
     chosen = Experts(
         whole(hf, "n_routed_experts", n),
@@ -57,7 +57,7 @@ def deepseek_v2(hf: Found) -> Config:
     refuse(hf, "norm_topk_prob")
     refuse(hf, "scoring_func", but="softmax")
     grouped = word(hf, "topk_method", ("greedy", "group_limited_greedy"), "greedy") != "greedy"
-    groups, top_groups = whole(hf, "n_group", 1), whole(hf, "topk_group", 1)
+    groups, top_groups = (whole(hf, name, None) or 1 for name in ("n_group", "topk_group"))
     how = {"groups": groups, "top_groups": top_groups} if grouped else {}
     experts = {"renormalised": False, "scale": 1.0} | how
     return deepseek(hf, experts, n=64, width=1407, shared=2, first=0, interleaved=True)
