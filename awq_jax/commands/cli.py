@@ -313,7 +313,11 @@ def parsed(words: list[str]) -> Any:
         sys.exit(2)
     description = "Activation-aware 4-bit weight quantization (AWQ) in JAX; --version tells which one this is."
     return tyro.cli(
-        Command, prog="awq-jax", description=description, args=words, config=(tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
+        Command,
+        prog="awq-jax",
+        description=description,
+        args=words,
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone),
     )
 
 

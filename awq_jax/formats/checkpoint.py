@@ -204,7 +204,9 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
       (576,)
     """
     if not str(model):
-        raise InputError("The name of the model is empty: give a folder, a .gguf file, or a name on the Hugging Face hub.")
+        raise InputError(
+            "The name of the model is empty: give a folder, a .gguf file, or a name on the Hugging Face hub."
+        )
     with reading(f"{model} cannot be read", "download it again"):
         path = Path(model).expanduser()
         if path.is_dir():

@@ -134,10 +134,9 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return [regular(file, LARGEST) for file in found if file is not None]
 
 
-def advice(folder: Path) -> str:
+def advice(*, has_code: bool) -> str:
     """What to do about a tokenizer that transformers cannot read."""
-    config = folder / "tokenizer_config.json"
-    if not (config.exists() and read_json(config).get("auto_map")):
+    if not has_code:
         return "copy a tokenizer.json of the model into it"
     return (
         'its tokenizer_config.json names code of its own ("auto_map"), which is never run: where you trust the code, '
@@ -159,12 +158,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         # All that transformers gets to see: it follows links and waits for pipes.
         for file in files:
             copy_unmarked(file, scratch)
-            if file.suffix == ".json":
-                read_json(file)  # Named here where it is damaged.
+        # Read here, that one that is damaged is named.
+        code = {file.name: read_json(file).get("auto_map") for file in files if file.suffix == ".json"}
         # Without the fields of the model, which are no matter of its tokenizer.
         if (config := inside(folder, "config.json")) is not None:
             write_json(scratch / config.name, {k: v for k, v in read_json(config).items() if k in OF_TOKENIZERS})
-        with reading(f"{folder}: transformers cannot read the tokenizer", advice(scratch)):
+        remedy = advice(has_code=bool(code.get("tokenizer_config.json")))
+        with reading(f"{folder}: transformers cannot read the tokenizer", remedy):
             tokenizer = AutoTokenizer.from_pretrained(scratch, trust_remote_code=False, local_files_only=True)
             check_growth(tokenizer)
             return tokenizer

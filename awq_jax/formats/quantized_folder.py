@@ -89,8 +89,8 @@ def quantized_tensor(where: str, parts: Mapping[str, StoredTensor], codec: Codec
     if picked or lies_apart(parts, spec):
         dense = lambda: np.ascontiguousarray(codes().dense().astype(dtype).swapaxes(-1, -2))
         turned = (*shape[:-2], shape[-1], shape[-2])
-        return StoredTensor(turned, nbytes, dense, stored_as, dtype, None, codes, picked)
-    return StoredTensor(shape, nbytes, lambda: tensor_of(codes(), dtype), stored_as, dtype, spec, codes)
+        return StoredTensor(turned, nbytes, dense, stored_as, dtype, None, codes, spec, picked)
+    return StoredTensor(shape, nbytes, lambda: tensor_of(codes(), dtype), stored_as, dtype, spec, codes, spec)
 
 
 def differs(part: str, tensor: StoredTensor, codec: Codec) -> str:

@@ -90,7 +90,7 @@ class Writer:
         """
         arrays: dict[str, np.ndarray] = {}
         for name, tensor in tensors.items():
-            where, module = f"{part}: {name}", name.removesuffix(".weight")
+            where, module = name if part == name else f"{part}: {name}", name.removesuffix(".weight")
             if isinstance(tensor, QuantizedTensor | Codes):
                 self._check(where, module, tensor.spec)
                 self.specs[module] = tensor.spec

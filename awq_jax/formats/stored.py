@@ -22,6 +22,7 @@ class StoredTensor:
       dtype: of what `read` gives.
       spec: `read` gives a QuantizedTensor of it, [in, out] where an array would be [out, in].
       codes: of a tensor that a codec reads: its codes, as they are in the file.
+      coded: how these are stored.
       picked: rows of it are picked, as an embedding's: it is read dense.
       read: the tensor, mapped from the file or converted from it: a numpy array or a QuantizedTensor of them. Each
         call reads anew.
@@ -34,6 +35,7 @@ class StoredTensor:
     dtype: Any = np.float32
     spec: QuantSpec | None = None
     codes: Callable[[], Any] | None = None
+    coded: QuantSpec | None = None
     picked: bool = False
 
     @property

@@ -25,6 +25,14 @@ LAYERS = 10_000
 """No model has more layers."""
 
 
+class NotComputed(ValueError):
+    """A field of a config says what nothing here computes, and transformers' own code may."""
+
+    def __init__(self, field: str, why: str) -> None:
+        super().__init__(why)
+        self.field = field
+
+
 class Watched(Mapping[str, Any]):
     """A mapping that knows which of its fields were asked for."""
 
@@ -50,27 +58,31 @@ class Watched(Mapping[str, Any]):
         """Passes if nothing but `harmless` is unread."""
         for key, value in self.unread().items():
             if key not in harmless:
-                raise ValueError(f"{where} {key}={reprlib.repr(value)}, which this model does not compute.")
+                raise NotComputed(key, f"{where} {key}={reprlib.repr(value)}, which this model does not compute.")
 
 
 class Spelled(Mapping[str, Any]):
-    """A config.json with other names for what Llama's has.
+    """A config.json under Llama's names, where it has others.
 
     Args:
-      names: Llama's name -> the file's.
+      names: Llama's name -> the file's, which is no name here.
     """
 
     def __init__(self, found: Mapping[str, Any], **names: str) -> None:
         self.found, self.names = found, names
+        self.llamas = {name: llamas for llamas, name in names.items()}
 
     def __getitem__(self, key: str) -> Any:
+        if key in self.llamas:
+            raise KeyError(key)
         return self.found[self.names.get(key, key)]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.found)
+        # A field that has a Llama's name in a file of other names says nothing.
+        return (self.llamas.get(key, key) for key in self.found if key not in self.names)
 
     def __len__(self) -> int:
-        return len(self.found)
+        return sum(key not in self.names for key in self.found)
 
 
 def whole(

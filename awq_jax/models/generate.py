@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools as ft
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -132,14 +132,19 @@ def stream(
       ValueError: see `generate`; before the first token is asked for.
       InputError: logits that are NaN or infinite; when their token is asked for.
     """
-    if np.ndim(tokens) != 1:
-        raise InputError(f"the prompt's tokens have shape {np.shape(tokens)}: give those of one prompt, [length].")
-    t = jnp.shape(tokens)[0]
-    check_tokens(config, tokens, "the prompt")
+    t = check_prompt(config, tokens)
     how = sampling(config, t, max_new_tokens, temperature, key, top_p)
     what = f"max_new_tokens={max_new_tokens} after a prompt of {t}"
     check_memory(what, nbytes(config, params, 1, t, max_new_tokens), "give fewer, or a shorter prompt")
     return _stream(config, params, tokens, how, max_new_tokens, frozenset(eos), speed or Speed())
+
+
+def check_prompt(config: Any, tokens: Int[Array | np.ndarray, " t"]) -> int:
+    """How many tokens a prompt has that a model can take."""
+    if np.ndim(tokens) != 1:
+        raise InputError(f"the prompt's tokens have shape {np.shape(tokens)}: give those of one prompt, [length].")
+    check_tokens(config, tokens, "the prompt")
+    return len(tokens)
 
 
 def _stream(
@@ -160,12 +165,31 @@ def _stream(
     token, cache = jax.eval_shape(ft.partial(first, config, length=up(t + most)), *start[1:])
     _first.lower(*start, length=up(t + most)).compile()
     _following.lower(config, params, token, start[3], cache, how).compile()
-    speed.compiling = -began + (began := time.perf_counter())
-    token, cache = _first(*start, length=up(t + most))
-    for k in range(most):
-        # The next step is on its way before the token is waited for.
-        if k + 1 < most:
-            new, cache = _following(config, params, token, jnp.asarray(t + k), cache, how)
+    speed.compiling = time.perf_counter() - began
+
+    def drawn() -> Iterator[Int[Array, " b"]]:
+        token, cache = _first(*start, length=up(t + most))
+        for k in range(most):
+            # The next step is on its way before the token is waited for.
+            if k + 1 < most:
+                new, cache = _following(config, params, token, jnp.asarray(t + k), cache, how)
+            yield token
+            if k + 1 < most:
+                token = new
+
+    yield from handed_over(drawn(), config, t, eos, speed)
+
+
+def handed_over(
+    drawn: Iterator[Int[Array, " b"]], config: Any, t: int, eos: Collection[int], speed: Speed
+) -> Iterator[int]:
+    """The tokens of one text as they are drawn after a prompt of `t`, up to one of `eos`; timed.
+
+    Raises:
+      InputError: one is NO_TOKEN.
+    """
+    began = time.perf_counter()
+    for k, token in enumerate(drawn):
         found = int(token[0])
         if k == 0:
             speed.prompt, speed.prefill = t, -began + (began := time.perf_counter())
@@ -175,8 +199,6 @@ def _stream(
         if found in eos:
             return
         yield found
-        if k + 1 < most:
-            token = new
 
 
 def sampling(
@@ -251,7 +273,7 @@ def dense_bytes(params: Any, dtype: Any) -> int:
 
 def is_other(w: Any, dtype: Any) -> bool:
     """Whether a param is a matrix that is no array of `dtype`."""
-    return is_quantized(w) or (w.ndim > 1 and w.dtype != dtype)
+    return is_quantized(w) or (w.ndim > 1 and w.dtype != dtype and jnp.issubdtype(w.dtype, jnp.floating))
 
 
 @ft.partial(jax.jit, static_argnames=("config", "max_new_tokens", "eos"))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from awq_jax.models.fields import Watched, each_real, flag, mapping, real, share, whole
+from awq_jax.models.fields import NotComputed, Watched, each_real, flag, mapping, real, share, whole
 from awq_jax.models.rope import Rope
 
 Found = Mapping[str, Any]
@@ -64,7 +64,7 @@ def one_rope(
     hf.get("original_max_position_embeddings")  # No matter to most kinds.
     kind = found.get("rope_type") or found.get("type") or "default"
     if not isinstance(kind, str) or kind not in KINDS:
-        raise ValueError(f"rope type {kind!r}: this model knows {', '.join(map(repr, KINDS))}.")
+        raise NotComputed("rope_type", f"rope type {kind!r}: this model knows {', '.join(map(repr, KINDS))}.")
     part = found if found.get("partial_rotary_factor") is not None else hf
     if rotated is None:
         if (other := part.get("partial_rotary_factor")) not in (None, 1, 1.0):
@@ -102,7 +102,10 @@ def yarn(rope: Rope, found: Found, hf: Found) -> Rope:
     length = original(found, hf)
     factor = real(found, "factor", None, where) or whole(hf, "max_position_embeddings") / length
     place = lambda turns: rope.rotated * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
-    low, high = place(real(found, "beta_fast", None, where) or 32.0), place(real(found, "beta_slow", None, where) or 1.0)
+    low, high = (
+        place(real(found, "beta_fast", None, where) or 32.0),
+        place(real(found, "beta_slow", None, where) or 1.0),
+    )
     if flag(found, "truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rope.rotated - 1)

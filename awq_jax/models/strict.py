@@ -7,7 +7,7 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
-from awq_jax.models.fields import Watched
+from awq_jax.models.fields import NotComputed, Watched
 
 NAMES = """
 architectures model_type transformers_version torch_dtype dtype _name_or_path name_or_path auto_map
@@ -37,14 +37,14 @@ def refuse_unread(hf: Watched) -> None:
     name something that is computed.
 
     Raises:
-      ValueError: names the first field.
+      NotComputed: names the first field.
     """
     unread = {key: value for key, value in hf.unread().items() if key not in HARMLESS}
     known = known_to_transformers(hf.get("model_type")) if unread else {}
     for key, value in unread.items():
         usual = None if known is None or TELLING.search(key) else value
         if (known or {}).get(key, usual) != value:
-            raise ValueError(f"the config has {key}={reprlib.repr(value)}, which this model does not compute.")
+            raise NotComputed(key, f"the config has {key}={reprlib.repr(value)}, which this model does not compute.")
 
 
 def known_to_transformers(model_type: Any) -> Mapping[str, Any] | None:

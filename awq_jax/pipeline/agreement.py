@@ -71,7 +71,12 @@ def check_tensors(checkpoint: Checkpoint, family: Family, config: Config) -> Non
         ignored.add(family.name_of("head/kernel"))
     found = {name: shape for name, shape in found.items() if name not in ignored}
     compare(checkpoint.path, found, partial(family.stored_shapes, config), len(config.layers), family.numbers)
-    for name in found:
+    refuse_integers(checkpoint, found)
+
+
+def refuse_integers(checkpoint: Checkpoint, weights: Iterable[str]) -> None:
+    """Passes if none of the tensors that are weights is of integers."""
+    for name in weights:
         if INTEGERS.fullmatch(stored_as := checkpoint.tensors[name].stored_as):
             raise InputError(
                 f"{checkpoint.path}: {name} is of {stored_as}, which are the codes of a quantization that config.json "
@@ -133,10 +138,13 @@ def first(reasons: Mapping[str, str], names: Iterable[str]) -> str:
 def is_tied_head(checkpoint: Checkpoint, family: Family) -> bool:
     """Whether the checkpoint holds a head with the embedding's values."""
     names = family.name_of("head/kernel"), family.name_of("embed/embedding")
-    if not checkpoint.names.issuperset(names):
+    return checkpoint.names.issuperset(names) and same_values(checkpoint, *names)
+
+
+def same_values(checkpoint: Checkpoint, name: str, other: str) -> bool:
+    """Whether two dense tensors are equal; read a part at a time."""
+    a, b = checkpoint.read(name), checkpoint.read(other)
+    if is_quantized(a) or is_quantized(b) or a.shape != b.shape:
         return False
-    head, embedding = map(checkpoint.read, names)
-    if is_quantized(head) or is_quantized(embedding) or head.shape != embedding.shape:
-        return False
-    rows = max(1, AT_ONCE // max(1, head.shape[-1]))
-    return all(np.array_equal(head[k : k + rows], embedding[k : k + rows]) for k in range(0, len(head), rows))
+    rows = max(1, AT_ONCE // max(1, a.shape[-1]))
+    return all(np.array_equal(a[k : k + rows], b[k : k + rows]) for k in range(0, len(a), rows))

@@ -12,10 +12,10 @@ from jaxtyping import Array, Float, Int
 
 from awq_jax.errors import InputError
 from awq_jax.formats.chat import render
-from awq_jax.models.generate import ROUNDED, Speed, stream
+from awq_jax.models.generate import ROUNDED, Speed
 from awq_jax.pipeline.by_token import by_token
 from awq_jax.pipeline.chats import BETWEEN
-from awq_jax.pipeline.load import Model, key_of
+from awq_jax.pipeline.load import Model
 from awq_jax.pipeline.not_finite import origin
 from awq_jax.records.prompt import Prompt
 from awq_jax.text import decode, encode
@@ -44,10 +44,9 @@ def answer(model: Model, tokens: Int[np.ndarray, " t"], settings: Mapping[str, A
     itself, and the seconds that it took."""
     speed, new = Speed(), []
     most, temperature = settings["max_new_tokens"], settings.get("temperature", 0.0)
-    key = key_of(settings["seed"]) if temperature else None
-    options = {"max_new_tokens": most, "temperature": temperature, "top_p": settings.get("top_p", 1.0), "key": key}
+    options = {"temperature": temperature, "top_p": settings.get("top_p", 1.0), "seed": settings.get("seed", 0)}
     try:
-        for token in stream(model.config, model.params, tokens, eos=model.eos, speed=speed, **options):
+        for token in model.new_tokens(tokens, max_new_tokens=most, speed=speed, **options):
             new.append(token)
     except InputError as e:
         whole = np.concatenate([tokens, np.asarray(new, np.int32)])
@@ -107,9 +106,9 @@ def outcomes_of(model: Model, prompt: Int[np.ndarray, " t"], new: Sequence[int],
     up = lambda k: -(-k // ROUNDED) * ROUNDED
     length = min(up(len(tokens)), model.config.positions or up(len(tokens)))
     # What follows is not seen by what stands before.
-    hidden = model.hidden(jnp.asarray(np.pad(tokens, (0, length - len(tokens)))[None]))
+    whole = jnp.asarray(np.pad(tokens, (0, length - len(tokens)))[None])
     at = np.minimum(len(prompt) - 1 + np.arange(up(n)), length - 1)
-    return outcomes(model.head(hidden[:, at])[0], jnp.asarray(model.eos, jnp.int32))
+    return outcomes(model.logits_at(whole, at)[0], jnp.asarray(model.eos, jnp.int32))
 
 
 @jax.jit

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import jax
@@ -13,13 +13,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from awq_jax.errors import InputError
-from awq_jax.memory import matmul_bytes, to_be_read
-from awq_jax.models.generate import NO_TOKEN, ROUNDED, Speed, draw, no_numbers, sampling
+from awq_jax.memory import check_memory, matmul_bytes, to_be_read
+from awq_jax.models.generate import ROUNDED, Speed, check_prompt, handed_over, sampling
 from awq_jax.models.inputs import check_tokens, without_rows
-from awq_jax.models.pieces import pieces
-from awq_jax.pipeline.bridged import Bridged, sizes
+from awq_jax.pipeline.bridged import Bridged, no_own_text, sizes
 from awq_jax.pipeline.load import Model, key_of
-from awq_jax.transforms.calibrate import quantized
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,65 +27,70 @@ class BridgedModel(Model):
     family: Any
     config: Any
 
-    @cached_property
-    def _logits(self) -> Callable[..., Array]:
-        return jax.jit(quantized(self.family.model.logits((1, ROUNDED))))
-
     def logits(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t v"]:
         """Logits of every position, float32; traced and compiled once for each shape."""
         check_tokens(self.config, tokens, "tokens")
-        return self._logits(self.params, jnp.asarray(tokens, jnp.int32)).astype(jnp.float32)
+        return self.family.logits(self.params, jnp.asarray(tokens, jnp.int32)).astype(jnp.float32)
 
     def hidden(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t h"]:
         raise NotImplementedError("a model of transformers' code gives logits alone")
 
-    def nbytes_of_logits(self, tokens: int) -> int:
-        given = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
-        logits = jax.eval_shape(self._logits, self.params, given)
-        return to_be_read(self.params) + matmul_bytes(self._logits, self.params, given) + 3 * 4 * logits.size
+    def logits_at(self, tokens: Int[Array, "b t"], places: Int[np.ndarray, " n"]) -> Float[Array, "b n v"]:
+        """See `Model.logits_at`; computed of all positions."""
+        return self.logits(tokens)[:, places]
 
-    def stream(
+    def check_writes(self) -> None:
+        """Passes if the model predicts the next token from those before it.
+
+        Raises:
+          InputError: it does not.
+        """
+        if not self.family.model.model.can_generate():
+            raise InputError(
+                f"{self.family.checkpoint.path}: {self.family.model.name} writes no text: it predicts no next token."
+            )
+
+    def nbytes_of_logits(self, tokens: int) -> int:
+        run, given = self.family.logits, jax.ShapeDtypeStruct((1, tokens), jnp.int32)
+        logits = jax.eval_shape(run, self.params, given)
+        return to_be_read(self.params) + matmul_bytes(run, self.params, given) + 3 * 4 * logits.size
+
+    def new_tokens(
         self,
-        prompt: str | Int[Array | np.ndarray, " t"],
+        tokens: Int[Array | np.ndarray, " t"],
         *,
-        max_new_tokens: int = 64,
+        max_new_tokens: int,
         temperature: float = 0.0,
         top_p: float = 1.0,
-        chat: bool = True,
         seed: int = 0,
         speed: Speed | None = None,
-    ) -> Iterator[str]:
-        """See `Model.stream`; without a cache, so that each token computes all before it anew."""
-        if not self.family.model.model.can_generate():
-            raise InputError(f"{self.family.model.name} writes no text: it predicts no next token.")
-        tokens = self.tokens_of(prompt, chat=chat) if isinstance(prompt, str) else np.asarray(prompt)
-        check_tokens(self.config, tokens, "the prompt")
-        how = sampling(self.config, len(tokens), max_new_tokens, temperature, key_of(seed), top_p)
-        return pieces(self.tokenizer, self._tokens(tokens, max_new_tokens, how))
-
-    def _tokens(self, tokens: Int[np.ndarray, " t"], most: int, how: Any) -> Iterator[int]:
-        length = -(-(len(tokens) + most) // ROUNDED) * ROUNDED
+    ) -> Iterator[int]:
+        """See `Model.new_tokens`; without a cache, so that each token computes all before it anew."""
+        self.check_writes()
+        t = check_prompt(self.config, tokens)
+        how = sampling(self.config, t, max_new_tokens, temperature, key_of(seed), top_p)
+        length = -(-(t + max_new_tokens) // ROUNDED) * ROUNDED
         text = np.zeros((1, min(length, self.config.positions or length)), np.int32)
-        text[0, : len(tokens)] = tokens
-        for end in range(len(tokens), len(tokens) + most):
-            found = int(self._next(self.params, text, end, how)[0])
-            if found == NO_TOKEN:
-                raise no_numbers(self.config, f"token {end}")
-            if found in self.eos:
-                return
-            yield found
-            if end < text.shape[1]:
-                text[0, end] = found
+        text[0, :t] = np.asarray(tokens)
+        what = f"max_new_tokens={max_new_tokens} after a prompt of {t}"
+        check_memory(what, self.nbytes_of_logits(text.shape[1]), "give fewer, or a shorter prompt")
+        return self._new_tokens(text, t, max_new_tokens, how, speed or Speed())
 
-    @cached_property
-    def _next(self) -> Callable[..., Array]:
-        """The token at position `end` of a text, of which nothing from there on is seen."""
-        run = quantized(self.family.model.logits((1, ROUNDED)))
-        last = lambda params, text, end: jax.lax.dynamic_index_in_dim(run(params, text), end - 1, 1, keepdims=False)
-        return jax.jit(lambda params, text, end, how: draw(last(params, text, end), end, how))
+    def _new_tokens(self, text: Int[np.ndarray, "1 n"], t: int, most: int, how: Any, speed: Speed) -> Iterator[int]:
+        began = time.perf_counter()
+        self.family.next.lower(self.params, text, t, how).compile()
+        speed.compiling = time.perf_counter() - began
+
+        def drawn() -> Iterator[Int[Array, " b"]]:
+            for end in range(t, t + most):
+                token = self.family.next(self.params, text, end, how)
+                yield token
+                text[0, end : end + 1] = token
+
+        yield from handed_over(drawn(), self.config, t, self.eos, speed)
 
     def sample(self, samples: int, seq_len: int, seed: int = 0) -> Int[np.ndarray, "n t"]:
-        raise InputError("calib='self': a model that transformers' code computes writes no text of its own: give one.")
+        raise no_own_text()
 
 
 def opened_bridged(found: Bridged, told: Callable[[str], None]) -> tuple[BridgedModel, Callable[[], BridgedModel]]:
@@ -97,6 +100,6 @@ def opened_bridged(found: Bridged, told: Callable[[str], None]) -> tuple[Bridged
     tokenizer = checkpoint.tokenizer()
     if beyond := without_rows(config, tokenizer):
         told(beyond)
-    told(f"Computed by transformers' {found.model.name}, traced; text is written without a cache.")
+    told(f"{found}; text is written without a cache.")
     model = BridgedModel(found, config, dict(found.model.params), tokenizer, checkpoint.stops)
     return model, lambda: replace(model, params=found.params())

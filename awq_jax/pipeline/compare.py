@@ -133,6 +133,7 @@ def party(name: str, prompts: tuple[Prompt, ...], results: Store, told: Told) ->
         met = met._replace(seen=before.seen)
     results.meet(met)
     described, reads = opened(name, jnp.float32, told)
+    described.check_writes()
     return Party(met, prompts, described, reads)
 
 

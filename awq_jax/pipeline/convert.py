@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
+from jaxtyping import Float
 
 from awq_jax.errors import InputError
 from awq_jax.files import inside
@@ -19,6 +20,7 @@ from awq_jax.formats.checkpoint import Checkpoint, open_checkpoint
 from awq_jax.formats.codecs import WRITTEN, Codec, Codes, codes_of, tensor_of
 from awq_jax.formats.codecs.codec import group_for, lacks, no_room, usual
 from awq_jax.formats.declared import FIELDS
+from awq_jax.formats.half import as_float16
 from awq_jax.formats.quantized_writer import HEAD, Writer
 from awq_jax.formats.written import check_destination, written_whole
 from awq_jax.models.family import param_shapes
@@ -32,6 +34,7 @@ from awq_jax.weights.tensor import QuantizedTensor, dequantize, is_quantized, ro
 
 DECLARED = "give symmetric=True if its zero points are all the middle one, or "
 ANEW = "give requantize=True to round it anew, which loses a little, or choose another format"
+WIDE = "has steps in float32 that are no numbers of 16 bits, as files of servers hold them"
 
 
 @dataclass(frozen=True)
@@ -177,17 +180,23 @@ class Taken:
         """Codes, or an array [out, in] for a weight that is to be dense.
 
         Raises:
-          InputError: the format does not hold the weight as it is.
+          InputError: the format does not hold the weight as it is; steps that are no numbers.
         """
         if not isinstance(w, Codes | QuantizedTensor):
             return w
+        if not np.isfinite(np.asarray(w.scale if isinstance(w, Codes) else w.scales, np.float32)).all():
+            raise InputError(f"{name} has steps that are NaN or infinite: quantize the model or download it again.")
         wanted = self.plan[name]
         why = self._why(w, wanted)
+        if (why is None or why == WIDE) and isinstance(w, QuantizedTensor):
+            w = codes_of(w)
         if why is None:
-            return replace(codes_of(w) if isinstance(w, QuantizedTensor) else w, spec=wanted)
+            return replace(w, spec=wanted)
         if not self.requantize:
             raise InputError(f"{name} {why}: {ANEW}.")
         self.anew.append(name)
+        if why == WIDE and self.codec is not None:
+            return replace(w, spec=wanted, scale=as_float16(f"{name}, its steps", w.scale, self.codec.title, axis=-2))
         dense = dequantize(w) if isinstance(w, QuantizedTensor) else jnp.asarray(w.dense())
         if wanted is None:
             return np.asarray(dense.swapaxes(-1, -2)).astype(w.scale.dtype if isinstance(w, Codes) else w.dtype)
@@ -204,7 +213,12 @@ class Taken:
             return "has another grid"
         if self.codec is None:
             return "has groups of rows that lie apart (act order)" if w.group_of is not None else None
-        return lacks(self.codec, replace(w, spec=wanted))
+        return lacks(self.codec, replace(w, spec=wanted)) or (None if in_16_bits(w.scale) else WIDE)
+
+
+def in_16_bits(steps: Float[np.ndarray, "*shape"]) -> bool:
+    """Whether a file holds these steps as they are."""
+    return steps.dtype.itemsize == 2 or bool((steps.astype(np.float16) == steps).all())
 
 
 def write_theirs(checkpoint: Checkpoint, weights: Weights, taken: Taken, folder: Path, progress: Progress) -> None:

@@ -84,8 +84,13 @@ def as_function(
 
 def chunks(tokens: Int[np.ndarray, "n t"]) -> list[tuple[Array]]:
     """Batches of about CHUNK tokens."""
-    rows = max(1, CHUNK // tokens.shape[1])
+    rows = rows_at_once(tokens.shape[1])
     return [(jnp.asarray(tokens[k : k + rows]),) for k in range(0, len(tokens), rows)]
+
+
+def rows_at_once(seq_len: int) -> int:
+    """How many sequences make about CHUNK tokens."""
+    return max(1, CHUNK // seq_len)
 
 
 def called(tokens: Int[np.ndarray, "n t"]) -> str:

@@ -72,6 +72,8 @@ def evaluate(
     names: list[str] = list(dict.fromkeys(map(str, as_list(models, "models"))))
     everyone: list[str] = list(dict.fromkeys(names + ([] if against is None else [str(against)])))
     found = {name: opened(name, jnp.float32, told) for name in everyone}
+    for model, _ in found.values():
+        model.check_writes()
     first, reference = found[names[0]][0], None if against is None else found[str(against)][0]
     read = {text: prepared(text, first, how, windows) for text in sources}
     for name, (model, _) in found.items():

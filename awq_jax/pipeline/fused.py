@@ -8,13 +8,22 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from os.path import commonpath
 
+from awq_jax.models.family import HF, SERVED
 from awq_jax.transforms.quantize import SiteReport
 from awq_jax.transforms.recipe import Recipe, some
 from awq_jax.weights.spec import Rule
 
 Fused = Mapping[str, Sequence[str]]
 """The Hugging Face name of each whole -> the paths of its parts, as awq_jax.models have it."""
+WHOLES = {
+    name.rpartition(".")[2]: whole
+    for path, name in HF.items()
+    for whole, parts in SERVED.items()
+    if path.rpartition("/")[2] in parts
+}
+"""What most models call a part, "q_proj" -> what servers call the whole, "qkv_proj"."""
 
 
 def skip_whole(recipe: Recipe, fused: Fused) -> tuple[Recipe, tuple[SiteReport, ...]]:
@@ -29,6 +38,23 @@ def skip_whole(recipe: Recipe, fused: Fused) -> tuple[Recipe, tuple[SiteReport, 
     rule = Rule(f"^({'|'.join(map(re.escape, notes))})$", skip=True)
     reports = tuple(SiteReport(name, None, 0.0, 0.0, why) for name, why in notes.items())
     return replace(recipe, rules=(*recipe.rules, rule)), reports
+
+
+def fused_by_name(files: Mapping[str, Sequence[str]]) -> Fused:
+    """Those of a model of transformers of which names are all that is known.
+
+    Args:
+      files: for each site, by torch's name, the tensors that files hold of it.
+    """
+    found: dict[tuple[str, str], list[str]] = {}
+    for name in files:
+        outer, _, module = name.removesuffix(".weight").rpartition(".")
+        whole = "" if outer.endswith(".experts") else WHOLES.get(module)
+        if whole is not None:
+            found.setdefault((outer, whole), []).append(name)
+    within = lambda parts: commonpath([t.replace(".", "/") for part in parts for t in files[part]]).replace("/", ".")
+    join = lambda outer, whole: f"{outer}.{whole}" if whole else outer
+    return {join(within(parts), whole): parts for (_, whole), parts in found.items() if len(parts) > 1}
 
 
 def left_whole(recipe: Recipe, fused: Fused) -> list[str]:

@@ -74,6 +74,13 @@ class Model:
         """Logits of every position, float32."""
         return self.head(self.hidden(tokens))
 
+    def logits_at(self, tokens: Int[Array, "b t"], places: Int[np.ndarray, " n"]) -> Float[Array, "b n v"]:
+        """Logits of some positions, float32."""
+        return self.head(self.hidden(tokens)[:, places])
+
+    def check_writes(self) -> None:
+        """Passes if the model predicts the next token from those before it."""
+
     def nbytes_of_logits(self, tokens: int) -> int:
         """About what `logits` of so many tokens takes beside the params in memory: a layer, and the logits thrice."""
         c = self.config
@@ -129,20 +136,23 @@ class Model:
           >>> for piece in model.stream("Why is the sky blue?"):
           ...     print(piece, end="", flush=True)
         """
-        key = key_of(seed)
-        tokens = self.tokens_of(prompt, chat=chat) if isinstance(prompt, str) else prompt
-        new = stream(
-            self.config,
-            self.params,
-            np.asarray(tokens),
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            key=key,
-            eos=self.eos,
-            speed=speed,
-        )
-        return pieces(self.tokenizer, new)
+        tokens = self.tokens_of(prompt, chat=chat) if isinstance(prompt, str) else np.asarray(prompt)
+        how = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+        return pieces(self.tokenizer, self.new_tokens(tokens, **how, speed=speed))
+
+    def new_tokens(
+        self,
+        tokens: Int[Array | np.ndarray, " t"],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        speed: Speed | None = None,
+    ) -> Iterator[int]:
+        """The tokens of what `stream` gives, without the one that ends it."""
+        how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+        return stream(self.config, self.params, tokens, **how, key=key_of(seed), eos=self.eos, speed=speed)
 
     def sample(self, samples: int, seq_len: int, seed: int = 0) -> Int[np.ndarray, "n t"]:
         """Text that the model writes by itself from its first token on: calibration data without any text."""

@@ -53,10 +53,15 @@ def codecs_of(formats: Sequence[str]) -> list[Codec]:
 def refuse_in_out(model: str | Path, family: Family, formats: Sequence[str], argument: str = "format") -> None:
     """Refuse formats, of an argument, whose readers would take a family's [in, out] matrices for [out, in] ones."""
     if codecs_of(formats) and family.in_out:
-        raise InputError(
-            f"{model}: readers of {codecs_of(formats)[0].title} files replace linear layers only, and those of "
-            f"{family.architectures[0]} are stored the other way round (Conv1D): write {argument}='orbax'."
-        )
+        raise in_out_refused(model, family.architectures[0], formats, f"write {argument}='orbax'")
+
+
+def in_out_refused(model: str | Path, architecture: str, formats: Sequence[str], remedy: str) -> InputError:
+    """The error for [in, out] matrices in formats of codecs."""
+    return InputError(
+        f"{model}: readers of {codecs_of(formats)[0].title} files replace linear layers only, and those of "
+        f"{architecture} are stored the other way round (Conv1D): {remedy}."
+    )
 
 
 def places(formats: Sequence[str], folder: Path) -> dict[str, Path]:

@@ -155,7 +155,7 @@ def quantize_checkpoint(
     if (other := fallback(checkpoint)) is not None:
         from awq_jax.pipeline.quantize_bridged import quantize_bridged, refuse
 
-        refuse(formats, average_bits, distill)
+        refuse(formats, average_bits, distill, calib)
         return quantize_bridged(
             other,
             out,
@@ -246,7 +246,7 @@ def text_for(
     calib: Sequence[str],
     samples: int,
     seq_len: int,
-    own: Callable[[int, int], Int[np.ndarray, "n t"]],
+    own: Callable[[int, int], Int[np.ndarray, "n t"]] | None,
     *,
     clock: Clock,
     progress: Progress,

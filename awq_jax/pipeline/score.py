@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -118,11 +119,11 @@ def score(
             tokens = np.pad(tokens, (0, min(longest, -(-len(tokens) // ROUNDED) * ROUNDED) - len(tokens)))
         batch = jnp.asarray(tokens[None])
         logits = model.logits(batch)
-        against = logits if reference is None else reference.logits(batch)
-        both = by_token(logits[0, :-1], against[0, :-1], batch[0, 1:])
+        against = None if reference is None else reference.logits(batch)
+        both = by_token(logits[0, :-1], None if against is None else against[0, :-1], batch[0, 1:])
         counted = np.flatnonzero(window.counts) - 1
-        kept = ByToken(*(np.asarray(x)[counted[counted >= 0]] for x in both))
-        if not (np.isfinite(kept.loss).all() and np.isfinite(kept.kl).all()):
+        kept = jax.tree.map(lambda x, at=counted[counted >= 0]: np.asarray(x)[at], both)
+        if not all(np.isfinite(x).all() for x in (kept.loss, kept.kl) if x is not None):
             raise InputError(blame(k, model, reference, batch, logits, against))
         found.append(kept)
     progress(len(given), len(given))
@@ -189,11 +190,11 @@ def blame(
     reference: Any,
     tokens: Int[Array, "b t"],
     logits: Float[Array, "b t v"],
-    against: Float[Array, "b t v"],
+    against: Float[Array, "b t v"] | None,
 ) -> str:
     """Why the scores of a window are no numbers."""
     sides = [("the model's", model, logits)]
-    if reference is not None:
+    if against is not None:
         sides.insert(0, ("the dense model's", reference, against))
     told = []
     for whose, one, values in sides:

@@ -48,7 +48,9 @@ def for_target(
     recipe = replace(recipe, symmetric=recipe.symmetric or bool(symmetric), group_size=group)
     best = target.formats[recipe.bits]
     if format not in (None, best):
-        raise InputError(f"format={format!r}: target={name!r} takes format={best!r}: leave one of them out. {target.why}.")
+        raise InputError(
+            f"format={format!r}: target={name!r} takes format={best!r}: leave one of them out. {target.why}."
+        )
     zeros = ", symmetric" if recipe.symmetric else ""
     return best, recipe, f"For {name}: format {best}, {recipe.bits} bits{zeros}. {target.why}."
 

@@ -40,11 +40,8 @@ def weights_of(checkpoint: Checkpoint) -> Weights:
 def stored_weights(tensors: Mapping[str, StoredTensor]) -> Weights:
     """Every tensor is a part."""
     coded = {name: tensor for name, tensor in tensors.items() if tensor.codes and not tensor.picked}
-    specs = {name: (tensor.shape, tensor.spec) for name, tensor in coded.items() if tensor.spec}
-    for name, tensor in coded.items():
-        if name not in specs and tensor.codes:
-            apart = tensor.codes()
-            specs[name] = (apart.q.shape, apart.spec)
+    shape_of = lambda t: t.shape if t.quantized else (*t.shape[:-2], t.shape[-1], t.shape[-2])
+    specs = {name: (shape_of(tensor), tensor.coded) for name, tensor in coded.items() if tensor.coded}
 
     def parts() -> Iterator[tuple[str, dict[str, Any]]]:
         for name, tensor in tensors.items():

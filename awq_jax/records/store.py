@@ -141,8 +141,12 @@ class Store:
             wait, pending = True, later
 
     def meet(self, known: Known) -> None:
-        """Keeps a checkpoint under its newest name."""
-        sql = "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?)"
+        """Keeps a checkpoint under its newest name; of sites, those that are there where none are given."""
+        sql = """
+            INSERT INTO checkpoints VALUES (?, ?, ?, ?, ?) ON CONFLICT (digest) DO UPDATE SET
+            name = excluded.name, nbytes = excluded.nbytes, seen = excluded.seen,
+            sites = CASE excluded.sites WHEN '[]' THEN sites ELSE excluded.sites END
+        """
         self.opened.execute(sql, (*known[:3], json.dumps(known.sites), known.seen))
 
     def note(self, prompts: Sequence[Prompt]) -> None:

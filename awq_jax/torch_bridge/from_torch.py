@@ -25,6 +25,9 @@ def from_torch(model: torch.nn.Module, *example: Any, **kwargs: Any) -> tuple[Ca
     The module is traced as for inference (`model.eval()`) by torch.export, without its weights. It is not changed, and
     `fn` does not hold on to it. Inputs of other shapes than the example's are traced when they come, once for each.
 
+    torch's integers of 64 bits, in which it also sums narrower ones, have 32 here unless jax_enable_x64 is set:
+    constants beyond them are refused, what is computed beyond them wraps around.
+
     Args:
       model: any module that torch.export can trace, such as those of transformers, with params in memory or on the meta
         device. Buffers that are not in its state_dict must be in memory.
@@ -48,6 +51,15 @@ def from_torch(model: torch.nn.Module, *example: Any, **kwargs: Any) -> tuple[Ca
       >>> qparams, report = awq.quantize(params, awq.calibrate(fn, params, batches))
       >>> logits = jax.jit(awq.quantized(fn))(qparams, tokens)["logits"]
     """
+    fn, params, trace = untraced(model, *example, **kwargs)
+    trace()
+    return fn, params
+
+
+def untraced(
+    model: torch.nn.Module, *example: Any, **kwargs: Any
+) -> tuple[Callable[..., Any], dict[str, Any], Callable[[], Any]]:
+    """`from_torch` without any tracing yet: `fn`, params, and what traces for the example."""
     torch = required()
     from awq_jax.torch_bridge import trace, values
 
@@ -77,8 +89,7 @@ def from_torch(model: torch.nn.Module, *example: Any, **kwargs: Any) -> tuple[Ca
         program, tree = traced(tuple(x.shape for x in arrays))
         return jax.tree.unflatten(tree, program.run(params, arrays))
 
-    traced(tuple(tuple(x.shape) for x in like))
-    return fn, params
+    return fn, params, lambda: traced(tuple(tuple(x.shape) for x in like))
 
 
 def required() -> Any:

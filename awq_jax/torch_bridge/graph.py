@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
+from torch.utils._pytree import tree_leaves
 
 from awq_jax.errors import InputError
 from awq_jax.torch_bridge.operations.table import Operation, find
@@ -83,10 +84,14 @@ def last_reads(calls: Sequence[Any], outputs: set[str]) -> dict[str, tuple[str, 
 def step(node: Any, last: tuple[str, ...]) -> Step:
     args, kwargs = plain(node.args), {name: plain(arg) for name, arg in node.kwargs.items() if name not in NOWHERE}
     value = node.meta.get("val")
+    called = "getitem" if node.target is operator.getitem else key(node.target).removesuffix(".default")
+    if any(not isinstance(n, int) for x in tree_leaves(value) for n in getattr(x, "shape", ())):
+        raise InputError(
+            f"{where(node)}: torch's {called} gives as many elements as values say: no shape in JAX depends on values."
+        )
     gives = shape_of(value) if isinstance(value, torch.Tensor) else None
     operation = entry(node)
     common = dtype_of(common_dtype(node)) if operation is not None and operation.promotes else None
-    called = "getitem" if operation is None else key(node.target).removesuffix(".")
     return Step(node.name, called, operation, args, kwargs, common, gives, where(node), last)
 
 
@@ -94,7 +99,7 @@ def entry(node: Any) -> Operation | None:
     """The table's entry, None for the item of a list."""
     if node.target is operator.getitem:
         return None
-    return find(*key(node.target).rsplit(".", 1))
+    return find(key(node.target))
 
 
 def refuse_unknown(calls: Sequence[Any]) -> None:
@@ -104,7 +109,7 @@ def refuse_unknown(calls: Sequence[Any]) -> None:
             if node.target is not operator.getitem:
                 unknown.setdefault(str(node.target), where(node))
         elif entry(node) is None:
-            unknown.setdefault(key(node.target).removesuffix("."), where(node))
+            unknown.setdefault(key(node.target).removesuffix(".default"), where(node))
     if unknown:
         told = "; ".join(f"{name} (in {place})" for name, place in list(unknown.items())[:4])
         raise InputError(
@@ -116,9 +121,13 @@ def refuse_unknown(calls: Sequence[Any]) -> None:
 def common_dtype(node: Any) -> torch.dtype:
     """The dtype in which an elementwise operation computes: that of what it gives, or of what a comparison compares."""
     given = node.meta["val"].dtype
+    values = [arg.meta["val"] if isinstance(arg, torch.fx.Node) else arg for arg in node.args[:2]]
+    if given == torch.float16 and any(isinstance(x, int | float) and 65504 < abs(x) < float("inf") for x in values):
+        return torch.float32  # as torch: a number that halves do not have is not infinite, times zero it is zero
+    if not given.is_complex and isinstance(values[0], torch.Tensor) and values[0].is_complex():
+        return values[0].dtype  # its size
     if given != torch.bool:
         return given
-    values = [arg.meta["val"] if isinstance(arg, torch.fx.Node) else arg for arg in node.args[:2]]
     # A dimension or none matters, not its size.
     stand_in = lambda x: torch.empty([1] * min(x.ndim, 1), dtype=x.dtype) if isinstance(x, torch.Tensor) else x
     return torch.result_type(*(stand_in(x) for x in values)) if len(values) > 1 else values[0].dtype

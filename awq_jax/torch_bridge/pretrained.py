@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,12 +16,15 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from awq_jax.errors import InputError, reading
-from awq_jax.torch_bridge.from_torch import from_torch, required, stored
+from awq_jax.text import unprinted
+from awq_jax.torch_bridge.from_torch import required, stored, untraced
 
 OUTPUTS = ("last_hidden_state", "logits")
 """What the inner model gives: hidden states, or logits where there is no inner one."""
 LEFT_OVER = r"rotary_emb\.inv_freq$|\.attn\.(bias|masked_bias)$|\.attention\.(bias|masked_bias)$|position_ids$"
 """Tensors of old checkpoints that code computes by itself today."""
+TOKENS = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+"""Of what kind the models' inputs are."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,13 +58,19 @@ class Pretrained:
         """Whether a param is a matrix (in, out), as GPT-2's are, in the place of torch's (out, in)."""
         return name in self._transposed
 
-    def hidden(self, shape: tuple[int, ...]) -> Callable[[Mapping[str, Array], Array], Array]:
-        """`(params, tokens) -> hidden states` for tokens of this shape; other shapes are traced when they come."""
-        inner = self.inner
-        fn, own = from_torch(inner, jax.ShapeDtypeStruct(shape, jnp.int32))
+    @cached_property
+    def ties(self) -> Mapping[str, str]:
+        """The names in torch's state_dict of what is a param by another name, and that."""
         names, _ = stored(self.model)
+        return {name: param for name, param in names.items() if name != param}
+
+    @cached_property
+    def hidden(self) -> Callable[[Mapping[str, Array], Array], Array]:
+        """`(params, tokens) -> hidden states`, traced once for each shape of tokens, when they come."""
+        inner = self.inner
+        fn, own, _ = untraced(inner, TOKENS)
         prefix = "" if inner is self.model else f"{self.model.base_model_prefix}."
-        whole = {name: names[prefix + name] for name in own}
+        whole = {name: self.ties.get(prefix + name, prefix + name) for name in own}
 
         def hidden(params: Mapping[str, Array], tokens: Array) -> Array:
             out = fn({name: params[full] for name, full in whole.items()}, tokens)
@@ -67,10 +78,18 @@ class Pretrained:
 
         return hidden
 
-    def logits(self, shape: tuple[int, ...]) -> Callable[[Mapping[str, Array], Array], Array]:
+    @cached_property
+    def logits(self) -> Callable[[Mapping[str, Array], Array], Array]:
         """`(params, tokens) -> logits`; see `hidden`."""
-        fn, _ = from_torch(self.model, jax.ShapeDtypeStruct(shape, jnp.int32))
-        return lambda params, tokens: fn(params, tokens)["logits"]
+        fn, _, _ = untraced(self.model, TOKENS)
+
+        def logits(params: Mapping[str, Array], tokens: Array) -> Array:
+            out = fn(params, tokens)
+            if "logits" not in out:
+                raise InputError(f"{self.name} gives {', '.join(out)} and no logits: give a model with a head.")
+            return out["logits"]
+
+        return logits
 
     def read_by_nothing(self, tensors: Iterable[str], read: Iterable[str]) -> list[str]:
         """Of a checkpoint's tensors those that no param comes from and that are not known to be left over."""
@@ -91,7 +110,8 @@ def pretrained(folder: Path) -> Pretrained:
 
     from awq_jax.torch_bridge.meta import without_weights
 
-    with reading(f"{folder}: transformers makes no model of config.json", "give a config of a model that it knows"):
+    what, remedy = f"{folder}: transformers makes no model of config.json", "give a config of a model that it knows"
+    with reading(what, remedy), unprinted():
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         named = next(iter(config.architectures or ()), None)
         kind = getattr(transformers, str(named), None)
@@ -112,3 +132,17 @@ def pretrained(folder: Path) -> Pretrained:
             model.tie_weights()
     _, params = stored(model)
     return Pretrained(model, {name: jax.ShapeDtypeStruct(w.shape, w.dtype) for name, w in params.items()})
+
+
+def reads(config: Mapping[str, Any], field: str) -> bool:
+    """Whether transformers' code of the architecture that a config.json names looks at a field of it.
+
+    Raises:
+      InputError: torch is missing.
+    """
+    required()
+    import transformers
+
+    kind = getattr(transformers, str(next(iter(config.get("architectures") or ()), None)), None)
+    module = sys.modules.get(getattr(kind, "__module__", ""))
+    return module is not None and bool(re.search(rf"\b{re.escape(field)}\b", inspect.getsource(module)))

@@ -88,7 +88,7 @@ def ran(step: Step, values: Mapping[str, Any]) -> Any:
         args = [x.astype(step.common) if isinstance(x, jax.Array) else x for x in args]
     try:
         y = step.operation.run(*args, **kwargs)
-    except (NotImplementedError, TypeError) as e:
+    except (NotImplementedError, OverflowError, TypeError, ValueError) as e:
         raise InputError(
             f"{step.where}: torch's {step.called} cannot be done in JAX as it is called here ({one_line(e)}): "
             "put a function that can into the table, awq_jax.torch_bridge.operations.table.operation."

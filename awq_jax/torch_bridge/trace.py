@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from awq_jax.errors import InputError, one_line
 from awq_jax.text import unprinted
-from awq_jax.torch_bridge.operations.table import TABLE
+from awq_jax.torch_bridge.operations.table import find
 
 Call = Callable[[torch.nn.Module, Sequence[torch.Tensor]], list[Any]]
 """Calls a module with the tensors among its arguments; gives its outputs as a list."""
@@ -68,7 +68,7 @@ def decompositions() -> Any:
     """torch's decompositions, without those of operations that the table has."""
     found = torch.export.default_decompositions()
     for op in list(found):
-        if key(op) in TABLE or key(op).rsplit(".", 1)[0] in TABLE:
+        if find(key(op)) is not None:
             found.pop(op)
     return found
 
@@ -76,7 +76,7 @@ def decompositions() -> Any:
 def key(op: Any) -> str:
     """The name of one of torch's operations in the table, with its overload."""
     namespace, name = op._schema.name.split("::")
-    return ("" if namespace == "aten" else f"{namespace}::") + f"{name}.{op._schema.overload_name}"
+    return ("" if namespace == "aten" else f"{namespace}::") + f"{name}.{op._schema.overload_name or 'default'}"
 
 
 @contextmanager

@@ -37,20 +37,19 @@ def shape_of(tensor: torch.Tensor) -> jax.ShapeDtypeStruct:
 
 
 def array(name: str, tensor: torch.Tensor) -> Array:
-    """A copy of a tensor.
+    """A copy of a tensor, while JAX traces too: what is traced then is kept for later calls.
 
     Raises:
       InputError: its dtype is unknown, or its integers do not fit.
     """
     dtype, found = dtype_of(tensor.dtype), tensor.detach().cpu().resolve_conj().contiguous()
-    if found.dtype == torch.bfloat16:
-        return jnp.array(found.view(torch.int16).numpy().view(jnp.bfloat16))
-    values = found.numpy()
+    values = found.view(torch.int16).numpy().view(jnp.bfloat16) if found.dtype == torch.bfloat16 else found.numpy()
     if np.issubdtype(dtype, np.integer) and values.size:
         limits = np.iinfo(dtype)
         if values.min() < limits.min or values.max() > limits.max:
             raise InputError(f"{name} holds integers beyond {dtype.name}: set jax_enable_x64.")
-    return jnp.array(values.astype(dtype))
+    with jax.ensure_compile_time_eval():
+        return jnp.array(values.astype(dtype))
 
 
 def param(name: str, tensor: torch.Tensor) -> Any:

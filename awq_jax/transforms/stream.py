@@ -121,7 +121,7 @@ def stream(
     with clock("trace"):
         variants, live = _entered(fn, params, batches, budget)
         first = variants[0]
-        _check(recipe, first)
+        check_recipe(recipe, first)
         _refuse_too_large(called or f"{len(variants)} batches", variants, budget)
     reports: list[SiteReport] = []
     largest, held = 0.0, {"params": 0, "moments": 0, "live": 0}
@@ -265,7 +265,7 @@ def _refuse_too_large(called: str, variants: list[Segments], budget: float) -> N
     check_memory(f"Calibration on {called}", int(most + min(live, budget)), "give shorter ones, or fewer")
 
 
-def _check(recipe: Recipe, found: Segments) -> None:
+def check_recipe(recipe: Recipe, found: Segments) -> None:
     """Refuse a function without sites, and rules that match none, before anything is read."""
     names = [name for s in found.segments for p in s.sites for name in dict.fromkeys((p.name, str(p)))]
     others = {

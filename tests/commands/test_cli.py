@@ -327,7 +327,10 @@ def test_inspect(small, dense, root, monkeypatch):
             "--format: 'awg' is none of awq, compressed-tensors, gptq, gptq_v2, mlx, orbax (did you mean awq?)",
         ),
         (("quantize", "model", "out", "--wat"), "--wat"),
-        (("quantize", "model", "out", "--calib"), "--calib: give one or more, none of them empty, or leave the flag out"),
+        (
+            ("quantize", "model", "out", "--calib"),
+            "--calib: give one or more, none of them empty, or leave the flag out",
+        ),
         (("quantize", "model", "out", "--skip", ""), "--skip: give one or more"),
         (("eval", "model", "text", "--also"), "--also: give one or more"),
     ],

@@ -256,6 +256,15 @@ def test_code_in_a_tokenizer_folder_is_not_run(tmp_path):
         open_checkpoint(tmp_path).tokenizer()
 
 
+def test_each_file_of_a_tokenizer_is_parsed_once(tmp_path, monkeypatch):
+    hf_folder(tmp_path, {"model.safetensors": {"w": random()}})
+    saved_tokenizer(tmp_path)
+    parsed, read = [], huggingface.read_json
+    monkeypatch.setattr(huggingface, "read_json", lambda file: parsed.append(file.name) or read(file))
+    huggingface.load_tokenizer(tmp_path)
+    assert sorted(parsed) == ["config.json", "tokenizer.json", "tokenizer_config.json"]
+
+
 def test_json_keeps_its_letters(tmp_path):
     huggingface.write_json(tmp_path / "a.json", {"chat": "naïve 日本"})
     assert "日本" in (tmp_path / "a.json").read_text("utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
+from checkpoints import VOCAB, tokenizer
 from rescaling import gauged, random_factors
 
 import awq_jax as awq
@@ -304,6 +306,16 @@ def tiny(name: str) -> tuple[Any, dict[str, torch.Tensor]]:
         "clip": {"input_ids": ids} | picture,
     }
     return model.eval(), inputs.get(kind, {"input_ids": ids})
+
+
+def folder(path: Path, name: str, **changes: Any) -> tuple[Path, Any]:
+    """A tiny model, as transformers saves it, with a tokenizer; the model too."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(name, **FAMILIES[name][1] | {"vocab_size": VOCAB} | changes)
+    model = getattr(transformers, KINDS[FAMILIES[name][0]]).from_config(config)
+    model.save_pretrained(path)
+    tokenizer().save_pretrained(path)
+    return path, model
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from tiny import CHANGES, LLAMA3, config_of, hf_config, random_params, random_to
 from awq_jax.models import attention, decoder, for_config
 from awq_jax.models.families.llama import LLAMA, MISTRAL
 from awq_jax.models.family import matrix_shapes
+from awq_jax.models.fields import Spelled
 from awq_jax.models.generate import generate
 from awq_jax.models.rope import Rope
 from awq_jax.weights.spec import QuantSpec
@@ -307,6 +308,13 @@ def test_what_nobody_reads_is_no_matter():
         "attention_sinks": None,
     }
     assert config_of(hf_config() | noted) == config_of(hf_config())
+
+
+def test_a_config_of_other_names_is_a_mapping_of_llamas():
+    """What is listed is found, and what is found is listed."""
+    found = Spelled({"n_embd": 8, "hidden_size": 9, "n_layer": 2, "bos": 0}, hidden_size="n_embd", layers="n_layer")
+    assert dict(found) == {"hidden_size": 8, "layers": 2, "bos": 0}
+    assert (len(found), "n_embd" in found, found.get("n_layer")) == (3, False, None)
 
 
 def test_what_another_version_of_a_family_computes_is_refused():

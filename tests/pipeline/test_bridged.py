@@ -6,9 +6,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-import transformers
-from checkpoints import VOCAB, tokenizer
-from hf_families import FAMILIES
+from hf_families import folder
 
 import awq_jax as awq
 from awq_jax.errors import InputError
@@ -20,17 +18,6 @@ from awq_jax.weights.spec import QuantSpec
 from awq_jax.weights.tensor import round_to_nearest
 
 NEAREST = awq.Recipe(group_size=32, **{k: getattr(awq.PRESETS["rtn"], k) for k in ("scale", "clip", "rounding")})
-
-
-def folder(path, name, **changes):
-    """A tiny model, as transformers saves it, with a tokenizer; the model too."""
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(name, **FAMILIES[name][1] | {"vocab_size": VOCAB} | changes)
-    kind = "AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM"
-    model = getattr(transformers, kind).from_config(config)
-    model.save_pretrained(path)
-    tokenizer().save_pretrained(path)
-    return path, model
 
 
 @pytest.mark.slow
@@ -97,7 +84,9 @@ def test_tensors_that_nothing_reads_are_named(tmp_path):
     source, _ = folder(tmp_path / "m", "gpt_neo")
     tensors = load_file(source / "model.safetensors")
     save_file(tensors | {"transformer.h.0.lora_A": np.ones((2, 2), np.float32)}, source / "model.safetensors")
-    with pytest.raises(InputError, match=r"reads nothing of 1 tensors \(transformer.h.0.lora_A\)"):
+    with pytest.raises(
+        InputError, match=r"reads nothing of 1 \(transformer.h.0.lora_A\): a LoRA adapter is not merged"
+    ):
         awq.load(source)
 
 

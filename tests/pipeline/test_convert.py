@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,7 @@ import awq_jax as awq
 from awq_jax import QuantSpec, convert
 from awq_jax.errors import InputError
 from awq_jax.formats.checkpoint import open_checkpoint
+from awq_jax.pipeline.weights_of import stored_weights
 from awq_jax.weights.tensor import is_quantized
 
 SYMMETRIC = QuantSpec(4, 32, symmetric=True)
@@ -149,7 +151,9 @@ def test_rows_that_lie_apart_are_read_dense_and_kept_where_there_is_room(root, s
     tensors = stored(source) | {f"{DOWN}.{part}": rows}
     save_file(tensors, source / "model.safetensors")
     found = open_checkpoint(source)
+    unread = replace(found.tensors[f"{DOWN}.weight"], codes=lambda: pytest.fail("unpacked to plan"))
     codes = found.tensors[f"{DOWN}.weight"].codes()
+    assert stored_weights({DOWN: unread}).specs == {DOWN: (codes.q.shape, codes.spec)}
     expected = (codes.q - np.float32(8)) * codes.scale.astype(np.float32)[rows]
     np.testing.assert_array_equal(found.read(f"{DOWN}.weight"), expected.T.astype(np.float16))
     assert np.isfinite(awq.load(source).logits(jnp.arange(4)[None])).all()
@@ -164,6 +168,37 @@ def test_a_dense_model_is_not_converted(awq_folder, root):
         convert(root / "dense", root / "no", "awq")
     with pytest.raises(InputError, match=r"to='awg': choose one of awq, .*did you mean awq"):
         convert(awq_folder, root / "no", "awg")
+
+
+def test_steps_of_float32_are_not_narrowed_unless_asked_for(awq_folder, root):
+    wide = root / "float32"
+    shutil.copytree(awq_folder, wide)
+    tensors = stored(awq_folder)
+    exact = {name: w.astype(np.float32) for name, w in tensors.items() if name.endswith(".scales")}
+    save_file(tensors | exact, wide / "model.safetensors")
+    assert_same_files(awq_folder, convert(wide, root / "held", "awq"))
+    save_file(tensors | {name: w * np.float32(1.0001) for name, w in exact.items()}, wide / "model.safetensors")
+    ours = convert(wide, root / "float32-ours", "orbax")
+    for source in (wide, ours):
+        with pytest.raises(InputError, match=r"has steps in float32 that .*requantize=True"):
+            convert(source, root / "no", "mlx,awq")
+        told = []
+        near = convert(source, root / f"{source.name}-near", "awq", requantize=True, told=told.append)
+        assert told == ["awq: 14 quantized weights, 14 rounded anew."]
+        assert_same_files(awq_folder, near)
+
+
+@pytest.mark.parametrize("step", [np.nan, np.inf])
+def test_steps_that_are_no_numbers_are_refused_by_name(awq_folder, root, step):
+    broken = root / f"broken-{step}"
+    shutil.copytree(awq_folder, broken)
+    tensors = stored(awq_folder)
+    tensors[f"{DOWN}.scales"][0, 0] = step
+    save_file(tensors, broken / "model.safetensors")
+    for format in ("mlx", "orbax"):
+        with pytest.raises(InputError, match=rf"^{DOWN}.weight has steps that are NaN or infinite"):
+            convert(broken, root / "no", format)
+    assert not (root / "no").exists()
 
 
 def test_steps_and_dense_tensors_keep_their_dtype(awq_folder, root):

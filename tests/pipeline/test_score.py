@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from awq_jax.errors import InputError
+from awq_jax.pipeline.by_token import by_token
 from awq_jax.pipeline.evaluate import evaluate
 from awq_jax.pipeline.same_tokens import check_same_tokens
 from awq_jax.pipeline.score import score, windows
@@ -84,6 +85,13 @@ def test_scores_are_their_definitions(seed, n, length):
     expected, _ = reference_scores(model, dense, rows_of(tokens))
     np.testing.assert_allclose([getattr(found, name) for name in expected], list(expected.values()), 1e-4, 1e-6)
     assert bool(found.errors) == (n > 1)
+
+
+def test_without_a_reference_nothing_is_compared():
+    logits, targets = np.random.default_rng(0).normal(size=(4, VOCAB)).astype("f"), np.arange(4, dtype=np.int32)
+    loss, *rest = by_token(logits, None, targets)
+    np.testing.assert_allclose(loss, by_token(logits, logits, targets).loss)
+    assert rest == [None] * 6
 
 
 def test_standard_errors_are_those_of_windows_left_out():

@@ -52,6 +52,17 @@ def test_checkpoints_by_name_and_digest(tmp_path):
         one.note([Prompt("a", "b")])
 
 
+def test_a_checkpoint_met_without_its_sites_keeps_them(tmp_path):
+    with_sites = known("model", 1.0)._replace(sites=[["layers/q", 4, 0.1, 0.2]])
+    moved = with_sites._replace(name="moved", sites=[], seen=2.0)
+    with store(path(tmp_path)) as one:
+        one.meet(with_sites)
+        one.meet(moved)
+        assert one.checkpoints() == [moved._replace(sites=with_sites.sites)]
+        one.meet(other := moved._replace(sites=[["layers/k", 4, 0.1, 0.2]]))
+        assert one.checkpoints() == [other]
+
+
 WORKER = """
     import sys, time
     from pathlib import Path

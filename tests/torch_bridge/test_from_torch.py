@@ -21,7 +21,7 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(32, 64, dtype=dtype), nn.Linear(64, 32, bias=False, dtype=dtype)
         self.drop = nn.Dropout(0.5)
         self.register_buffer("kept", torch.tensor(2.0, dtype=dtype))
-        self.register_buffer("constant", torch.tensor(3.0, dtype=dtype), persistent=False)
+        self.register_buffer("constant", torch.full((32,), 3.0, dtype=dtype), persistent=False)
 
     def forward(self, x, scale=1, shift=None):
         y = self.drop(self.down(torch.relu(self.up(self.norm(x))))) * self.kept * self.constant * scale
@@ -65,6 +65,15 @@ def test_other_shapes_are_traced_when_they_come(block):
     module, _, fn, params = block
     x = torch.randn(3, 32)
     close(fn(params, x.numpy())["out"], module.eval()(x)["out"])
+
+
+def test_what_is_traced_within_jit_serves_later_calls():
+    """Its constants are arrays, not tracers of a function that has ended."""
+    module = Block()
+    fn, params = awq.from_torch(module, torch.zeros(2, 32))
+    x = torch.randn(3, 32)
+    for call in (jax.jit(fn), fn, jax.jit(lambda *args: fn(*args))):
+        close(call(params, x.numpy())["out"], module.eval()(x)["out"])
 
 
 def test_params_follow_what_is_given(block):
@@ -162,6 +171,11 @@ class Outer(nn.Module):
 def test_an_unknown_operation_is_named_with_its_module():
     with pytest.raises(InputError, match=r"_fft_r2c.* \(in part\).*table"):
         awq.from_torch(Outer(lambda x: torch.fft.rfft(x).real), torch.zeros(4))
+
+
+def test_shapes_that_depend_on_values_are_named_with_their_module():
+    with pytest.raises(InputError, match=r"part: torch's index.Tensor gives as many elements as values say"):
+        awq.from_torch(Outer(lambda x: x[x > 0]), torch.zeros(4))
 
 
 def test_a_branch_on_values_is_named_with_its_module():

@@ -36,8 +36,16 @@ CASES = {
     ),
     "gelu by tanh": lambda x, y, n, b, h: F.gelu(x, approximate="tanh"),
     "softmax to single": lambda x, y, n, b, h: F.softmax(h, -1, dtype=torch.float32),
-    "variance": lambda x, y, n, b, h: x.var(-1) + x.var(-1, unbiased=False),
+    "variance": lambda x, y, n, b, h: x.var(-1) + x.var(-1, unbiased=False) + torch.var(x, False),
     "norm": lambda x, y, n, b, h: x.norm(dim=-1) + x.norm(p=1, dim=-1),
+    "narrow integers and halves are summed as wide ones": lambda x, y, n, b, h: torch.stack(
+        [
+            f(z, 0).sum()
+            for z in ((n * 99).to(torch.int8), n.abs().to(torch.uint8))
+            for f in (torch.cumsum, torch.cumprod)
+        ]
+        + [torch.full((300,), 1.0).bfloat16().cumsum(0)[-1], torch.full((9, 2), 99).to(torch.int8).prod(1).sum()]
+    ),
     "largest and where": lambda x, y, n, b, h: x.max(-1).values + x.max(-1).indices,
     "top": lambda x, y, n, b, h: x.topk(2).values + x.topk(2, largest=False).indices,
     "sorted": lambda x, y, n, b, h: x.sort(descending=True).indices + torch.argsort(x, dim=0),

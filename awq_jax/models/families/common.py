@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from awq_jax.models.fields import LAYERS, flag, listed, mapping, real, whole
+from awq_jax.models.fields import LAYERS, NotComputed, flag, listed, mapping, real, whole
 from awq_jax.models.layer import Config, Layer, Norm
 from awq_jax.models.mlp import ACTIVATIONS
 from awq_jax.models.rope_fields import rope_of
@@ -87,7 +87,7 @@ def act(hf: Found, default: str = "silu", key: str = "hidden_act") -> str:
     """The activation that the file names."""
     name = hf.get(key)
     if name is not None and (not isinstance(name, str) or name not in ACTIVATIONS):
-        raise ValueError(f"{key}={name!r}: this model computes {', '.join(map(repr, ACTIVATIONS))} only.")
+        raise NotComputed(key, f"{key}={name!r}: this model computes {', '.join(map(repr, ACTIVATIONS))} only.")
     return name or default
 
 
@@ -119,7 +119,7 @@ def ignored(hf: Found, *keys: str) -> None:
 def refuse(hf: Found, key: str, *, but: Any = False) -> None:
     """Passes if a field that is not computed has the one value that changes nothing."""
     if hf.get(key) not in (None, but):
-        raise ValueError(f"the config has {key}={hf[key]!r}, which this model does not compute.")
+        raise NotComputed(key, f"the config has {key}={hf[key]!r}, which this model does not compute.")
 
 
 def positions(hf: Found) -> int | None:

@@ -10,9 +10,14 @@ from awq_jax.torch_bridge.operations.table import operation
 
 operation("real")(jnp.real)
 operation("imag")(jnp.imag)
-operation("angle")(jnp.angle)
 operation("_conj", "_conj_physical", "conj_physical")(jnp.conj)
 operation("complex")(lax.complex)
+
+
+@operation("angle")
+def angle(x: Array) -> Array:
+    # torch has the real -0 at 0, not at pi.
+    return jnp.angle(x if jnp.iscomplexobj(x) else jnp.where(x == 0, 0, x))
 
 
 @operation("polar")

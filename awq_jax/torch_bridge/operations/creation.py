@@ -35,7 +35,7 @@ def new_full(x: Array, size: Sequence[int], fill_value: Any, dtype: Any = None) 
 
 
 @operation("zeros", "empty", "empty_permuted", "empty_strided")
-def zeros(size: Sequence[int], order: Any = None, dtype: Any = None) -> Array:
+def zeros(size: Sequence[int], _: Any = None, /, dtype: Any = None) -> Array:
     return jnp.zeros(tuple(size), dtype)
 
 
@@ -55,7 +55,7 @@ def ones_like(x: Array, dtype: Any = None) -> Array:
 
 
 @operation("new_zeros", "new_empty", "new_empty_strided")
-def new_zeros(x: Array, size: Sequence[int], strides: Any = None, dtype: Any = None) -> Array:
+def new_zeros(x: Array, size: Sequence[int], _: Any = None, /, dtype: Any = None) -> Array:
     return jnp.zeros(tuple(size), dtype or x.dtype)
 
 
@@ -65,23 +65,30 @@ def new_ones(x: Array, size: Sequence[int], dtype: Any = None) -> Array:
 
 
 @operation("scalar_tensor")
-def scalar_tensor(value: Any, dtype: Any = None) -> Array:
+def scalar_tensor(value: Any, /, dtype: Any = None) -> Array:
     return jnp.asarray(value, dtype)
 
 
 @operation("arange")
 def arange(end: float, dtype: Any = None) -> Array:
-    return jnp.asarray(np.arange(end), dtype)
+    return arange_from(0, end, dtype=dtype)
 
 
 @operation("arange.start", "arange.start_step")
 def arange_from(start: float, end: float, step: float = 1, dtype: Any = None) -> Array:
+    if dtype is not None and jnp.issubdtype(dtype, jnp.integer):
+        start, end, step = int(start), int(end), int(step)
     return jnp.asarray(np.arange(start, end, step), dtype)
 
 
 @operation("linspace")
-def linspace(start: float, end: float, steps: int, dtype: Any = None) -> Array:
-    return jnp.linspace(start, end, steps, dtype=dtype)
+def linspace(start: Any, end: Any, steps: int, dtype: Any = None) -> Array:
+    if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
+        return jnp.linspace(start, end, steps, dtype=dtype)
+    # As torch: from whole ends, counted from the nearer one, and cut.
+    start, end, k = int(start), int(end), np.arange(steps)
+    step = (end - start) / max(steps - 1, 1)
+    return jnp.asarray(np.where(k < steps // 2, start + step * k, end - step * (steps - 1 - k)), dtype)
 
 
 @operation("eye", "eye.m")

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from awq_jax.torch_bridge.operations.reductions import wide
 from awq_jax.torch_bridge.operations.table import operation
 
 UNARY: dict[str, Callable[..., Any]] = {
@@ -27,7 +28,7 @@ UNARY: dict[str, Callable[..., Any]] = {
     "erf": lax.erf,
     "erfc": lax.erfc,
     "exp": jnp.exp,
-    "exp2": jnp.exp2,
+    "exp2": lambda x: jnp.exp2(wide(x)),
     "expm1": jnp.expm1,
     "floor": jnp.floor,
     "isfinite": jnp.isfinite,
@@ -43,7 +44,7 @@ UNARY: dict[str, Callable[..., Any]] = {
     "relu": lambda x: jnp.maximum(x, 0),
     "rsqrt": lax.rsqrt,
     "sigmoid": jax.nn.sigmoid,
-    "sign": jnp.sign,
+    "sign": lambda x: x if x.dtype == jnp.bool_ else jnp.where(jnp.isnan(x), 0, jnp.sign(x)),
     "silu": jax.nn.silu,
     "sin": jnp.sin,
     "sinh": jnp.sinh,
@@ -89,22 +90,22 @@ for name, function in (UNARY | BINARY).items():
 
 
 @operation("add", promotes=True)
-def add(a: Any, b: Any, alpha: float = 1) -> Array:
+def add(a: Any, b: Any, /, alpha: float = 1) -> Array:
     return a + (b if alpha == 1 else alpha * b)
 
 
 @operation("sub", promotes=True)
-def sub(a: Any, b: Any, alpha: float = 1) -> Array:
+def sub(a: Any, b: Any, /, alpha: float = 1) -> Array:
     return a - (b if alpha == 1 else alpha * b)
 
 
 @operation("rsub", promotes=True)
-def rsub(a: Any, b: Any, alpha: float = 1) -> Array:
+def rsub(a: Any, b: Any, /, alpha: float = 1) -> Array:
     return sub(b, a, alpha)
 
 
 @operation("div", promotes=True)
-def div(a: Any, b: Any, rounding_mode: str | None = None) -> Array:
+def div(a: Any, b: Any, /, rounding_mode: str | None = None) -> Array:
     if rounding_mode == "floor":
         return jnp.floor_divide(a, b)
     if rounding_mode is None:
@@ -117,25 +118,33 @@ def div(a: Any, b: Any, rounding_mode: str | None = None) -> Array:
 
 
 @operation("pow", promotes=True)
-def power(a: Any, b: Any) -> Array:
+def power(a: Any, b: Any, /) -> Array:
     # x ** 2 is no logarithm and no exponential; and folds see how it scales.
     whole = isinstance(b, int | float) and float(b).is_integer() and abs(b) < 8
-    return lax.integer_pow(a, int(b)) if whole else jnp.power(a, b)
+    if whole:
+        return lax.integer_pow(a, int(b))
+    if jnp.issubdtype(jnp.result_type(a, b), jnp.inexact):
+        return jnp.power(a, b)
+    # As torch: negative powers of integers are cut, to zero but for 1 and -1.
+    cut = jnp.where(jnp.abs(a) == 1, jnp.power(a, jnp.bitwise_and(b, 1)), 0)
+    return jnp.where(jnp.less(b, 0), cut, jnp.power(a, jnp.maximum(b, 0)))
 
 
 @operation("addcmul", promotes=True)
 def addcmul(x: Array, a: Array, b: Array, value: float = 1) -> Array:
-    return x + value * a * b
+    return wide(x) + value * wide(a) * wide(b)
 
 
 @operation("addcdiv", promotes=True)
 def addcdiv(x: Array, a: Array, b: Array, value: float = 1) -> Array:
-    return x + value * a / b
+    return wide(x) + value * wide(a) / wide(b)
 
 
 @operation("lerp", promotes=True)
 def lerp(a: Array, b: Array, weight: Any) -> Array:
-    return a + weight * (b - a)
+    a, b, weight = wide(a), wide(b), wide(weight) if isinstance(weight, jax.Array) else weight
+    # From the nearer end, as torch.
+    return jnp.where(abs(weight) < 0.5, a + weight * (b - a), b - (b - a) * (1 - weight))
 
 
 @operation("round", promotes=True)
@@ -175,7 +184,7 @@ def hardtanh(x: Array, min_val: float = -1, max_val: float = 1) -> Array:
 
 
 @operation("where")
-def where(condition: Array, a: Any, b: Any) -> Array:
+def where(condition: Array, a: Any, b: Any, /) -> Array:
     return jnp.where(condition, a, b)
 
 
@@ -184,7 +193,7 @@ def masked_fill(x: Array, mask: Array, value: Any) -> Array:
     return jnp.where(mask, jnp.asarray(value, x.dtype), x)
 
 
-@operation("_to_copy", "to", "prims::convert_element_type")
+@operation("_to_copy", "prims::convert_element_type")
 def to_copy(x: Array, dtype: Any = None) -> Array:
     return x if dtype is None else x.astype(dtype)
 

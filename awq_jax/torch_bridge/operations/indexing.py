@@ -18,7 +18,8 @@ def embedding(weight: Array, indices: Array, *_: Any) -> Array:
 
 
 def key(indices: Sequence[Array | None]) -> tuple[Any, ...]:
-    if any(i is not None and i.dtype == jnp.bool_ for i in indices):
+    # torch takes uint8 for a mask too.
+    if any(i is not None and i.dtype in (jnp.bool_, jnp.uint8) for i in indices):
         raise NotImplementedError("a mask as an index, which gives as many elements as the values say")
     return tuple(slice(None) if i is None else i for i in indices)
 
@@ -76,8 +77,8 @@ def grid(places: Array, dim: int) -> tuple[Array, ...]:
     return tuple(found)
 
 
-@operation("scatter")
-def scatter(x: Array, dim: int, places: Array, source: Any) -> Array:
+@operation("scatter.value", "scatter.src")
+def scatter(x: Array, dim: int, places: Array, source: Any, /) -> Array:
     return x.at[grid(places, dim)].set(_as_large(source, places, x))
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from awq_jax.torch_bridge.operations.table import operation
 
-operation("mm", "bmm", "matmul", "mv", "dot")(jnp.matmul)
+operation("mm.default", "bmm.default", "matmul", "mv", "dot")(jnp.matmul)
 
 
 @operation("linear")
@@ -19,13 +19,13 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     return y if bias is None else y + bias
 
 
-@operation("addmm", "baddbmm")
+@operation("addmm.default", "baddbmm.default")
 def addmm(x: Array, a: Array, b: Array, beta: float = 1, alpha: float = 1) -> Array:
     y = jnp.matmul(a, b) if alpha == 1 else alpha * jnp.matmul(a, b)
     return y if beta == 0 else y + (x if beta == 1 else beta * x)
 
 
-@operation("einsum")
+@operation("einsum.default")
 def einsum(equation: str, tensors: Sequence[Array], path: Sequence[int] | None = None) -> Array:
     return jnp.einsum(equation, *tensors)
 

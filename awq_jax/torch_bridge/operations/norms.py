@@ -8,11 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from awq_jax.torch_bridge.operations.reductions import wide
 from awq_jax.torch_bridge.operations.table import operation
-
-
-def wide(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 @operation("layer_norm")

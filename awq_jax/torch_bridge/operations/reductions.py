@@ -15,10 +15,15 @@ from awq_jax.torch_bridge.operations.table import operation
 Dims = int | Sequence[int] | None
 
 
+def wide(x: Array) -> Array:
+    """Halves as singles, all else as it is."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+
+
 def summable(x: Array, dtype: Any) -> Array:
-    """As torch sums it: truth values are numbers, and of `dtype` if one is named."""
-    x = x.astype(jnp.int32) if x.dtype == jnp.bool_ else x
-    return x if dtype is None else x.astype(dtype)
+    """As torch sums it: of `dtype` if one is named, integers and truth values else as the widest; halves as singles."""
+    dtype = dtype or (x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else jax.dtypes.canonicalize_dtype(int))
+    return x.astype(jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.inexact) else dtype)
 
 
 @operation("sum")
@@ -28,7 +33,7 @@ def total(x: Array, dim: Dims = None, keepdim: bool = False, dtype: Any = None) 
 
 @operation("mean")
 def mean(x: Array, dim: Dims = None, keepdim: bool = False, dtype: Any = None) -> Array:
-    return jnp.mean(x if dtype is None else x.astype(dtype), axes(dim), keepdims=keepdim)
+    return jnp.mean(summable(x, dtype), axes(dim), keepdims=keepdim)
 
 
 @operation("prod")
@@ -85,11 +90,6 @@ def all_of(x: Array, dim: Dims = None, keepdim: bool = False) -> Array:
     return jnp.all(x, axes(dim), keepdims=keepdim)
 
 
-@operation("var")
-def var(x: Array, dim: Dims = None, unbiased: bool = True, keepdim: bool = False) -> Array:
-    return jnp.var(x, axes(dim), ddof=int(unbiased), keepdims=keepdim)
-
-
 @operation("var.correction")
 def var_corrected(x: Array, dim: Dims = None, correction: int | None = 1, keepdim: bool = False) -> Array:
     return jnp.var(x, axes(dim), ddof=1 if correction is None else correction, keepdims=keepdim)
@@ -112,7 +112,7 @@ def cumprod(x: Array, dim: int, dtype: Any = None) -> Array:
 
 @operation("linalg_vector_norm")
 def vector_norm(x: Array, ord: float = 2, dim: Dims = None, keepdim: bool = False, dtype: Any = None) -> Array:
-    x = x if dtype is None else x.astype(dtype)
+    x = wide(x if dtype is None else x.astype(dtype))
     if ord == 1:
         return jnp.sum(jnp.abs(x), axes(dim), keepdims=keepdim)
     if ord == 2:
@@ -120,15 +120,24 @@ def vector_norm(x: Array, ord: float = 2, dim: Dims = None, keepdim: bool = Fals
     raise NotImplementedError(f"a norm of order {ord}")
 
 
-@operation("softmax", "_softmax")
+@operation("softmax")
 def softmax(x: Array, dim: int, dtype: Any = None) -> Array:
-    # torch tells `half_to_float` in place of a dtype on GPUs alone.
     return jax.nn.softmax(x.astype(dtype) if dtype else x, dim)
 
 
-@operation("log_softmax", "_log_softmax")
+@operation("log_softmax")
 def log_softmax(x: Array, dim: int, dtype: Any = None) -> Array:
     return jax.nn.log_softmax(x.astype(dtype) if dtype else x, dim)
+
+
+@operation("_softmax")
+def softmax_of_half(x: Array, dim: int, half_to_float: bool) -> Array:
+    return softmax(x, dim, jnp.float32 if half_to_float else None)
+
+
+@operation("_log_softmax")
+def log_softmax_of_half(x: Array, dim: int, half_to_float: bool) -> Array:
+    return log_softmax(x, dim, jnp.float32 if half_to_float else None)
 
 
 @operation("logsumexp")

@@ -20,8 +20,8 @@ def axes(dim: int | Sequence[int] | None) -> int | tuple[int, ...] | None:
     return tuple(dim) or None
 
 
-@operation("view", "_unsafe_view", "reshape", "_reshape_alias", "reshape_copy", "view_copy", "_reshape_copy")
-def reshape(x: Array, shape: Sequence[int]) -> Array:
+@operation("view", "_unsafe_view", "reshape", "view_copy", "_reshape_copy")
+def reshape(x: Array, shape: Sequence[int], /) -> Array:
     return x.reshape(tuple(shape))
 
 
@@ -93,7 +93,7 @@ def slice_of(x: Array, dim: int = 0, start: int | None = None, end: int | None =
     return x if whole else lax.slice_in_dim(x, first, last, step, dim)
 
 
-@operation("narrow", "narrow_copy")
+@operation("narrow.default", "narrow_copy")
 def narrow(x: Array, dim: int, start: int, length: int) -> Array:
     return slice_of(x, dim, start, start % x.shape[dim] + length)
 
@@ -112,7 +112,7 @@ def stack(tensors: Sequence[Array], dim: int = 0) -> Array:
 
 
 @operation("split", "split_with_sizes", "split_copy", "split_with_sizes_copy")
-def split(x: Array, size: int | Sequence[int], dim: int = 0) -> list[Array]:
+def split(x: Array, size: int | Sequence[int], /, dim: int = 0) -> list[Array]:
     n = x.shape[dim]
     sizes = [min(size, n - k) for k in range(0, n, size)] if isinstance(size, int) else size
     at = np.cumsum([0, *sizes]).tolist()

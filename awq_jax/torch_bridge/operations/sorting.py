@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
@@ -11,9 +13,9 @@ from awq_jax.torch_bridge.operations.table import operation
 
 @operation("topk")
 def topk(x: Array, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> list[Array]:
-    last = jnp.moveaxis(x, dim, -1)
-    values, places = lax.top_k(last if largest else -last, k)
-    return [jnp.moveaxis(values if largest else -values, -1, dim), jnp.moveaxis(places, -1, dim)]
+    if not largest:
+        return [lax.slice_in_dim(part, 0, k, axis=dim) for part in sort(x, dim)]
+    return [jnp.moveaxis(part, -1, dim) for part in lax.top_k(jnp.moveaxis(x, dim, -1), k)]
 
 
 @operation("sort")
@@ -39,29 +41,32 @@ def argsort_stable(x: Array, stable: bool, dim: int = -1, descending: bool = Fal
 
 @operation("histc")
 def histc(x: Array, bins: int = 100, min: float = 0, max: float = 0) -> Array:
-    """How many of x are `min`, `min + 1`, ... `max`: experts are counted so."""
-    if max - min not in (bins - 1, bins):
-        raise NotImplementedError(f"{bins} bins from {min} to {max}, which are not a whole number each")
-    at = jnp.floor(x.reshape(-1) - min).astype(jnp.int32)
-    # The last bin holds its upper end too.
-    at = jnp.where(x.reshape(-1) == max, bins - 1, at)
+    """How many of x are in each of `bins` of one size from `min` to `max`, which the last one holds too."""
+    x = x.reshape(-1)
+    low, high = jnp.asarray(min, x.dtype), jnp.asarray(max, x.dtype)
+    if min == max and x.size:  # the range of x, or around it where that is a single value
+        low, high = jnp.min(x), jnp.max(x)
+        low, high = jnp.where(low == high, low - 1, low), jnp.where(low == high, high + 1, high)
+    at = jnp.minimum(jnp.floor((x - low) * bins / (high - low)), bins - 1)
+    at = jnp.where((x >= low) & (x <= high), at, -1).astype(jnp.int32)
     return jnp.sum(at[:, None] == jnp.arange(bins), 0).astype(x.dtype)
-
-
-@operation("bincount")
-def bincount(x: Array, weights: Array | None = None, minlength: int = 0) -> Array:
-    return jnp.bincount(x, weights, length=minlength)
 
 
 @operation("searchsorted")
 def searchsorted(
-    boundaries: Array, x: Array, out_int32: bool = False, right: bool = False, side: str | None = None
+    boundaries: Array,
+    x: Any,
+    /,
+    out_int32: bool = False,
+    right: bool = False,
+    side: str | None = None,
+    sorter: Array | None = None,
 ) -> Array:
-    if boundaries.ndim != 1:
-        raise NotImplementedError("boundaries of several rows")
+    if boundaries.ndim != 1 or sorter is not None:
+        raise NotImplementedError("boundaries of several rows, or in no order")
     return jnp.searchsorted(boundaries, x, side="right" if right or side == "right" else "left")
 
 
 @operation("bucketize")
-def bucketize(x: Array, boundaries: Array, out_int32: bool = False, right: bool = False) -> Array:
+def bucketize(x: Any, boundaries: Array, /, out_int32: bool = False, right: bool = False) -> Array:
     return searchsorted(boundaries, x, right=right)

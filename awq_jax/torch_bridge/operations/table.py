@@ -14,7 +14,8 @@ class Operation:
     """How an operation is run.
 
     Args:
-      run: takes what torch's schema has, in its order and under its names: arrays for tensors, jax dtypes for dtypes;
+      run: takes what torch's schemas have, of all overloads that it is for, in their order and under their names:
+        arrays for tensors, jax dtypes for dtypes;
         without devices, layouts and memory formats. Raises NotImplementedError for what it does not do.
       promotes: whether torch brings all its tensors to one dtype first; `run` then gets them so.
     """
@@ -24,14 +25,14 @@ class Operation:
 
 
 TABLE: dict[str, Operation] = {}
-"""By name, or by name and overload where overloads are no one function: "add", "max.dim", "transformers::..."."""
+"""By name, or by name and overload where overloads are no one function: "add", "max.dim", "mm.default"."""
 
 
 def operation(*names: str, promotes: bool = False) -> Callable[[F], F]:
     """Puts a function into the table.
 
     Args:
-      names: of the operation, with its namespace unless that is aten.
+      names: of the operation, with its namespace unless that is aten, for all its overloads; or of one of these.
       promotes: see `Operation`.
 
     Example:
@@ -47,6 +48,6 @@ def operation(*names: str, promotes: bool = False) -> Callable[[F], F]:
     return put
 
 
-def find(name: str, overload: str) -> Operation | None:
-    """The operation's entry; None if the table has none."""
-    return TABLE.get(f"{name}.{overload}") or TABLE.get(name)
+def find(key: str) -> Operation | None:
+    """The entry of "NAME.OVERLOAD"; None if the table has none."""
+    return TABLE.get(key) or TABLE.get(key.rsplit(".", 1)[0])
