@@ -123,7 +123,7 @@ def planned(
       asked: fields of all specs.
 
     Raises:
-      InputError: the format does not hold one as it is, and rounding anew is not asked for.
+      InputError: the format does not hold one as it is, and rounding anew is not asked for; or none as it is asked for.
     """
     found: dict[str, QuantSpec | None] = {}
     most, _ = usual({name: replace(spec, **asked) for name, (_, spec) in weights.specs.items()}, QuantSpec())
@@ -137,6 +137,11 @@ def planned(
         if why and not requantize:
             raise InputError(f"{name}: {why}: {advice}.")
         found[name] = held(codec, name, shape, wanted, most) if why and codec else wanted
+    for field, value in asked.items():
+        if found and not any(spec and getattr(spec, field) == value for spec in found.values()):
+            name, (shape, spec) = next(iter(weights.specs.items()))
+            why = codec and unheld(codec, name, shape, replace(spec, **asked), most)
+            raise InputError(f"{field}={value}: no weight can have that ({why or 'the format lacks it'}): leave it out.")
     return found
 
 

@@ -222,3 +222,16 @@ def test_a_broken_chat_template_is_told_and_copied(awq_folder, root):
     convert(source, root / "broken_template_mlx", "mlx", told=told.append)
     assert told[0].startswith("The chat template in chat_template.jinja is broken (line 1: Expected an expression")
     assert (root / "broken_template_mlx" / "chat_template.jinja").read_text() == "{% if %}"
+
+
+@pytest.mark.parametrize(
+    ("to", "asked", "says"),
+    [
+        ("awq", {"bits": 8}, r"bits=8: no weight can have that \(AutoAWQ files hold 4 bits, not 8"),
+        ("mlx", {"bits": 7}, "bits=7: no weight can have that"),
+        ("mlx", {"group_size": 2**20}, "group_size=1048576: no weight can have that"),
+    ],
+)
+def test_what_a_format_can_give_no_weight_is_refused(awq_folder, root, to, asked, says):
+    with pytest.raises(InputError, match=says):
+        convert(awq_folder, root / "no", to, **asked, requantize=True)
