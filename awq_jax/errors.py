@@ -33,8 +33,8 @@ def reading(fault: str, remedy: str) -> Iterator[None]:
 
 def out_of_memory(e: BaseException) -> bool:
     """Whether memory ran out, the machine's or an accelerator's."""
-    words = ("RESOURCE_EXHAUSTED", "out of memory", "bad_alloc")
-    return isinstance(e, MemoryError) or (isinstance(e, RuntimeError) and any(word in str(e) for word in words))
+    words = ("resource_exhausted", "out of memory", "bad_alloc")
+    return isinstance(e, MemoryError) or (isinstance(e, RuntimeError) and any(word in str(e).lower() for word in words))
 
 
 def one_line(error: object, most: int = 300) -> str:

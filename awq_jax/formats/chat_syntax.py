@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from jinja2 import Environment, TemplateSyntaxError
 from jinja2.ext import Extension
@@ -19,7 +19,7 @@ IN_JSON = ("tokenizer_config.json", "chat_template.json")
 class Generation(Extension):
     """transformers' own tag, around what the model says."""
 
-    tags = {"generation"}
+    tags: ClassVar = {"generation"}
 
     def parse(self, parser: Any) -> list[Node]:
         next(parser.stream)

@@ -164,7 +164,7 @@ def discard(folder: Path) -> None:
 
 
 def outcome() -> str:
-    """For who ends the process: what is at the last destination, "" where that is not known or goes with the process."""
+    """For who ends the process: what is at the last destination; nothing where that is not known, or goes with it."""
     out, done = next(reversed(OUTPUTS.items()), (None, False))
     if out is None or any(out.is_relative_to(folder) for folder in LIVE):
         return ""

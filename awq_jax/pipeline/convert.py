@@ -26,7 +26,7 @@ from awq_jax.formats.written import check_destination, written_whole
 from awq_jax.models.family import param_shapes
 from awq_jax.pipeline.decoder import Progress
 from awq_jax.pipeline.load import architecture
-from awq_jax.pipeline.outputs import OURS, formats_of, named_failure, places, refuse_in_out
+from awq_jax.pipeline.outputs import OURS, check_group, formats_of, named_failure, places, refuse_in_out
 from awq_jax.pipeline.report import REPORT
 from awq_jax.pipeline.weights_of import Weights, weights_of
 from awq_jax.weights.spec import QuantSpec
@@ -129,6 +129,8 @@ def planned(
     most, _ = usual({name: replace(spec, **asked) for name, (_, spec) in weights.specs.items()}, QuantSpec())
     for name, (shape, spec) in weights.specs.items():
         wanted, why, advice = replace(spec, **asked), None, ANEW
+        if codec is None:
+            check_group(name, shape, wanted)
         if (wanted.bits, wanted.group_size) != (spec.bits, spec.group_size):
             why = f"it has {spec.bits} bits in groups of {spec.group_size}, not {wanted.bits} in {wanted.group_size}"
         elif codec is not None and (why := unheld(codec, name, shape, wanted, most)):
@@ -141,7 +143,7 @@ def planned(
         if found and not any(spec and getattr(spec, field) == value for spec in found.values()):
             name, (shape, spec) = next(iter(weights.specs.items()))
             why = codec and unheld(codec, name, shape, replace(spec, **asked), most)
-            raise InputError(f"{field}={value}: no weight can have that ({why or 'the format lacks it'}): leave it out.")
+            raise InputError(f"{field}={value}: no weight can have that ({why or 'not in this format'}): leave it out.")
     return found
 
 

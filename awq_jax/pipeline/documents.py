@@ -44,7 +44,7 @@ TOLD = {
 
 
 def check_file(file: Path) -> None:
-    """Refuse what cannot hold a row, before anything is read: a folder, a pipe, an empty file, one that is not there."""
+    """Refuse what cannot hold a row, before it is read: a folder, a pipe, an empty file, one that is not there."""
     if file.is_dir():
         raise InputError(f"{file} is a folder: give {FORMATS}.")
     if not file.exists():

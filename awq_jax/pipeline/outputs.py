@@ -21,6 +21,7 @@ from awq_jax.near import did_you_mean
 from awq_jax.pipeline.fused import Fused, left_whole
 from awq_jax.transforms.finite import require_finite_weights
 from awq_jax.transforms.recipe import GROUPS, Recipe
+from awq_jax.weights.spec import QuantSpec
 from awq_jax.weights.tensor import is_quantized
 
 OURS = "orbax"
@@ -109,6 +110,8 @@ def check_fits(formats: Sequence[str], shapes: Mapping[str, tuple[int, ...]], re
     specs = {name: spec for name in shapes if (spec := recipe.spec_of(name)) is not None}
     if not specs:
         raise InputError("The rules (skip=True in a rule) leave every matrix dense: drop one of them.")
+    for name, spec in specs.items() if OURS in formats else ():
+        check_group(name, shapes[name], spec)
     for codec in codecs_of(formats):
         for name, spec in specs.items():
             check_weight(codec, name, shapes[name][-2:], spec)
@@ -124,6 +127,15 @@ def check_fits(formats: Sequence[str], shapes: Mapping[str, tuple[int, ...]], re
                     f"{', '.join(names)}: rules give them different bits, groups or symmetry, but servers make one "
                     "matrix of them: give all the same, or write format='orbax'."
                 )
+
+
+def check_group(name: str, shape: tuple[int, ...], spec: QuantSpec) -> None:
+    """Refuse groups of which most would be padding, in a format that pads."""
+    if spec.group_size > max(shape[-2], GROUPS[0]):
+        raise InputError(
+            f"{name}: group_size={spec.group_size} is more than its {shape[-2]} input features: give group_size=-1 for "
+            "one group a column."
+        )
 
 
 def writer(

@@ -302,6 +302,10 @@ def test_calibration_texts(model, tmp_path, name, content, says, no_work):
         (("--bits", "nan"), "--bits nan: codes are 2 to 8 bits wide"),
         (("--group-size", "48"), "--group-size 48: use a multiple of 32"),
         (("--group-size", "128"), "attn/k/kernel: 64 input features .* 128, the group size.*use --group-size 64"),
+        (
+            ("--format", "orbax", "--group-size", "1024"),
+            "attn/k/kernel: --group-size 1024 is more than its 64 input features: give --group-size -1 for one group",
+        ),
         (("--samples", "0"), "--samples 0: give 1 calibration sequence"),
         (("--seq-len", "-5"), "--samples 4 --seq-len -5: give 1 or more"),
         (("--seq-len", "513"), r"--seq-len 513: .* trained for 512 positions .*: give 512 or fewer"),

@@ -80,6 +80,11 @@ CASES = {
         2,
         "memory ran out (RESOURCE_EXHAUSTED: 9 bytes)",
     ),
+    "XLA": (
+        jax.errors.JaxRuntimeError("INTERNAL: Out of memory allocating 9 bytes."),
+        2,
+        "awq-jax: memory ran out (INT",
+    ),
     "ours": (
         KeyError("layers"),
         1,

@@ -160,7 +160,7 @@ def test_a_folder_that_cannot_be_looked_into(tmp_path):
 
 def test_what_is_no_model_at_all(tmp_path):
     (tmp_path / "a.txt").write_text("Once upon a time there was a text")
-    with pytest.raises(InputError, match=r"starts with b'Once'.*no GGUF file, give one, or the folder of a"):
+    with pytest.raises(InputError, match=r"starts with b'Once'.*no GGUF file: give one, or the folder of a"):
         open_checkpoint(tmp_path / "a.txt")
     with pytest.raises(InputError, match="name of the model is empty: give"):
         open_checkpoint("")

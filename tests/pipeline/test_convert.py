@@ -230,6 +230,7 @@ def test_a_broken_chat_template_is_told_and_copied(awq_folder, root):
         ("awq", {"bits": 8}, r"bits=8: no weight can have that \(AutoAWQ files hold 4 bits, not 8"),
         ("mlx", {"bits": 7}, "bits=7: no weight can have that"),
         ("mlx", {"group_size": 2**20}, "group_size=1048576: no weight can have that"),
+        ("orbax", {"group_size": 2**20}, "group_size=1048576 is more than its 64 input features: give group_size=-1"),
     ],
 )
 def test_what_a_format_can_give_no_weight_is_refused(awq_folder, root, to, asked, says):

@@ -53,8 +53,8 @@ def read_header(file: Path) -> Header:
     with file.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
         if data[:4] != b"GGUF":
             raise InputError(
-                f"{file} starts with {data[:4]!r}, not with b'GGUF': that is no GGUF file, give one, or the folder of a "
-                "Hugging Face model."
+                f"{file} starts with {data[:4]!r}, not with b'GGUF': that is no GGUF file: give one, or the "
+                "folder of a Hugging Face model."
             )
         cursor = Cursor(data, 4)
         version = cursor.scalar("I")
