@@ -129,7 +129,7 @@ def planned(
     most, _ = usual({name: replace(spec, **asked) for name, (_, spec) in weights.specs.items()}, QuantSpec())
     for name, (shape, spec) in weights.specs.items():
         wanted, why, advice = replace(spec, **asked), None, ANEW
-        if codec is None:
+        if codec is None and "group_size" in asked:
             check_group(name, shape, wanted)
         if (wanted.bits, wanted.group_size) != (spec.bits, spec.group_size):
             why = f"it has {spec.bits} bits in groups of {spec.group_size}, not {wanted.bits} in {wanted.group_size}"
