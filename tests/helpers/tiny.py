@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import jax
@@ -51,8 +52,8 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 def hf_config(case: str = "grouped heads", **changes: Any) -> dict[str, Any]:
-    """A config.json; None drops a key."""
-    return {k: v for k, v in (BASE | CHANGES[case] | changes).items() if v is not None}
+    """A config.json, of its own throughout: transformers writes into what it is given. None drops a key."""
+    return deepcopy({k: v for k, v in (BASE | CHANGES[case] | changes).items() if v is not None})
 
 
 def config_of(hf: dict[str, Any], dtype: Any = jnp.float32) -> Config:
