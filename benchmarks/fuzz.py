@@ -79,6 +79,9 @@ def restored(whole: Path, copy: Path) -> None:
 
 def serve() -> None:
     """The child: told a reader it makes its files, told a seed too it damages and reads them; answers in JSON."""
+    # The code that a config goes over which our decoders do not compute: its size is no reader's.
+    from transformers.models.llama import modeling_llama  # noqa: F401
+
     from awq_jax.commands.ending import silence_libraries
 
     silence_libraries()

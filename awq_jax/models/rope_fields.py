@@ -63,7 +63,9 @@ def one_rope(
     found = Watched(found)
     hf.get("original_max_position_embeddings")  # No matter to most kinds.
     kind = found.get("rope_type") or found.get("type") or "default"
-    if not isinstance(kind, str) or kind not in KINDS:
+    if not isinstance(kind, str):
+        raise ValueError(f"rope type {kind!r}: expected the name of one.")
+    if kind not in KINDS:
         raise NotComputed("rope_type", f"rope type {kind!r}: this model knows {', '.join(map(repr, KINDS))}.")
     part = found if found.get("partial_rotary_factor") is not None else hf
     if rotated is None:

@@ -98,7 +98,9 @@ def test_the_command_that_quantize_suggests_is_one(dense, root, formats, inside)
     assert (program, command) == ("awq-jax", "generate")
     assert args == [str(out / inside), "Why is the sky blue?"]
     assert run(command, *args, "--max-new-tokens", 2).code == 0
-    assert str(out / inside) in run("inspect", out / inside).out
+    # The title of a table is broken where it is long.
+    joined = lambda text: "".join(text.split())
+    assert joined(str(out / inside)) in joined(run("inspect", out / inside).out)
 
 
 def test_quantize_to_orbax_with_more_options(dense, root):

@@ -215,6 +215,7 @@ def test_models_that_read_a_text_otherwise_are_not_compared():
         check_same_tokens(of(9, words), of(9, Other()), text, "dense")
 
 
-def test_what_was_loaded_is_no_path():
+def test_what_was_loaded_is_no_path(tmp_path):
+    (text := tmp_path / "a.txt").write_text("words")
     with pytest.raises(InputError, match=r"^models has a SimpleNamespace: give the path"):
-        evaluate(SimpleNamespace(), "a.txt")  # pyright: ignore[reportArgumentType]
+        evaluate(SimpleNamespace(), text)  # pyright: ignore[reportArgumentType]

@@ -86,7 +86,9 @@ def biases(hf: Found, *, attention: bool = False, of_attention: frozenset[str] =
 def act(hf: Found, default: str = "silu", key: str = "hidden_act") -> str:
     """The activation that the file names."""
     name = hf.get(key)
-    if name is not None and (not isinstance(name, str) or name not in ACTIVATIONS):
+    if name is not None and not isinstance(name, str):
+        raise ValueError(f"{key}={name!r}: expected the name of an activation.")
+    if name is not None and name not in ACTIVATIONS:
         raise NotComputed(key, f"{key}={name!r}: this model computes {', '.join(map(repr, ACTIVATIONS))} only.")
     return name or default
 
