@@ -175,6 +175,8 @@ def turn(message: Any) -> dict[str, Any]:
     role = isinstance(message, dict) and (message.get("role") or message.get("from"))
     if not isinstance(role, str):
         raise ValueError('a message is not {"role": ..., "content": ...}')
+    if not any(name in message for name in ("content", "value", "tool_calls", "function_call")):
+        raise ValueError(f"a message of {role} has no content")
     content = listed(message.get("content", message.get("value")), is_part)
     kept = {key: value for key, value in message.items() if key not in ("from", "value") and value is not None}
     if calls := message.get("tool_calls"):

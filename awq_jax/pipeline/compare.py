@@ -165,8 +165,11 @@ def fill_answers(results: Store, one: Party, settings: Sequence[Setting], told: 
         return
     if one.described and any(results.get(key) is None for key in keys):
         # Refuses what it can while the weights are not read.
-        longest = max(one.tokens.values(), key=len)
-        one.described.stream(longest, max_new_tokens=settings[0].values["max_new_tokens"])
+        version, longest = max(one.tokens.items(), key=lambda item: len(item[1]))
+        try:
+            one.described.stream(longest, max_new_tokens=settings[0].values["max_new_tokens"])
+        except InputError as e:
+            raise InputError(f"{one.known.name}, {names[version]}: {e}") from e
     results.fill(keys, make, progress)
 
 

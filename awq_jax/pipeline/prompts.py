@@ -55,6 +55,8 @@ def parsed(value: Any, number: int) -> Prompt:
         if name not in FIELDS:
             raise ValueError(f"it has no field {name!r}{did_you_mean(name, FIELDS)}")
     asked = [name for name in ASKED if name in fields]
+    if not asked and (empty := [name for name in ASKED if value.get(name) == ""]):
+        raise ValueError(f"{empty[0]} is empty")
     if len(asked) != 1:
         raise ValueError(f"found {' and '.join(asked) or 'none'} of {', '.join(ASKED)}, one is needed")
     checks = fields.get("checks", {})

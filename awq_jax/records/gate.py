@@ -17,18 +17,22 @@ NAMED = 5
 
 
 class Limit(NamedTuple):
-    """What is held against a limit: of a checkpoint, of one run of it; what is within; how it is written."""
+    """What is held against a limit: of a checkpoint, of one run of it; what is within; how it is written; the largest
+    one that says anything."""
 
     of: Callable[[Side], float | None]
     of_run: Callable[[Run], float | None]
     within: Callable[[float, float], bool]
     what: str
     form: str
+    most: float = math.inf
 
 
 LIMITS = {
     "kl": Limit(lambda side: side.kl, lambda run: run.kl, operator.le, "KL to the base, at most", ".4g"),
-    "top1": Limit(lambda side: side.top1, lambda run: run.top1, operator.ge, "same likeliest token, at least", ".4g"),
+    "top1": Limit(
+        lambda side: side.top1, lambda run: run.top1, operator.ge, "same likeliest token, at least", ".4g", 1
+    ),
     "ppl": Limit(lambda side: side.ppl, lambda run: run.ppl, operator.le, "perplexity over the base's, at most", ".4g"),
     "checks": Limit(
         lambda side: side.checks,
@@ -74,19 +78,24 @@ def parse_gate(text: str) -> dict[str, float]:
     """The limits that "kl=0.05,top1=0.97" says.
 
     Raises:
-      InputError: a limit that there is not, or no number.
+      InputError: a limit that there is not, or twice; no number, or one that is out of range.
     """
     found = {}
     for part in filter(None, map(str.strip, text.split(","))):
         name, _, value = map(str.strip, part.partition("="))
         if name not in LIMITS:
             raise InputError(f"gate: there is no limit {name!r}{did_you_mean(name, LIMITS)}: give {', '.join(LIMITS)}.")
+        if name in found:
+            raise InputError(f"gate: {name} is given twice: give it once.")
         try:
             found[name] = float(value)
         except ValueError:
             found[name] = math.nan
         if not math.isfinite(found[name]):
             raise InputError(f"gate: {part!r} gives no number: give it as in {name}=0.05.")
+        most = LIMITS[name].most
+        if not 0 <= found[name] <= most:
+            raise InputError(f"gate: {part!r}: give 0 {'or more' if most == math.inf else f'to {most:g}'}.")
     if not found:
         raise InputError("gate: it says no limit: give some of kl=0.05,top1=0.97,ppl=1.05,checks=0.")
     return found

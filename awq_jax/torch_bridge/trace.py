@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -81,11 +82,14 @@ def key(op: Any) -> str:
 
 @contextmanager
 def unlogged() -> Iterator[None]:
-    """Without what torch logs of an error that it also raises, thousands of lines."""
+    """Without what torch logs of an error that it also raises, thousands of lines, and without its warnings of what its
+    own code is to change."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         logging.disable(before)
 

@@ -110,6 +110,7 @@ def test_what_cannot_be_compared(root, tmp_path):
         ((other,), "has 320 tokens and the model 330"),
         ((root / "near", "--gate", "kll=1"), "there is no limit 'kll'"),
         ((root / "near", "--max-new-tokens", "0"), "--max-new-tokens 0: give 1 or more"),
+        ((root / "near", "--max-new-tokens", "9999"), f"{root / 'base'}, one: --max-new-tokens 9999 after"),
         ((root / "nowhere",), "does not exist"),
         ((), "give a base and one checkpoint or more"),
     ):

@@ -183,6 +183,7 @@ def test_rows_that_cannot_be_read_are_named(tmp_path):
         ({"prompt": "x"}, r"found the fields \['prompt'\]"),
         ({"text": ["x"]}, r"found the fields \['text'\]"),
         ({"messages": [{"role": "user", "content": {"a": 1}}]}, "neither a text nor a list of parts"),
+        ({"messages": [{"role": "user", "text": "a"}]}, "a message of user has no content"),
         (7, "found 7"),
         ({"text": None}, r"found the fields \['text'\], with nothing in text"),
         ({"messages": 7}, "7 is neither a text nor a list of messages"),

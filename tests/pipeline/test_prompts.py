@@ -44,10 +44,10 @@ def test_a_version_is_what_is_asked_and_nothing_else():
     [
         ("{", "line 2: not JSON"),
         ({"promt": "a"}, r"line 2: expected a prompt .*: it has no field 'promt' \(did you mean prompt\?\)"),
+        ({"prompt": ""}, "line 2: .*: prompt is empty"),
         ({"name": "a"}, "line 2: .*: found none of prompt, messages, text, one is needed"),
         ({"prompt": "a", "text": "b"}, "found prompt and text of"),
         ({"prompt": 3}, "prompt is 3, no text"),
-        ({"prompt": ""}, "found none of"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "the last of its messages is not what the model is"),
         ({"prompt": "a", "regex": "("}, r"line 2: .* regex '\(' is none"),
         ({"prompt": "a", "checks": {"contain": "b"}}, r"there is no check 'contain' \(did you mean contains\?\)"),

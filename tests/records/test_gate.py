@@ -66,6 +66,9 @@ def test_what_is_not_known_is_not_within(tmp_path):
         ("kl", "'kl' gives no number: give it as in kl=0.05"),
         ("kl=nan", "gives no number"),
         ("", "it says no limit"),
+        ("kl=-1", "'kl=-1': give 0 or more"),
+        ("top1=97", "'top1=97': give 0 to 1"),
+        ("kl=0.1,kl=5", "kl is given twice"),
     ],
 )
 def test_gates_that_are_none(gate, says):
