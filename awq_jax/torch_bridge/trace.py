@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import copy
 import logging
-import warnings
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
