@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from tyro.conf import Positional, arg
 
@@ -17,8 +17,6 @@ from awq_jax.commands.tables import console, say
 @dataclass(frozen=True)
 class Compare:
     """Ask a model and what was made of it the same prompts, and show the answers side by side on a page."""
-
-    spelled: ClassVar = {"gate: ": "--gate: "}
 
     base: Annotated[Positional[str], arg(metavar="BASE")]
     """The model that the others are compared with."""

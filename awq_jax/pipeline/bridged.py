@@ -17,6 +17,7 @@ from jaxtyping import Array
 from awq_jax import models
 from awq_jax.errors import InputError
 from awq_jax.formats.checkpoint import Checkpoint
+from awq_jax.models.family import Family
 from awq_jax.models.fields import NotComputed
 from awq_jax.models.generate import draw
 from awq_jax.pipeline.agreement import refuse_integers, same_values, why
@@ -32,6 +33,9 @@ from awq_jax.transforms.stream import Lazy
 from awq_jax.weights.spec import Rule
 from awq_jax.weights.tensor import is_quantized
 
+LAYERS = re.compile(r"(n|num)_([a-z]+_)?layers?$")
+SHARED = 128
+"""Layers that may be of fewer tensors, as where all share theirs."""
 GATE = 32
 """Sites of fewer outputs choose experts or scale one: servers keep them dense."""
 
@@ -111,6 +115,7 @@ def bridged(checkpoint: Checkpoint, why_not_ours: str = "") -> Bridged:
     Raises:
       InputError: torch is missing, transformers does not know the architecture, or the weights are not the config's.
     """
+    check_layers(checkpoint)
     model = pretrained(checkpoint.path)
     from awq_jax.torch_bridge.places import places
 
@@ -119,6 +124,17 @@ def bridged(checkpoint: Checkpoint, why_not_ours: str = "") -> Bridged:
     found = Bridged(checkpoint, model, places(model.model, model.params, shapes), why_not_ours)
     check_read(found)
     return found
+
+
+def check_layers(checkpoint: Checkpoint) -> None:
+    """Refuse more layers than tensors are of, before anything is made of so many."""
+    numbers = (int(part) for name in checkpoint.tensors for part in name.split(".") if part.isdecimal())
+    held = max(numbers, default=0) + 1
+    for field, count in checkpoint.config.items():
+        if LAYERS.match(field) and isinstance(count, int) and count > max(held, SHARED):
+            raise InputError(
+                f"{checkpoint.path}: config.json has {field}={count}, and the tensors are of {held} layers."
+            )
 
 
 def check_read(found: Bridged) -> None:
@@ -213,17 +229,33 @@ def fallback(checkpoint: Checkpoint) -> Bridged | None:
         if not known(checkpoint.config):
             raise InputError(f"{checkpoint.path}: {e}") from e
         return bridged(checkpoint)
+    if not (missing := uncomputed(family, checkpoint.config)):
+        return None  # What no one computes is refused where ours is asked for.
     try:
-        family.config(checkpoint.config)
-    except NotComputed as e:
+        unread = [e for e in missing if not reads(checkpoint.config, e.field)]
+        if not unread:
+            return bridged(checkpoint, str(missing[0]))
+    except InputError as other:
+        reason = str(missing[0]).rstrip(".")
+        raise InputError(f"{checkpoint.path}: {reason}, and transformers' code is no way out: {other}") from other
+    raise InputError(f"{checkpoint.path}: {unread[0]}") from unread[0]
+
+
+def uncomputed(family: Family, config: Mapping[str, Any]) -> list[NotComputed]:
+    """What our decoder does not compute of a config, a field after the other."""
+    found: list[NotComputed] = []
+    while True:
         try:
-            return bridged(checkpoint, str(e)) if reads(checkpoint.config, e.field) else None
-        except InputError as other:
-            reason = str(e).rstrip(".")
-            raise InputError(f"{checkpoint.path}: {reason}, and transformers' code is no way out: {other}") from e
-    except ValueError:
-        pass  # What no one computes is refused where ours is asked for.
-    return None
+            family.config(config)
+        except NotComputed as e:
+            found.append(e)
+            if e.field not in config:
+                return found
+            config = {field: value for field, value in config.items() if field != e.field}
+        except ValueError:
+            return found
+        else:
+            return found
 
 
 def known(config: Mapping[str, Any]) -> bool:

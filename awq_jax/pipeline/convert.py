@@ -34,7 +34,7 @@ from awq_jax.weights.tensor import QuantizedTensor, dequantize, is_quantized, ro
 
 DECLARED = "give symmetric=True if its zero points are all the middle one, or "
 ANEW = "give requantize=True to round it anew, which loses a little, or choose another format"
-WIDE = "has steps in float32 that are no numbers of 16 bits, as files of servers hold them"
+WIDE = "has steps in float32 that float16, in which files of servers have them, does not hold"
 
 
 @dataclass(frozen=True)
@@ -140,10 +140,11 @@ def planned(
             raise InputError(f"{name}: {why}: {advice}.")
         found[name] = held(codec, name, shape, wanted, most) if why and codec else wanted
     for field, value in asked.items():
-        if found and not any(spec and getattr(spec, field) == value for spec in found.values()):
-            name, (shape, spec) = next(iter(weights.specs.items()))
-            why = codec and unheld(codec, name, shape, replace(spec, **asked), most)
-            raise InputError(f"{field}={value}: no weight can have that ({why or 'not in this format'}): leave it out.")
+        for name, given in found.items():
+            if given is not None and getattr(given, field) != value:
+                shape, spec = weights.specs[name]
+                why = codec and unheld(codec, name, shape, replace(spec, **asked), most)
+                raise InputError(f"{name}: {field}={value} cannot be ({why or 'not in this format'}): leave it out.")
     return found
 
 
@@ -191,41 +192,38 @@ class Taken:
         """
         if not isinstance(w, Codes | QuantizedTensor):
             return w
-        if not np.isfinite(np.asarray(w.scale if isinstance(w, Codes) else w.scales, np.float32)).all():
+        codes, wanted = codes_of(w) if isinstance(w, QuantizedTensor) else w, self.plan[name]
+        if not np.isfinite(codes.scale.astype(np.float32)).all():
             raise InputError(f"{name} has steps that are NaN or infinite: quantize the model or download it again.")
-        wanted = self.plan[name]
-        why = self._why(w, wanted)
-        if (why is None or why == WIDE) and isinstance(w, QuantizedTensor):
-            w = codes_of(w)
-        if why is None:
-            return replace(w, spec=wanted)
+        if (why := self._why(codes, wanted, getattr(w, "input_scale", None))) is None:
+            return replace(codes, spec=wanted)
         if not self.requantize:
             raise InputError(f"{name} {why}: {ANEW}.")
         self.anew.append(name)
         if why == WIDE and self.codec is not None:
-            return replace(w, spec=wanted, scale=as_float16(f"{name}, its steps", w.scale, self.codec.title, axis=-2))
+            steps = as_float16(f"{name}, its steps", codes.scale, self.codec.title, axis=-2)
+            return replace(codes, spec=wanted, scale=steps)
         dense = dequantize(w) if isinstance(w, QuantizedTensor) else jnp.asarray(w.dense())
         if wanted is None:
             return np.asarray(dense.swapaxes(-1, -2)).astype(w.scale.dtype if isinstance(w, Codes) else w.dtype)
         return codes_of(round_to_nearest(dense.astype(jnp.float32), wanted))
 
-    def _why(self, w: Codes | QuantizedTensor, wanted: QuantSpec | None) -> str | None:
+    def _why(self, codes: Codes, wanted: QuantSpec | None, input_scale: Any) -> str | None:
         if wanted is None:
             return "is to be dense"
-        if isinstance(w, QuantizedTensor):
-            if w.input_scale is not None and self.codec is not None:
-                return f"has an input scale, which {self.codec.title} files cannot hold"
-            w = codes_of(w)
-        if (wanted.bits, wanted.group_size) != (w.spec.bits, w.spec.group_size):
+        if input_scale is not None and self.codec is not None:
+            return f"has an input scale, which {self.codec.title} files cannot hold"
+        if (wanted.bits, wanted.group_size) != (codes.spec.bits, codes.spec.group_size):
             return "has another grid"
         if self.codec is None:
-            return "has groups of rows that lie apart (act order)" if w.group_of is not None else None
-        return lacks(self.codec, replace(w, spec=wanted)) or (None if in_16_bits(w.scale) else WIDE)
+            return "has groups of rows that lie apart (act order)" if codes.group_of is not None else None
+        return lacks(self.codec, replace(codes, spec=wanted)) or (None if fits_16_bits(codes.scale) else WIDE)
 
 
-def in_16_bits(steps: Float[np.ndarray, "*shape"]) -> bool:
+def fits_16_bits(steps: Float[np.ndarray, "*shape"]) -> bool:
     """Whether a file holds these steps as they are."""
-    return steps.dtype.itemsize == 2 or bool((steps.astype(np.float16) == steps).all())
+    with np.errstate(over="ignore"):
+        return steps.dtype.itemsize == 2 or bool((steps.astype(np.float16) == steps).all())
 
 
 def write_theirs(checkpoint: Checkpoint, weights: Weights, taken: Taken, folder: Path, progress: Progress) -> None:

@@ -28,7 +28,8 @@ def of_model(folder: Path) -> Callable[[str], bool]:
     """Whether a file of a folder, by its relative path, is one of the model there: an output may lie in its source."""
     others = [file.parent.relative_to(folder) for file in folder.rglob("config.json") if file.parent != folder]
     below = lambda name: any(Path(name).is_relative_to(other) for other in others)
-    return lambda name: name not in BESIDE and not name.startswith(".") and not below(name)
+    hidden = lambda name: any(part.startswith(".") for part in Path(name).parts)
+    return lambda name: name not in BESIDE and not hidden(name) and not below(name)
 
 
 def sites_of(path: Path) -> list[list[Any]]:

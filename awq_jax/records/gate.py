@@ -84,20 +84,22 @@ def parse_gate(text: str) -> dict[str, float]:
     for part in filter(None, map(str.strip, text.split(","))):
         name, _, value = map(str.strip, part.partition("="))
         if name not in LIMITS:
-            raise InputError(f"gate: there is no limit {name!r}{did_you_mean(name, LIMITS)}: give {', '.join(LIMITS)}.")
+            raise InputError(
+                f"gate={text!r}: there is no limit {name!r}{did_you_mean(name, LIMITS)}: give {', '.join(LIMITS)}."
+            )
         if name in found:
-            raise InputError(f"gate: {name} is given twice: give it once.")
+            raise InputError(f"gate={text!r}: {name} is given twice: give it once.")
         try:
             found[name] = float(value)
         except ValueError:
             found[name] = math.nan
         if not math.isfinite(found[name]):
-            raise InputError(f"gate: {part!r} gives no number: give it as in {name}=0.05.")
+            raise InputError(f"gate={text!r}: {part!r} gives no number: give it as in {name}=0.05.")
         most = LIMITS[name].most
         if not 0 <= found[name] <= most:
-            raise InputError(f"gate: {part!r}: give 0 {'or more' if most == math.inf else f'to {most:g}'}.")
+            raise InputError(f"gate={text!r}: {part!r}: give 0 {'or more' if most == math.inf else f'to {most:g}'}.")
     if not found:
-        raise InputError("gate: it says no limit: give some of kl=0.05,top1=0.97,ppl=1.05,checks=0.")
+        raise InputError(f"gate={text!r}: it says no limit: give some of kl=0.05,top1=0.97,ppl=1.05,checks=0.")
     return found
 
 

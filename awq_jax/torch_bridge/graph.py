@@ -16,6 +16,8 @@ from awq_jax.torch_bridge.program import Program, Ref, Step
 from awq_jax.torch_bridge.trace import INSIDE, key
 from awq_jax.torch_bridge.values import array, dtype_of, shape_of
 
+HALVES = (torch.float16, torch.bfloat16)
+
 NOWHERE = {"device", "layout", "pin_memory", "memory_format", "non_blocking"}
 """Arguments about where and how tensors lie in memory."""
 
@@ -122,7 +124,7 @@ def common_dtype(node: Any) -> torch.dtype:
     """The dtype in which an elementwise operation computes: that of what it gives, or of what a comparison compares."""
     given = node.meta["val"].dtype
     values = [arg.meta["val"] if isinstance(arg, torch.fx.Node) else arg for arg in node.args[:2]]
-    if given == torch.float16 and any(isinstance(x, int | float) and 65504 < abs(x) < float("inf") for x in values):
+    if given in HALVES and key(node.target).startswith(("mul.", "div.")) and any(map(is_number, values)):
         return torch.float32  # as torch: a number that halves do not have is not infinite, times zero it is zero
     if not given.is_complex and isinstance(values[0], torch.Tensor) and values[0].is_complex():
         return values[0].dtype  # its size
@@ -131,6 +133,13 @@ def common_dtype(node: Any) -> torch.dtype:
     # A dimension or none matters, not its size.
     stand_in = lambda x: torch.empty([1] * min(x.ndim, 1), dtype=x.dtype) if isinstance(x, torch.Tensor) else x
     return torch.result_type(*(stand_in(x) for x in values)) if len(values) > 1 else values[0].dtype
+
+
+def is_number(value: Any) -> bool:
+    """Whether this is a number, or a tensor that stands for one, of more digits than halves have."""
+    if isinstance(value, torch.Tensor):
+        return value.ndim == 0 and value.is_floating_point() and value.dtype not in HALVES
+    return isinstance(value, int | float)
 
 
 def plain(arg: Any) -> Any:

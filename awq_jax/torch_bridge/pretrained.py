@@ -145,4 +145,4 @@ def reads(config: Mapping[str, Any], field: str) -> bool:
 
     kind = getattr(transformers, str(next(iter(config.get("architectures") or ()), None)), None)
     module = sys.modules.get(getattr(kind, "__module__", ""))
-    return module is not None and bool(re.search(rf"\b{re.escape(field)}\b", inspect.getsource(module)))
+    return module is not None and bool(re.search(rf"config\.{field}\b|[\"']{field}[\"']", inspect.getsource(module)))

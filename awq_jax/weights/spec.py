@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 WHOLE_COLUMN = -1
+
+
+def is_whole(value: Any) -> bool:
+    """Whether this is a whole number by its type; numpy's are."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -27,14 +33,15 @@ class QuantSpec:
     symmetric: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.bits, bool) or self.bits not in range(2, 9):
+        if not is_whole(self.bits) or self.bits not in range(2, 9):
             raise ValueError(
                 f"bits={self.bits!r}: give a whole number of 2 to 8 (awq.with_average_bits makes 3.5, say, of sites of "
                 "several widths)."
             )
-        if self.group_size != WHOLE_COLUMN and (self.group_size < 32 or self.group_size % 32):
+        size = self.group_size
+        if not is_whole(size) or (size != WHOLE_COLUMN and (size < 32 or size % 32)):
             raise ValueError(
-                f"group_size={self.group_size}: use a multiple of 32 (32, 64, 128 are what kernels know), "
+                f"group_size={size!r}: use a multiple of 32 (32, 64, 128 are what kernels know), "
                 f"or {WHOLE_COLUMN} for one group a column."
             )
 

@@ -154,6 +154,22 @@ def test_what_our_decoder_does_not_compute_and_transformers_does_is_bridged(tmp_
     )
 
 
+def test_a_field_that_neither_computes_is_refused_beside_one_that_transformers_does(tmp_path):
+    source, _ = folder(tmp_path / "m", "opt", num_hidden_layers=1, do_layer_norm_before=False)
+    hf = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(hf | {"attention_sinks": 4}))
+    with pytest.raises(InputError, match=r"attention_sinks=4, which this model does not compute"):
+        fallback(open_checkpoint(source))
+
+
+def test_more_layers_than_tensors_are_refused_at_once(source, tmp_path):
+    shutil.copytree(source, tmp_path / "m")
+    hf = json.loads((source / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(hf | {"num_hidden_layers": 10**9}))
+    with pytest.raises(InputError, match="has num_hidden_layers=1000000000, and the tensors are of 1 layers"):
+        bridged(open_checkpoint(tmp_path / "m"))
+
+
 def test_what_neither_computes_is_refused_in_the_words_of_both(tmp_path):
     source = tiny_folder(tmp_path / "m")
     (source / "config.json").write_text(json.dumps(config(hidden_act="nothing")))

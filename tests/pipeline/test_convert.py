@@ -227,9 +227,10 @@ def test_a_broken_chat_template_is_told_and_copied(awq_folder, root):
 @pytest.mark.parametrize(
     ("to", "asked", "says"),
     [
-        ("awq", {"bits": 8}, r"bits=8: no weight can have that \(AutoAWQ files hold 4 bits, not 8"),
-        ("mlx", {"bits": 7}, "bits=7: no weight can have that"),
-        ("mlx", {"group_size": 2**20}, "group_size=1048576: no weight can have that"),
+        ("awq", {"bits": 8}, r"bits=8 cannot be \(AutoAWQ files hold 4 bits, not 8"),
+        ("mlx", {"bits": 7}, "bits=7 cannot be"),
+        ("mlx", {"group_size": 128}, "k_proj.weight: group_size=128 cannot be"),
+        ("mlx", {"group_size": 2**20}, "group_size=1048576 cannot be"),
         ("orbax", {"group_size": 2**20}, "group_size=1048576 is more than its 64 input features: give group_size=-1"),
     ],
 )

@@ -54,6 +54,7 @@ def gpt2(hf: Found) -> Config:
 
 def gptj(hf: Found) -> Config:
     hf = Spelled(hf, **GPT2_SPELLING)
+    refuse(hf, "rotary", but=True)
     rope = Rope(whole(hf, "rotary_dim", 64), interleaved=True)
     norm = layer_norm(hf, "layer_norm_epsilon")
     return gpt(hf, norm=norm, rope=rope, order="parallel", biases=UP_DOWN, outer={"head_bias": True})
@@ -91,6 +92,7 @@ def opt(hf: Found) -> Config:
 
 
 def starcoder2(hf: Found) -> Config:
+    refuse(hf, "norm_type", but="layer_norm")
     return gpt(
         hf,
         act_key="hidden_act",

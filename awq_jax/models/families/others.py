@@ -27,6 +27,7 @@ AFTER = {"attn_post_norm": "post_self_attn_layernorm", "mlp_post_norm": "post_ml
 
 def stablelm(hf: Found) -> Config:
     refuse(hf, "qk_layernorm")
+    refuse(hf, "rotary_scaling_factor", but=1)
     order = "parallel" if flag(hf, "use_parallel_residual", False) else "pre"
     has_biases = QKV if flag(hf, "use_qkv_bias", False) else frozenset()
     return llama_like(hf, norm=layer_norm(hf), order=order, biases=has_biases, rotated=0.25)
@@ -60,6 +61,7 @@ def glm(hf: Found, **more: Any) -> Config:
 
 
 def nemotron(hf: Found) -> Config:
+    refuse(hf, "rope_percent", but=hf.get("partial_rotary_factor", 0.5))
     norm = Norm(real(hf, "norm_eps", 1e-5), centred=True, plus_one=True, bias=True)
     return llama_like(hf, norm=norm, act=act(hf, "relu2"), gated=False, biases=biases(hf), rotated=0.5)
 

@@ -19,6 +19,7 @@ def phi(hf: Found) -> Config:
 
 
 def phi3(hf: Found) -> Config:
+    refuse(hf, "full_attn_mod", but=1)
     fused = {"fused_qkv": "together", "fused_mlp": True}
     return llama_like(hf, **fused, rotated=1.0, eps=1e-5, window=whole(hf, "sliding_window", None))
 

@@ -88,7 +88,7 @@ def linspace(start: Any, end: Any, steps: int, dtype: Any = None) -> Array:
     # As torch: from whole ends, counted from the nearer one, and cut.
     start, end, k = int(start), int(end), np.arange(steps)
     step = (end - start) / max(steps - 1, 1)
-    return jnp.asarray(np.where(k < steps // 2, start + step * k, end - step * (steps - 1 - k)), dtype)
+    return jnp.asarray(np.where(k < max(steps // 2, 1), start + step * k, end - step * (steps - 1 - k)), dtype)
 
 
 @operation("eye", "eye.m")

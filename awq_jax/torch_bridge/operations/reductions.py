@@ -97,7 +97,7 @@ def var_corrected(x: Array, dim: Dims = None, correction: int | None = 1, keepdi
 
 @operation("std.correction")
 def std_corrected(x: Array, dim: Dims = None, correction: int | None = 1, keepdim: bool = False) -> Array:
-    return jnp.sqrt(var_corrected(x, dim, correction, keepdim))
+    return jnp.sqrt(var_corrected(wide(x), dim, correction, keepdim))
 
 
 @operation("cumsum")
