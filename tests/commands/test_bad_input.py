@@ -563,7 +563,7 @@ def test_generate(whole, more, says, no_work):
         ("compare m/m/m n/n/n --prompts p.jsonl --max-new-tokens 0", "--max-new-tokens 0: give"),
         ("compare m/m/m n/n/n --prompts p.jsonl --temperature 1e9", "--temperature 1000000000.0: give less than 100"),
         ("compare m/m/m n/n/n --prompts p.jsonl --seed 99999999999999999999", "--seed 99999999999999999999: give"),
-        ("compare m/m/m n/n/n --prompts p.jsonl --gate kl=x", "--gate: 'kl=x' gives no number"),
+        ("compare m/m/m n/n/n --prompts p.jsonl --gate kl=x", "--gate kl=x: 'kl=x' gives no number"),
         ("quantize m/m/m out --samples 0", "--samples 0: give"),
         ("quantize m/m/m out --seq-len 0", "--samples 32 --seq-len 0: give"),
         ("quantize m/m/m out --calib empty.txt", "empty.txt is empty"),
