@@ -169,13 +169,12 @@ def _stream(
 
     def drawn() -> Iterator[Int[Array, " b"]]:
         token, cache = _first(*start, length=up(t + most))
-        for k in range(most):
+        for k in range(most - 1):
             # The next step is on its way before the token is waited for.
-            if k + 1 < most:
-                new, cache = _following(config, params, token, jnp.asarray(t + k), cache, how)
+            new, cache = _following(config, params, token, jnp.asarray(t + k), cache, how)
             yield token
-            if k + 1 < most:
-                token = new
+            token = new
+        yield token
 
     yield from handed_over(drawn(), config, t, eos, speed)
 

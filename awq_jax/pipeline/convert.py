@@ -138,12 +138,10 @@ def planned(
             advice = (DECLARED if declared is None else "") + ANEW
         if why and not requantize:
             raise InputError(f"{name}: {why}: {advice}.")
-        found[name] = held(codec, name, shape, wanted, most) if why and codec else wanted
-    for field, value in asked.items():
-        for name, given in found.items():
+        given = found[name] = held(codec, name, shape, wanted, most) if why and codec else wanted
+        for field, value in asked.items():
             if given is not None and getattr(given, field) != value:
-                shape, spec = weights.specs[name]
-                why = codec and unheld(codec, name, shape, replace(spec, **asked), most)
+                why = codec and unheld(codec, name, shape, wanted, most)
                 raise InputError(f"{name}: {field}={value} cannot be ({why or 'not in this format'}): leave it out.")
     return found
 

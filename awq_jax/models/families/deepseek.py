@@ -26,7 +26,7 @@ def deepseek(
     still, turned = whole(hf, "qk_nope_head_dim", 128), whole(hf, "qk_rope_head_dim", 64)
     ignored(hf, "head_dim", "qk_head_dim")  # What follows from these two.
     scaling = mapping(hf, "rope_scaling") or mapping(hf, "rope_parameters")
-    stretched = sharper(*(real(scaling, *field) or 0.0 for field in (("factor", 1.0), ("mscale_all_dim", None))))
+    stretched = sharper(real(scaling, "factor", 1.0), real(scaling, "mscale_all_dim", None) or 0.0)
     width = whole(hf, "moe_intermediate_size", width)
     chosen = Experts(
         whole(hf, "n_routed_experts", n),
